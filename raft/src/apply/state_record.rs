@@ -1,0 +1,114 @@
+//! Owns a group's replicated state beside its records, and its bytes (FORMAT.md). Does not change
+//! it, but for the epoch (see `apply`).
+
+use bytes::{BufMut, BytesMut};
+use coracle_storage::state::{MetaName, Overlay};
+
+use crate::apply::ApplyError;
+use crate::dedup::Dedup;
+use crate::descriptor::Descriptor;
+use crate::wire::{Malformed, Reader};
+
+const FORMAT_VERSION: u8 = 1;
+
+/// A group's replicated state beside its records. Loaded once, changed by [`apply`], and stored
+/// into every batch before it is written; after an error it must be thrown away together with the
+/// batch.
+///
+/// Invariants: clock, ceiling, threshold, floor and epoch never fall; `clock ≤ ceiling`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GroupState {
+    /// The group clock: the version of the last judged request.
+    pub clock: u64,
+    /// The highest version that any leader may have served: the next leader stamps above it.
+    pub ceiling: u64,
+    /// Versions that were superseded below it may be gone; reads below it are refused.
+    pub history_threshold: u64,
+    /// What the group holds; `None` until the first `Describe`, and then it serves nothing.
+    pub descriptor: Option<Descriptor>,
+    /// The memory of request ids.
+    pub dedup: Dedup,
+}
+
+impl GroupState {
+    /// Reads the state that [`GroupState::store`] wrote; a store without one is a fresh group's.
+    pub fn load(overlay: &Overlay) -> Result<GroupState, ApplyError> {
+        let number = |name, record| {
+            record_of(overlay, name, record, |reader| {
+                format(reader)?;
+                reader.u64()
+            })
+        };
+        let clock = number(MetaName::CLOCK, "clock")?.unwrap_or_default();
+        let ceiling = number(MetaName::CEILING, "ceiling")?.unwrap_or_default();
+        let history_threshold = number(MetaName::HISTORY, "history")?.unwrap_or_default();
+        let descriptor = record_of(overlay, MetaName::DESCRIPTOR, "descriptor", Descriptor::get)?;
+        let dedup = record_of(overlay, MetaName::FLOOR, "floor", Dedup::get)?.unwrap_or_default();
+        Ok(GroupState {
+            clock,
+            ceiling,
+            history_threshold,
+            descriptor,
+            dedup,
+        })
+    }
+
+    /// Writes the state into the batch. Once per batch, after its last entry and before it is
+    /// written.
+    pub fn store(&self, overlay: &mut Overlay) {
+        assert!(
+            self.clock <= self.ceiling,
+            "every version that is used is at most the ceiling"
+        );
+        let numbers = [
+            (MetaName::CLOCK, self.clock),
+            (MetaName::CEILING, self.ceiling),
+            (MetaName::HISTORY, self.history_threshold),
+        ];
+        for (name, number) in numbers {
+            let mut out = BytesMut::with_capacity(9);
+            out.put_u8(FORMAT_VERSION);
+            out.put_u64(number);
+            overlay.put_meta(name, out.freeze());
+        }
+        let mut out = BytesMut::new();
+        self.dedup.put(&mut out);
+        overlay.put_meta(MetaName::FLOOR, out.freeze());
+        if let Some(descriptor) = &self.descriptor {
+            let mut out = BytesMut::new();
+            descriptor.put(&mut out);
+            overlay.put_meta(MetaName::DESCRIPTOR, out.freeze());
+        }
+    }
+
+    /// A membership entry was applied: the epoch rises, so that whatever was planned on the old
+    /// members fails.
+    pub fn apply_membership(&mut self) {
+        if let Some(descriptor) = &mut self.descriptor {
+            descriptor.apply_membership();
+        }
+    }
+}
+
+fn record_of<T>(
+    overlay: &Overlay,
+    name: MetaName,
+    record: &'static str,
+    read: impl FnOnce(&mut Reader) -> Result<T, Malformed>,
+) -> Result<Option<T>, ApplyError> {
+    let Some(bytes) = overlay.meta(name)? else {
+        return Ok(None);
+    };
+    let mut reader = Reader::new(bytes);
+    let whole = read(&mut reader).and_then(|value| reader.end().map(|()| value));
+    whole
+        .map(Some)
+        .map_err(|source| ApplyError::Record { record, source })
+}
+
+fn format(reader: &mut Reader) -> Result<(), Malformed> {
+    if reader.u8()? != FORMAT_VERSION {
+        return Err(Malformed("a record of an unknown format version"));
+    }
+    Ok(())
+}

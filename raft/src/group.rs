@@ -1,0 +1,560 @@
+//! One group on this node: the handle through which everything else reads, writes and watches it.
+//!
+//! Owns the replica's tasks and the answers to its peers' questions. Which groups there are is the
+//! host's business.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use coracle_storage::log::Log;
+use coracle_storage::{Error, ReplicaId};
+use futures_util::StreamExt;
+use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
+use openraft::{Config, SnapshotPolicy};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use crate::apply::Reply;
+use crate::command::{Command, Request};
+use crate::descriptor::Descriptor;
+use crate::error::GroupError;
+use crate::host::Environment;
+use crate::leadership::{GroupStatus, Leadership, Raft, Standing};
+use crate::lease::{Embargo, Timing};
+use crate::log_store::LogStore;
+use crate::message::{Answer, Question};
+use crate::network::Networks;
+use crate::proposer::Proposer;
+use crate::reader::Reads;
+use crate::snapshot::Snapshots;
+use crate::state_machine::{ReadState, SharedState, StateMachine};
+use crate::transport::{Answering, TransportError};
+use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
+
+/// Appends of one peer that may wait for this group: what its sender has in flight at most. A
+/// receiver never waits: beyond it the answer is "unreachable".
+const APPENDS_WAITING_MAX: usize = 64;
+
+/// One replica, running.
+pub struct Group {
+    shard: ShardId,
+    replica: ReplicaId,
+    raft: Raft,
+    log: Log,
+    state: SharedState,
+    leadership: Leadership,
+    proposer: Proposer,
+    reads: Reads,
+    snapshots: Arc<Snapshots>,
+    timing: Timing,
+    embargo: Embargo,
+    sessions: Mutex<BTreeMap<NodeId, Session>>,
+    environment: Arc<Environment>,
+    live: PathBuf,
+    initial: Descriptor,
+    stop: CancellationToken,
+}
+
+/// One peer's stream of appends.
+struct Session {
+    id: u64,
+    appends: mpsc::Sender<(AppendEntriesRequest<TypeConfig>, AppendAnswer)>,
+}
+
+type AppendAnswer = oneshot::Sender<StreamAppendResult<TypeConfig>>;
+
+/// What a group is started with.
+pub(crate) struct Start {
+    pub(crate) shard: ShardId,
+    pub(crate) replica: ReplicaId,
+    pub(crate) live: PathBuf,
+    pub(crate) state: SharedState,
+    pub(crate) initial: Descriptor,
+    /// True when the replica was there before this process.
+    pub(crate) restarted: bool,
+}
+
+impl Group {
+    pub(crate) async fn start(
+        start: Start,
+        environment: Arc<Environment>,
+    ) -> Result<Arc<Self>, Error> {
+        let timing = environment.timing;
+        let stop = environment.stop.child_token();
+        let embargo =
+            if start.restarted { Embargo::after_restart(&timing) } else { Embargo::none() };
+        let sessions = environment.next_number();
+        let snapshots = Arc::new(Snapshots::new(
+            environment.engines.fs(),
+            environment.exec.clone(),
+            environment.slots.clone(),
+            &start.live,
+            sessions,
+        ));
+        let networks = Networks {
+            shard: start.shard,
+            transport: environment.transport.clone(),
+            snapshots: snapshots.clone(),
+            sessions: Arc::new(AtomicU64::new(sessions)),
+        };
+        let serving = Arc::new(AtomicBool::new(false));
+        let machine = StateMachine::new(
+            start.state.clone(),
+            environment.exec.clone(),
+            environment.engines.clone(),
+            start.live.clone(),
+            serving.clone(),
+        );
+        let raft = Raft::new(
+            start.replica.0,
+            Arc::new(config(&timing, !embargo.holds())),
+            networks,
+            LogStore::new(environment.log.clone(), start.replica),
+            machine,
+        )
+        .await
+        .map_err(|fatal| Error::invalid(format!("group {}: {fatal}", start.shard)))?;
+        serving.store(true, Ordering::Release);
+        let leadership = Leadership::new(&raft);
+        let (proposer, propose) = Proposer::new(
+            raft.clone(),
+            leadership.clone(),
+            start.state.clone(),
+            environment.clock.clone(),
+            stop.clone(),
+        );
+        let (reads, read) = Reads::new(
+            raft.clone(),
+            start.state.clone(),
+            environment.exec.clone(),
+            timing,
+            stop.clone(),
+        );
+        let group = Arc::new(Self {
+            shard: start.shard,
+            replica: start.replica,
+            raft,
+            log: environment.log.clone(),
+            state: start.state,
+            leadership,
+            proposer,
+            reads,
+            snapshots,
+            timing,
+            embargo,
+            sessions: Mutex::default(),
+            environment: environment.clone(),
+            live: start.live,
+            initial: start.initial,
+            stop,
+        });
+        environment.exec.spawn("propose", Box::pin(propose));
+        environment.exec.spawn("read", Box::pin(read));
+        let supervised = group.clone();
+        environment.exec.spawn("group", Box::pin(async move { supervised.supervise().await }));
+        Ok(group)
+    }
+
+    /// The shard that it replicates.
+    pub fn shard(&self) -> ShardId {
+        self.shard
+    }
+
+    /// The replica on this node.
+    pub fn replica(&self) -> ReplicaId {
+        self.replica
+    }
+
+    /// What this replica knows of its group.
+    pub fn status(&self) -> GroupStatus {
+        self.leadership.status()
+    }
+
+    /// The arc and epoch as replicated; `None` until the group was described.
+    pub fn descriptor(&self) -> Option<Descriptor> {
+        self.state.descriptor()
+    }
+
+    /// About how many bytes the state takes.
+    pub fn state_bytes(&self) -> u64 {
+        self.state.state_bytes()
+    }
+
+    /// Proposes a write and waits until it is applied. Exactly once: the reply to a duplicate is the
+    /// first reply.
+    pub async fn write(&self, request: Request, deadline: Instant) -> Result<Reply, GroupError> {
+        self.proposer.write(request, deadline).await
+    }
+
+    /// Reads a state that holds everything acknowledged before the call. On the leader.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        look: impl FnOnce(&ReadState) -> T + Send + 'static,
+    ) -> Result<T, GroupError> {
+        self.reads.linearizable(deadline, look).await
+    }
+
+    /// Reads what this replica has, once it has applied `index`; 0 reads at once.
+    pub async fn read_local<T: Send + 'static>(
+        &self,
+        index: u64,
+        deadline: Instant,
+        look: impl FnOnce(&ReadState) -> T + Send + 'static,
+    ) -> Result<T, GroupError> {
+        self.reads.local(index, deadline, look).await
+    }
+
+    /// Fixes a version for reads (the newest, without one): no later write gets a version at or
+    /// below it, under this leader or any other. A state at that version is then read with
+    /// [`Group::read_at`]. On the leader.
+    pub async fn fix_version(&self, version: Option<u64>) -> Result<u64, GroupError> {
+        self.proposer.fix(version).await
+    }
+
+    /// Reads a state in which no entry that may hold a version up to a fixed one is missing: all
+    /// that this leader's log held when the read arrived is applied. On the leader.
+    pub async fn read_at<T: Send + 'static>(
+        &self,
+        deadline: Instant,
+        look: impl FnOnce(&ReadState) -> T + Send + 'static,
+    ) -> Result<T, GroupError> {
+        // The leader's core takes messages in order: behind every entry that was stamped before.
+        let last = self.raft.with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
+        let last = last.await.map_err(|_| GroupError::Stopped)?;
+        let applied = self.state.wait_for_index(last.unwrap_or(0));
+        if tokio::time::timeout_at(deadline, applied).await.is_err() {
+            return Err(GroupError::TooStale);
+        }
+        self.reads.linearizable(deadline, look).await
+    }
+
+    /// Forms the group: exactly one of its first replicas does. Done already is no error.
+    pub async fn initialize(&self, members: BTreeMap<u64, NodeId>) -> Result<(), GroupError> {
+        let initialized = self.raft.is_initialized().await;
+        if initialized.map_err(|_| GroupError::Stopped)? {
+            return Ok(());
+        }
+        let members: BTreeMap<u64, Place> =
+            members.into_iter().map(|(replica, node)| (replica, Place { node })).collect();
+        let formed = self.raft.initialize(members).await;
+        formed.map_err(|error| GroupError::Storage(format!("group {}: {error}", self.shard)))
+    }
+
+    /// Hands leadership to the replica on `to`, or to the best voter. Checked right before: the
+    /// target votes and holds the whole log. Returns once another leader is known here.
+    pub async fn hand_over(
+        &self,
+        to: Option<NodeId>,
+        deadline: Instant,
+    ) -> Result<NodeId, GroupError> {
+        let mut leadership = self.leadership.clone();
+        loop {
+            let status = self.status();
+            if status.state != Standing::Leader {
+                return match status.leader {
+                    Some(leader) => Ok(leader),
+                    None => Err(GroupError::NotLeader { leader: None }),
+                };
+            }
+            if let Some(target) = crate::membership::transfer_target(&status, self.replica, to) {
+                let asked = self.raft.trigger().transfer_leader(target).await;
+                asked.map_err(|_| GroupError::Stopped)?;
+                break;
+            }
+            let changed = tokio::time::timeout_at(deadline, leadership.changed());
+            match changed.await {
+                Ok(true) => {}
+                Ok(false) => return Err(GroupError::Stopped),
+                Err(_) => return Err(GroupError::TooStale),
+            }
+        }
+        loop {
+            let status = self.status();
+            if let (false, Some(leader)) = (status.state == Standing::Leader, status.leader) {
+                return Ok(leader);
+            }
+            if !matches!(tokio::time::timeout_at(deadline, leadership.changed()).await, Ok(true)) {
+                return Err(GroupError::TooStale);
+            }
+        }
+    }
+
+    /// Waits until anything in [`Group::status`] changes; false when the replica has stopped.
+    pub fn watch(&self) -> impl Future<Output = bool> + Send + 'static {
+        let mut leadership = self.leadership.clone();
+        async move { leadership.changed().await }
+    }
+
+    /// Takes a peer's question. The call itself gives it its place; a receiver never waits for a
+    /// group, so what finds no room is unreachable.
+    pub(crate) fn answer(self: &Arc<Self>, from: NodeId, question: Bytes) -> Answering {
+        let question = match Question::decode(question) {
+            Ok(question) => question,
+            Err(error) => return failed(error.to_string()),
+        };
+        match question {
+            Question::Append { session, first, request } => {
+                self.append(from, session, first, request)
+            }
+            other => {
+                let group = self.clone();
+                Box::pin(async move {
+                    let answer = group.answer_one(other).await;
+                    answer.map(|answer| answer.encode()).map_err(TransportError::Unreachable)
+                })
+            }
+        }
+    }
+
+    async fn answer_one(&self, question: Question) -> Result<Answer, String> {
+        let why = |error: &dyn std::fmt::Display| error.to_string();
+        match question {
+            Question::Append { .. } => unreachable!("appends go through their session"),
+            Question::Heartbeat(request) => {
+                let (previous, last) = (request.prev_log_id, request.prev_log_id);
+                let answer = self.raft.append_entries(request).await.map_err(|e| why(&e))?;
+                Ok(Answer::Append(answer.into_stream_result(previous, last)))
+            }
+            Question::Vote { .. } if self.embargo.holds() => {
+                Err("the node has just restarted and gives no vote yet".to_owned())
+            }
+            Question::Vote { pre: true, request } => {
+                Ok(Answer::Vote(self.raft.pre_vote(request).await.map_err(|e| why(&e))?))
+            }
+            Question::Vote { pre: false, request } => {
+                Ok(Answer::Vote(self.raft.vote(request).await.map_err(|e| why(&e))?))
+            }
+            Question::Transfer(request) => {
+                if self.embargo.holds() || !self.environment.healthy() {
+                    return Ok(Answer::Transfer(false));
+                }
+                let taken = self.raft.handle_transfer_leader(request).await;
+                Ok(Answer::Transfer(taken.map_err(|e| why(&e))?.is_ok()))
+            }
+            Question::SnapshotBegin { vote, transfer, meta, manifest } => {
+                let begun = self.snapshots.begin(transfer, meta, manifest).await;
+                let _ = vote;
+                Ok(begun.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
+            }
+            Question::SnapshotChunk { transfer, file, chunk, data } => {
+                let taken = self.snapshots.chunk(transfer, file, chunk, data).await;
+                Ok(taken.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
+            }
+            Question::SnapshotEnd { vote, transfer } => self.install(vote, transfer).await,
+        }
+    }
+
+    async fn install(&self, vote: Vote, transfer: u64) -> Result<Answer, String> {
+        let snapshot = match self.snapshots.end(transfer).await {
+            Ok(snapshot) => snapshot,
+            Err(why) => {
+                self.snapshots.forget();
+                return Ok(Answer::SnapshotRefused(why));
+            }
+        };
+        let installed = self.raft.install_full_snapshot(vote, snapshot).await;
+        installed
+            .map(|response| Answer::SnapshotInstalled(response.vote))
+            .map_err(|error| error.to_string())
+    }
+
+    fn append(
+        self: &Arc<Self>,
+        from: NodeId,
+        id: u64,
+        first: bool,
+        request: AppendEntriesRequest<TypeConfig>,
+    ) -> Answering {
+        let mut sessions = self.sessions.lock();
+        if first {
+            let (appends, waiting) = mpsc::channel(APPENDS_WAITING_MAX);
+            let run = serve_session(self.raft.clone(), waiting, self.stop.clone());
+            self.environment.exec.spawn("appends", Box::pin(run));
+            sessions.insert(from, Session { id, appends });
+        }
+        let Some(session) = sessions.get(&from).filter(|session| session.id == id) else {
+            return failed("this stream of appends is over".to_owned());
+        };
+        let (answer, receiver) = oneshot::channel();
+        if session.appends.try_send((request, answer)).is_err() {
+            return failed("this replica takes no more appends at the moment".to_owned());
+        }
+        Box::pin(async move {
+            match receiver.await {
+                Ok(result) => Ok(Answer::Append(result).encode()),
+                Err(_) => Err(TransportError::Unreachable("the stream of appends ended".into())),
+            }
+        })
+    }
+
+    /// A peer's connections broke. If it led this group, campaign as soon as the lease has passed,
+    /// staggered by rank so that the first usually wins. Pre-vote stays on: with it, a cut between
+    /// only two nodes deposes no healthy leader.
+    pub(crate) fn peer_lost(self: &Arc<Self>, node: NodeId) {
+        let status = self.status();
+        if status.leader != Some(node) {
+            return;
+        }
+        let Some(rank) = crate::membership::campaign_rank(&status, self.replica) else { return };
+        let group = self.clone();
+        let campaign = async move {
+            let wait = group.timing.lease() + group.timing.heartbeat * rank / 2;
+            tokio::time::sleep(wait).await;
+            let now = group.status();
+            let unchanged = now.leader == Some(node) && now.term == status.term;
+            if unchanged && !group.embargo.holds() && group.environment.healthy() {
+                // A stopped group needs no leader.
+                let _ = group.raft.trigger().elect(true).await;
+            }
+        };
+        let stop = self.stop.clone();
+        self.environment.exec.spawn(
+            "campaign",
+            Box::pin(async move {
+                tokio::select! { () = stop.cancelled() => {}, () = campaign => {} }
+            }),
+        );
+    }
+
+    /// Called when the node's disk stalls, and when it is well again.
+    pub(crate) async fn set_healthy(&self, healthy: bool) {
+        let config = self.raft.runtime_config();
+        config.heartbeat(healthy);
+        config.elect(healthy && !self.embargo.holds());
+        if !healthy && self.status().state == Standing::Leader {
+            let target = crate::membership::transfer_target(&self.status(), self.replica, None);
+            if let Some(target) = target {
+                let _ = self.raft.trigger().transfer_leader(target).await;
+            }
+        }
+    }
+
+    /// Makes the state durable and frees the log behind it, but for the last `keep` entries, which
+    /// a follower that was away for a moment may still want.
+    pub(crate) async fn compact(&self, keep: u64) -> Result<(), GroupError> {
+        let Some(applied) = self.status().applied else { return Ok(()) };
+        let stopped = |_| GroupError::Stopped;
+        self.raft.trigger().snapshot().await.map_err(stopped)?;
+        let mut progress = self.raft.metrics();
+        let reached = |metrics: &openraft::RaftMetrics<TypeConfig>| {
+            metrics.snapshot.is_some_and(|id| id.index() >= applied.index)
+                || metrics.running_state.is_err()
+        };
+        use openraft::async_runtime::watch::WatchReceiver;
+        while !reached(&progress.borrow_watched()) {
+            progress.changed().await.map_err(|_| GroupError::Stopped)?;
+        }
+        let upto = applied.index.saturating_sub(keep);
+        self.raft.trigger().purge_log(upto).await.map_err(stopped)
+    }
+
+    /// Ends the replica's tasks and waits until its store is closed.
+    pub(crate) async fn shutdown(&self) {
+        self.stop.cancel();
+        self.sessions.lock().clear();
+        if let Err(error) = self.raft.shutdown().await {
+            tracing::error!(shard = %self.shard, %error, "the group's core had failed");
+        }
+    }
+
+    pub(crate) fn live(&self) -> &std::path::Path {
+        &self.live
+    }
+
+    pub(crate) fn log(&self) -> &Log {
+        &self.log
+    }
+
+    /// Ends the embargo, and describes the group when this replica first leads it.
+    async fn supervise(self: Arc<Self>) {
+        let mut leadership = self.leadership.clone();
+        let embargo = self.embargo.end();
+        let lift = async {
+            if let Some(end) = embargo {
+                tokio::time::sleep_until(end).await;
+                if self.environment.healthy() {
+                    self.raft.runtime_config().elect(true);
+                }
+            }
+        };
+        let describe = async {
+            while self.descriptor().is_none() {
+                if self.status().state == Standing::Leader {
+                    let described = self.proposer.own(Command::Describe(self.initial.clone()));
+                    if described.await.is_ok() {
+                        continue;
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                } else if !leadership.changed().await {
+                    return;
+                }
+            }
+        };
+        let both = async { tokio::join!(lift, describe) };
+        tokio::select! { () = self.stop.cancelled() => {}, _ = both => {} }
+    }
+}
+
+fn failed(why: String) -> Answering {
+    Box::pin(std::future::ready(Err(TransportError::Unreachable(why))))
+}
+
+/// Feeds one peer's appends to openraft in order, and hands the results to those who wait.
+async fn serve_session(
+    raft: Raft,
+    waiting: mpsc::Receiver<(AppendEntriesRequest<TypeConfig>, AppendAnswer)>,
+    stop: CancellationToken,
+) {
+    let answers: Arc<Mutex<VecDeque<AppendAnswer>>> = Arc::default();
+    let queue = answers.clone();
+    let requests = ReceiverStream::new(waiting).map(move |(request, answer)| {
+        queue.lock().push_back(answer);
+        request
+    });
+    let mut results = std::pin::pin!(raft.stream_append(requests));
+    loop {
+        let result = tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            result = results.next() => result,
+        };
+        let Some(Ok(result)) = result else { return };
+        let answer = answers.lock().pop_front().expect("one answer waits for every request");
+        // The asking connection may have broken meanwhile.
+        let _ = answer.send(result);
+    }
+}
+
+fn config(timing: &Timing, may_elect: bool) -> Config {
+    let ms = |duration: Duration| duration.as_millis() as u64;
+    Config {
+        heartbeat_interval: ms(timing.heartbeat),
+        election_timeout_min: ms(timing.election_min),
+        election_timeout_max: ms(timing.election_max),
+        enable_elect: may_elect,
+        enable_pre_vote: Some(true),
+        // A leader cut off from its followers' answers must not keep a healthy quorum waiting.
+        quorum_loss_probe_interval: Some(ms(timing.election_max) * 2),
+        max_payload_entries: 512,
+        // Bounds openraft's own queues; bytes are bounded by the proposer and the transport.
+        api_channel_size: Some(4_096),
+        notification_channel_size: Some(4_096),
+        state_machine_channel_size: Some(256),
+        // When to flush and what to purge is the host's decision, by bytes.
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
+        purge_batch_size: 1_024,
+        // A leader that restarts into its own term could give one log id to two entries.
+        enable_leader_restore: Some(false),
+        allow_log_reversion: None,
+        ..Config::default()
+    }
+}

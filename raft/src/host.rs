@@ -1,0 +1,393 @@
+//! All groups of a node: which there are, their common resources, and the node-wide duties.
+//!
+//! Owns creating, opening, stopping and destroying replicas, the disk's health, and the purging of
+//! the shared log. Does not know why a replica is created: that is placement's business.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use coracle_storage::exec::Exec;
+use coracle_storage::log::{Log, Recovery};
+use coracle_storage::state::{Engines, MetaName, OpenState, ReplicaState, checkpoint};
+use coracle_storage::{Error, ReplicaId};
+use parking_lot::RwLock;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::Clock;
+use crate::descriptor::Descriptor;
+use crate::group::{Group, Start};
+use crate::health::{Disk, PROBE_INTERVAL, Probe};
+use crate::leadership::Standing;
+use crate::lease::Timing;
+use crate::snapshot::{SnapshotSlots, blocking};
+use crate::state_machine::{SharedState, store_dir};
+use crate::transport::{Answering, Transport, TransportError};
+use crate::types::{NodeId, ShardId};
+use crate::wire::Reader;
+
+/// Entries that stay in a group's log behind its last flush: a follower that was away for a moment
+/// catches up from them, without a snapshot.
+const KEPT_ENTRIES: u64 = 10_000;
+/// How often the shared log's size is looked at.
+const COMPACT_INTERVAL: Duration = Duration::from_secs(1);
+/// The local record of what a replica was created as.
+const HOME: MetaName = MetaName(0x80);
+
+/// What a node hands to its host.
+pub struct Options {
+    /// The directory that holds one store per replica.
+    pub shards: PathBuf,
+    /// Times of consensus, the same on all nodes.
+    pub timing: Timing,
+    /// The node's shared log.
+    pub log: Log,
+    /// Bytes of the shared log beyond which the oldest unflushed replica is flushed.
+    pub log_bytes_target: u64,
+    /// Opens stores.
+    pub engines: Arc<dyn Engines>,
+    /// Where work runs.
+    pub exec: Arc<dyn Exec>,
+    /// Source of stamps.
+    pub clock: Arc<dyn Clock>,
+    /// The way to other nodes.
+    pub transport: Arc<dyn Transport>,
+    /// Seeds the numbers of streams and transfers; different at every start of a node.
+    pub incarnation: u64,
+    /// Ends everything when cancelled.
+    pub stop: CancellationToken,
+    /// Called when the disk hangs for good.
+    pub on_hang: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// What all groups of a node share.
+pub(crate) struct Environment {
+    pub(crate) timing: Timing,
+    pub(crate) log: Log,
+    pub(crate) engines: Arc<dyn Engines>,
+    pub(crate) exec: Arc<dyn Exec>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) slots: Arc<SnapshotSlots>,
+    pub(crate) stop: CancellationToken,
+    healthy: AtomicBool,
+    numbers: AtomicU64,
+}
+
+impl Environment {
+    /// Whether the log's disk finishes its syncs in time.
+    pub(crate) fn healthy(&self) -> bool {
+        self.healthy.load(Ordering::Acquire)
+    }
+
+    /// A range of numbers that no group of this start, and no earlier start, has used.
+    pub(crate) fn next_number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed) << 24
+    }
+}
+
+/// All groups of a node.
+pub struct Host {
+    environment: Arc<Environment>,
+    shards: PathBuf,
+    log_bytes_target: u64,
+    groups: RwLock<BTreeMap<ShardId, Arc<Group>>>,
+    /// One creation, opening or destruction at a time.
+    changing: tokio::sync::Mutex<()>,
+    on_hang: Arc<dyn Fn() + Send + Sync>,
+}
+
+impl Host {
+    /// A host without groups, and its duties running.
+    pub fn new(options: Options) -> Arc<Self> {
+        let environment = Arc::new(Environment {
+            timing: options.timing,
+            log: options.log,
+            engines: options.engines,
+            exec: options.exec,
+            clock: options.clock,
+            transport: options.transport,
+            slots: Arc::default(),
+            stop: options.stop,
+            healthy: AtomicBool::new(true),
+            numbers: AtomicU64::new(options.incarnation << 16),
+        });
+        let host = Arc::new(Self {
+            environment,
+            shards: options.shards,
+            log_bytes_target: options.log_bytes_target,
+            groups: RwLock::default(),
+            changing: tokio::sync::Mutex::default(),
+            on_hang: options.on_hang,
+        });
+        let exec = host.environment.exec.clone();
+        exec.spawn("health", Box::pin(host.clone().watch_health()));
+        exec.spawn("compact", Box::pin(host.clone().bound_log()));
+        host
+    }
+
+    /// Starts every replica that the data directory holds whole. What the log knows and the
+    /// directory does not (or the reverse) is the trace of a creation or destruction that a crash
+    /// cut short: it never took part in anything, and is removed.
+    pub async fn open_all(&self, recovery: &Recovery) -> Result<(), Error> {
+        let _changing = self.changing.lock().await;
+        let (engines, shards) = (self.environment.engines.clone(), self.shards.clone());
+        let settle = move || {
+            let fs = engines.fs();
+            fs.create_dir_all(&shards).map_err(|error| Error::io(&shards, error))?;
+            checkpoint::settle(&*fs, &shards)
+        };
+        let names = blocking(&*self.environment.exec, settle).await.map_err(Error::invalid)??;
+        let damaged: Vec<ReplicaId> = recovery.recovering.iter().map(|d| d.replica).collect();
+        for name in names {
+            let id = u64::from_str_radix(&name, 16).map(ReplicaId);
+            let Ok(replica) = id else {
+                tracing::warn!(name, "not a replica's directory: left alone");
+                continue;
+            };
+            if damaged.contains(&replica) {
+                continue;
+            }
+            if recovery.replicas.contains(&replica) {
+                self.open(replica).await?;
+            } else {
+                tracing::info!(replica = replica.0, "removing a replica that was never in the log");
+                let dir = self.shards.join(&name);
+                let engines = self.environment.engines.clone();
+                let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir));
+                removed.await.map_err(Error::invalid)??;
+            }
+        }
+        Ok(())
+    }
+
+    async fn open(&self, replica: ReplicaId) -> Result<(), Error> {
+        let live = store_dir(&self.shards, replica.0);
+        let (engines, dir) = (self.environment.engines.clone(), live.clone());
+        let opened = blocking(&*self.environment.exec, move || {
+            let store = ReplicaState::open(&*engines, &dir, OpenState { create: false })?;
+            let home = read_home(&store, &dir)?;
+            let state = SharedState::open(store).map_err(|error| Error::io(&dir, error))?;
+            Ok::<_, Error>((home, state))
+        });
+        let (initial, state) = opened.await.map_err(Error::invalid)??;
+        self.start(replica, live, state, initial, true).await.map(drop)
+    }
+
+    /// Creates a replica on this node, or finds the one that is there. Durable when it returns.
+    pub async fn create(
+        &self,
+        replica: ReplicaId,
+        initial: Descriptor,
+    ) -> Result<Arc<Group>, Error> {
+        let _changing = self.changing.lock().await;
+        let shard = ShardId(initial.shard);
+        if let Some(group) = self.group(shard) {
+            if group.replica() == replica {
+                return Ok(group);
+            }
+            return Err(Error::invalid(format!(
+                "{shard} has replica {} on this node already",
+                group.replica().0
+            )));
+        }
+        let live = store_dir(&self.shards, replica.0);
+        let (engines, dir, home) =
+            (self.environment.engines.clone(), live.clone(), initial.clone());
+        let made = blocking(&*self.environment.exec, move || {
+            engines.destroy(&dir)?;
+            let store = ReplicaState::open(&*engines, &dir, OpenState { create: true })?;
+            write_home(&store, &home)?;
+            SharedState::open(store).map_err(|error| Error::io(&dir, error))
+        });
+        let state = made.await.map_err(Error::invalid)??;
+        // The store first: a crash in between leaves a directory that the log does not know.
+        let (done, created) = oneshot::channel();
+        self.environment.log.create(
+            replica,
+            Box::new(move |result| {
+                let _ = done.send(result);
+            }),
+        );
+        match created.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(Error::invalid(error.to_string())),
+            Err(_) => return Err(Error::invalid("the log's writer has stopped")),
+        }
+        self.start(replica, live, state, initial, false).await
+    }
+
+    async fn start(
+        &self,
+        replica: ReplicaId,
+        live: PathBuf,
+        state: SharedState,
+        initial: Descriptor,
+        restarted: bool,
+    ) -> Result<Arc<Group>, Error> {
+        let shard = ShardId(initial.shard);
+        let start = Start { shard, replica, live, state, initial, restarted };
+        let group = Group::start(start, self.environment.clone()).await?;
+        let before = self.groups.write().insert(shard, group.clone());
+        assert!(before.is_none(), "a node holds at most one replica of a shard");
+        Ok(group)
+    }
+
+    /// Stops a replica and removes all of it. Its id is remembered and never comes back.
+    pub async fn destroy(&self, shard: ShardId) -> Result<(), Error> {
+        let _changing = self.changing.lock().await;
+        let Some(group) = self.groups.write().remove(&shard) else { return Ok(()) };
+        group.shutdown().await;
+        let (replica, live, log) =
+            (group.replica(), group.live().to_path_buf(), group.log().clone());
+        drop(group);
+        let (done, destroyed) = oneshot::channel();
+        log.destroy(
+            replica,
+            Box::new(move |result| {
+                let _ = done.send(result);
+            }),
+        );
+        match destroyed.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return Err(Error::invalid(error.to_string())),
+            Err(_) => return Err(Error::invalid("the log's writer has stopped")),
+        }
+        let engines = self.environment.engines.clone();
+        blocking(&*self.environment.exec, move || engines.destroy(&live))
+            .await
+            .map_err(Error::invalid)?
+    }
+
+    /// The group of a shard, where this node holds a replica.
+    pub fn group(&self, shard: ShardId) -> Option<Arc<Group>> {
+        self.groups.read().get(&shard).cloned()
+    }
+
+    /// All groups, by shard.
+    pub fn groups(&self) -> Vec<Arc<Group>> {
+        self.groups.read().values().cloned().collect()
+    }
+
+    /// Whether the log's disk finishes its syncs in time.
+    pub fn healthy(&self) -> bool {
+        self.environment.healthy()
+    }
+
+    /// Takes a question of a peer's replica. The call itself gives it its place in the order.
+    pub fn answer(
+        &self,
+        from: NodeId,
+        shard: ShardId,
+        to_replica: ReplicaId,
+        question: Bytes,
+    ) -> Answering {
+        match self.group(shard).filter(|group| group.replica() == to_replica) {
+            Some(group) => group.answer(from, question),
+            None => Box::pin(std::future::ready(Err(TransportError::Unreachable(format!(
+                "replica {} of {shard} is not on this node",
+                to_replica.0
+            ))))),
+        }
+    }
+
+    /// The connections to a node broke: the groups that it led may campaign sooner.
+    pub fn peer_lost(&self, node: NodeId) {
+        for group in self.groups() {
+            group.peer_lost(node);
+        }
+    }
+
+    /// Hands over every leadership that can be handed over before `deadline`; returns how many are
+    /// left.
+    pub async fn hand_over_all(&self, deadline: Instant) -> usize {
+        let leading = |group: &Arc<Group>| group.status().state == Standing::Leader;
+        let led: Vec<_> = self.groups().into_iter().filter(leading).collect();
+        let handed = led.iter().map(|group| group.hand_over(None, deadline));
+        let results = futures_util::future::join_all(handed).await;
+        results.iter().filter(|result| result.is_err()).count()
+    }
+
+    /// Stops every group. Nothing is flushed: the log holds it all.
+    pub async fn shutdown(&self) {
+        let groups = std::mem::take(&mut *self.groups.write());
+        for group in groups.values() {
+            group.shutdown().await;
+        }
+    }
+
+    async fn watch_health(self: Arc<Self>) {
+        let mut probe = Probe::new(self.environment.log.clone());
+        loop {
+            tokio::select! {
+                () = self.environment.stop.cancelled() => return,
+                () = tokio::time::sleep(PROBE_INTERVAL) => {}
+            }
+            let disk = probe.tick();
+            if disk == Disk::Hung {
+                tracing::error!("the log's disk has not finished a sync for 20 s: stopping");
+                (self.on_hang)();
+                return;
+            }
+            let well = disk == Disk::Well;
+            if self.environment.healthy.swap(well, Ordering::AcqRel) != well {
+                tracing::warn!(well, "the log's disk changed");
+                for group in self.groups() {
+                    group.set_healthy(well).await;
+                }
+            }
+        }
+    }
+
+    /// Keeps the shared log within its budget: flushes the replica that holds its oldest unflushed
+    /// entries, and lets the log free what is behind them.
+    async fn bound_log(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.environment.stop.cancelled() => return,
+                () = tokio::time::sleep(COMPACT_INTERVAL) => {}
+            }
+            if self.environment.log.stats().bytes_on_disk <= self.log_bytes_target {
+                continue;
+            }
+            let Some((replica, bytes)) = self.environment.log.oldest_pinner() else { continue };
+            let Some(group) = self.groups().into_iter().find(|g| g.replica() == replica) else {
+                continue;
+            };
+            // Over the budget kept entries go too: a follower that wants them takes a snapshot.
+            let over = self.environment.log.stats().bytes_on_disk > 2 * self.log_bytes_target;
+            let keep = if over { 0 } else { KEPT_ENTRIES };
+            tracing::debug!(shard = %group.shard(), bytes, keep, "flushing to free the log");
+            if let Err(error) = group.compact(keep).await {
+                tracing::warn!(shard = %group.shard(), %error, "a flush to free the log failed");
+            }
+        }
+    }
+
+}
+
+fn write_home(store: &ReplicaState, initial: &Descriptor) -> Result<(), Error> {
+    let mut bytes = BytesMut::new();
+    bytes.put_u8(1);
+    initial.put(&mut bytes);
+    let mut overlay = store.overlay();
+    overlay.put_meta(HOME, bytes.freeze());
+    store.write(overlay.into_batch())?;
+    store.flush().map(drop)
+}
+
+fn read_home(store: &ReplicaState, dir: &Path) -> Result<Descriptor, Error> {
+    let damaged = |why: &str| Error::corruption(dir, 0, why.to_owned());
+    let bytes = store.meta(HOME)?;
+    let mut bytes = bytes.ok_or_else(|| damaged("the store does not say what it belongs to"))?;
+    if bytes.try_get_u8() != Ok(1) {
+        return Err(damaged("the record of what the store belongs to has an unknown format"));
+    }
+    let mut reader = Reader::new(bytes);
+    Descriptor::get(&mut reader).map_err(|error| damaged(&error.to_string()))
+}

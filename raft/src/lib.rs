@@ -1,0 +1,31 @@
+#![doc = include_str!("../README.md")]
+
+mod wire;
+pub mod runtime;
+pub mod descriptor;
+pub mod command;
+pub mod dedup;
+pub mod apply;
+pub mod types;
+pub mod error;
+pub mod clock;
+mod entry;
+mod message;
+pub mod transport;
+mod log_store;
+mod snapshot;
+pub mod state_machine;
+mod network;
+pub mod leadership;
+pub mod lease;
+pub mod health;
+mod membership;
+mod proposer;
+pub mod reader;
+pub mod group;
+pub mod host;
+
+#[cfg(test)]
+mod conformance;
+
+pub use wire::Malformed;

@@ -1,0 +1,88 @@
+//! Who may lead next: pure choices over a group's status.
+//!
+//! Owns the choice of a transfer's target and the order of campaigns. Does not change members.
+
+use coracle_storage::ReplicaId;
+
+use crate::leadership::GroupStatus;
+use crate::types::{NodeId, Role};
+
+/// The voter to which leadership can go now: on `to`, or any. It holds the leader's whole log, so it
+/// neither refuses nor keeps the group waiting.
+pub(crate) fn transfer_target(
+    status: &GroupStatus,
+    own: ReplicaId,
+    to: Option<NodeId>,
+) -> Option<u64> {
+    let last = status.last_index?;
+    let eligible = status.members.iter().filter(|(id, member)| {
+        **id != own.0
+            && member.role == Role::Voter
+            && to.is_none_or(|node| member.node == node)
+            && member.matched.is_some_and(|matched| matched.index >= last)
+    });
+    eligible.map(|(id, _)| *id).next()
+}
+
+/// The place of a replica among the voters that may follow a lost leader; `None` for others.
+pub(crate) fn campaign_rank(status: &GroupStatus, own: ReplicaId) -> Option<u32> {
+    let voters = status.members.iter().filter(|(_, member)| member.role == Role::Voter);
+    let followers = voters.filter(|(id, _)| Some(**id) != status.leader_replica);
+    // Turned by the term, so that one replica does not inherit every group of a lost node.
+    let ids: Vec<u64> = followers.map(|(id, _)| *id).collect();
+    let place = ids.iter().position(|id| *id == own.0)?;
+    let turned = (place as u64 + status.term) % ids.len() as u64;
+    Some(turned as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::leadership::{Member, Standing};
+    use crate::types::Position;
+
+    fn status(matched: [Option<u64>; 3]) -> GroupStatus {
+        let member = |n: usize| Member {
+            node: NodeId(n as u64 + 1),
+            role: Role::Voter,
+            matched: matched[n].map(|index| Position { term: 1, index }),
+        };
+        GroupStatus {
+            state: Standing::Leader,
+            term: 1,
+            leader_replica: Some(10),
+            leader: Some(NodeId(1)),
+            last_index: Some(7),
+            committed: None,
+            applied: None,
+            purged: None,
+            members: BTreeMap::from([(10, member(0)), (11, member(1)), (12, member(2))]),
+            joint: false,
+            failed: None,
+        }
+    }
+
+    #[test]
+    fn only_a_voter_with_the_whole_log_takes_over() {
+        let own = ReplicaId(10);
+        let status = status([Some(7), Some(6), Some(7)]);
+        assert_eq!(transfer_target(&status, own, None), Some(12));
+        assert_eq!(transfer_target(&status, own, Some(NodeId(2))), None);
+        assert_eq!(transfer_target(&status, own, Some(NodeId(3))), Some(12));
+    }
+
+    #[test]
+    fn followers_campaign_in_an_order_that_turns_with_the_term() {
+        let mut status = status([None, None, None]);
+        let ranks = |status: &GroupStatus| {
+            [11, 12].map(|id| campaign_rank(status, ReplicaId(id)).expect("a voter"))
+        };
+        let first = ranks(&status);
+        assert_eq!({ let mut sorted = first; sorted.sort_unstable(); sorted }, [0, 1]);
+        status.term = 2;
+        assert_ne!(ranks(&status), first);
+        assert_eq!(campaign_rank(&status, ReplicaId(10)), None, "the lost leader is not among them");
+    }
+}

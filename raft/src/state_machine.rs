@@ -1,0 +1,414 @@
+//! openraft's state machine over `apply` and one state store.
+//!
+//! Owns the order: entries are applied one batch at a time, each batch is written whole with the
+//! position that it reaches, and only then visible to reads and answered. What an entry does is
+//! `apply`'s business, what is durable is the store's.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use coracle_storage::exec::Exec;
+use coracle_storage::fs::Fs;
+use coracle_storage::state::{
+    Engines, MetaName, OpenState, Reader, ReplicaState, checkpoint,
+};
+use futures_util::{FutureExt, Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend};
+use parking_lot::RwLock;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::apply::{GroupState, apply};
+use crate::descriptor::Descriptor;
+use crate::entry::{
+    decode_stored_membership, encode_stored_membership, get_log_id, put_log_id,
+};
+use crate::error::GroupError;
+use crate::snapshot::{CheckpointDir, SnapshotData, blocking};
+use crate::types::{
+    Entry, LogId, Position, Replies, SnapshotMeta, StoredMembership, TypeConfig, position,
+};
+
+/// Bytes of entries that one batch applies: bounds the memory of a batch and the time for which
+/// reads wait for it.
+const BATCH_BYTES_MAX: usize = 4 << 20;
+/// A checkpoint is sent again, rather than made anew, within so long: a follower that refuses one
+/// asks ten times a second.
+const CHECKPOINT_FRESH: Duration = Duration::from_secs(10);
+
+/// What reads, writes and the host see of a replica's state.
+#[derive(Clone)]
+pub(crate) struct SharedState(Arc<Shared>);
+
+struct Shared {
+    current: RwLock<Current>,
+    applied: watch::Sender<Position>,
+}
+
+struct Current {
+    /// `None` while a snapshot is swapped in.
+    store: Option<ReplicaState>,
+    group: GroupState,
+    last_applied: Option<LogId>,
+    membership: StoredMembership,
+}
+
+/// A consistent look at a replica's state.
+pub struct ReadState {
+    /// Keys and versions.
+    pub reader: Reader<'static>,
+    /// Which arc this very view holds; `None` before the group was described.
+    pub descriptor: Option<Descriptor>,
+    /// Up to which entry.
+    pub position: Position,
+    /// The group clock: the highest version that is in it.
+    pub clock: u64,
+}
+
+/// A group's clock and the highest ceiling, as replicated.
+pub(crate) struct ClockAndCeiling {
+    pub(crate) clock: u64,
+    pub(crate) ceiling: u64,
+}
+
+impl SharedState {
+    /// Opens a store and reads what was durable of it.
+    pub(crate) fn open(store: ReplicaState) -> io::Result<Self> {
+        let current = Current::load(store)?;
+        let at = current.last_applied.as_ref().map(position).unwrap_or_default();
+        let shared = Shared { current: RwLock::new(current), applied: watch::Sender::new(at) };
+        Ok(Self(Arc::new(shared)))
+    }
+
+    pub(crate) fn applied(&self) -> Position {
+        *self.0.applied.borrow()
+    }
+
+    pub(crate) async fn wait_for_index(&self, index: u64) {
+        let mut applied = self.0.applied.subscribe();
+        // The sender lives in `self`, so the wait can only end by reaching the index.
+        let _ = applied.wait_for(|applied| applied.index >= index).await;
+    }
+
+    pub(crate) async fn wait_for_term(&self, term: u64, at_most: Duration) {
+        let mut applied = self.0.applied.subscribe();
+        let reached = applied.wait_for(|applied| applied.term >= term);
+        // Not reached in time: the caller looks again and decides.
+        let _ = tokio::time::timeout(at_most, reached).await;
+    }
+
+    pub(crate) fn clock_and_ceiling(&self) -> ClockAndCeiling {
+        let current = self.0.current.read();
+        ClockAndCeiling { clock: current.group.clock, ceiling: current.group.ceiling }
+    }
+
+    pub(crate) fn descriptor(&self) -> Option<Descriptor> {
+        self.0.current.read().group.descriptor.clone()
+    }
+
+    pub(crate) fn state_bytes(&self) -> u64 {
+        self.0.current.read().store.as_ref().map_or(0, |store| store.engine().approximate_bytes())
+    }
+
+    /// A view of the state together with the descriptor that holds for it.
+    pub(crate) fn read(&self) -> Result<ReadState, GroupError> {
+        let current = self.0.current.read();
+        let store = current.store.as_ref().ok_or(GroupError::TooStale)?;
+        let reader = store.reader().map_err(|error| GroupError::Storage(error.to_string()))?;
+        Ok(ReadState {
+            reader,
+            descriptor: current.group.descriptor.clone(),
+            position: current.last_applied.as_ref().map(position).unwrap_or_default(),
+            clock: current.group.clock,
+        })
+    }
+
+    fn store(&self) -> io::Result<ReplicaState> {
+        let current = self.0.current.read();
+        current.store.clone().ok_or_else(|| io::Error::other("a snapshot is being swapped in"))
+    }
+
+    /// Applies entries as one batch: written, then visible.
+    fn apply_batch(&self, entries: &[Entry]) -> io::Result<Vec<Replies>> {
+        // Only the state machine writes, one batch at a time, so what is read here stays true.
+        let (store, mut group, mut membership) = {
+            let current = self.0.current.read();
+            let store = current.store.clone().expect("the state machine swaps and applies in turn");
+            (store, current.group.clone(), current.membership.clone())
+        };
+        let mut overlay = store.overlay();
+        let mut replies = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let at = position(&entry.log_id);
+            replies.push(match &entry.payload {
+                EntryPayload::Blank => Replies::default(),
+                EntryPayload::Normal(proposal) => Replies(
+                    apply(&mut overlay, &mut group, at.term, at.index, &proposal.0)
+                        .map_err(io::Error::other)?,
+                ),
+                EntryPayload::Membership(new) => {
+                    group.apply_membership();
+                    membership = StoredMembership::new(Some(entry.log_id), new.clone());
+                    Replies::default()
+                }
+            });
+        }
+        let last = entries.last().expect("a batch holds at least one entry").log_id;
+        group.store(&mut overlay);
+        overlay.put_meta(MetaName::APPLIED, applied_bytes(&last));
+        overlay.put_meta(MetaName::MEMBERSHIP, encode_stored_membership(&membership));
+        let batch = overlay.into_batch();
+        {
+            // Written under the lock: a read sees the batch and the descriptor that it left, or
+            // neither.
+            let mut current = self.0.current.write();
+            store.write(batch).map_err(io::Error::other)?;
+            let before = current.last_applied;
+            assert!(
+                before < Some(last),
+                "entries are applied in order, each once: {before:?}, then {last:?}"
+            );
+            current.group = group;
+            current.membership = membership;
+            current.last_applied = Some(last);
+        }
+        self.0.applied.send_replace(position(&last));
+        Ok(replies)
+    }
+}
+
+impl Current {
+    fn load(store: ReplicaState) -> io::Result<Self> {
+        let group = GroupState::load(&store.overlay()).map_err(io::Error::other)?;
+        let last_applied = match store.meta(MetaName::APPLIED).map_err(io::Error::other)? {
+            Some(bytes) => applied_from(bytes)?,
+            None => None,
+        };
+        let membership = match store.meta(MetaName::MEMBERSHIP).map_err(io::Error::other)? {
+            Some(bytes) => decode_stored_membership(bytes)
+                .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?,
+            None => StoredMembership::default(),
+        };
+        Ok(Self { store: Some(store), group, last_applied, membership })
+    }
+}
+
+fn applied_bytes(id: &LogId) -> Bytes {
+    let mut bytes = BytesMut::new();
+    put_log_id(&mut bytes, &Some(*id));
+    bytes.freeze()
+}
+
+fn applied_from(bytes: Bytes) -> io::Result<Option<LogId>> {
+    let mut reader = crate::wire::Reader::new(bytes);
+    let id = get_log_id(&mut reader);
+    id.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+/// One replica's state machine.
+pub struct StateMachine {
+    shared: SharedState,
+    exec: Arc<dyn Exec>,
+    engines: Arc<dyn Engines>,
+    fs: Arc<dyn Fs>,
+    live: PathBuf,
+    /// Numbers this replica's checkpoints.
+    checkpoints: u64,
+    pub(crate) recent: Option<(Instant, SnapshotMeta, Arc<CheckpointDir>)>,
+    /// Opened by the host once openraft has looked at what is there; before, nobody sends.
+    serving: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl StateMachine {
+    pub(crate) fn new(
+        shared: SharedState,
+        exec: Arc<dyn Exec>,
+        engines: Arc<dyn Engines>,
+        live: PathBuf,
+        serving: Arc<std::sync::atomic::AtomicBool>,
+    ) -> Self {
+        let fs = engines.fs();
+        Self { shared, exec, engines, fs, live, checkpoints: 0, recent: None, serving }
+    }
+
+    fn meta(&self) -> SnapshotMeta {
+        let current = self.shared.0.current.read();
+        SnapshotMeta {
+            last_log_id: current.last_applied,
+            last_membership: current.membership.clone(),
+        }
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T> {
+        blocking(&*self.exec, job).await.map_err(io::Error::other)?
+    }
+
+    /// A checkpoint of the state as it is. Called between batches, so files and position agree.
+    async fn checkpoint(&mut self) -> io::Result<(SnapshotMeta, Arc<CheckpointDir>)> {
+        if let Some((made, meta, dir)) = &self.recent
+            && made.elapsed() < CHECKPOINT_FRESH
+        {
+            return Ok((meta.clone(), dir.clone()));
+        }
+        self.recent = None;
+        self.checkpoints += 1;
+        let mut path = self.live.as_os_str().to_os_string();
+        path.push(format!(".checkpoint-{}", self.checkpoints));
+        let path = PathBuf::from(path);
+        let (store, fs, target) = (self.shared.store()?, self.fs.clone(), path.clone());
+        let meta = self.meta();
+        self.run(move || {
+            if fs.exists(&target) {
+                fs.remove_dir_all(&target)?;
+            }
+            store.engine().checkpoint(&target).map_err(io::Error::other)
+        })
+        .await?;
+        let dir = Arc::new(CheckpointDir { fs: self.fs.clone(), path });
+        self.recent = Some((Instant::now(), meta.clone(), dir.clone()));
+        Ok((meta, dir))
+    }
+
+    /// Closes the live store, which takes until the last read has let go of it.
+    async fn close_store(&self) {
+        let store = self.shared.0.current.write().store.take();
+        let Some(store) = store else { return };
+        let engine = Arc::downgrade(store.engine());
+        drop(store);
+        while engine.strong_count() > 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for StateMachine {
+    type SnapshotData = SnapshotData;
+    type SnapshotBuilder = DurableBuilder;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        let current = self.shared.0.current.read();
+        Ok((current.last_applied, current.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut entries = entries.fuse();
+        while let Some(first) = entries.next().await {
+            let (entry, responder) = first?;
+            let mut bytes = entry_bytes(&entry);
+            let (mut batch, mut responders) = (vec![entry], vec![responder]);
+            while bytes < BATCH_BYTES_MAX
+                && let Some(Some(next)) = entries.next().now_or_never()
+            {
+                let (entry, responder) = next?;
+                bytes += entry_bytes(&entry);
+                batch.push(entry);
+                responders.push(responder);
+            }
+            let shared = self.shared.clone();
+            let replies = self.run(move || shared.apply_batch(&batch)).await?;
+            for (responder, replies) in responders.into_iter().zip(replies) {
+                if let Some(responder) = responder {
+                    responder.send(replies);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn try_create_snapshot_builder(&mut self, _force: bool) -> Option<DurableBuilder> {
+        Some(self.get_snapshot_builder().await)
+    }
+
+    async fn get_snapshot_builder(&mut self) -> DurableBuilder {
+        // The position is taken here, between batches; what is flushed later holds at least it.
+        DurableBuilder { meta: self.meta(), shared: self.shared.clone(), exec: self.exec.clone() }
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotData,
+    ) -> Result<(), io::Error> {
+        let SnapshotData::Received(received) = snapshot else {
+            return Err(io::Error::other("only a received snapshot is installed"));
+        };
+        self.recent = None;
+        self.close_store().await;
+        let (engines, fs, live) = (self.engines.clone(), self.fs.clone(), self.live.clone());
+        let current = self
+            .run(move || {
+                checkpoint::swap_in(&*fs, &received, &live).map_err(io::Error::other)?;
+                let store = ReplicaState::open(&*engines, &live, OpenState { create: false });
+                Current::load(store.map_err(io::Error::other)?)
+            })
+            .await?;
+        assert_eq!(
+            current.last_applied, meta.last_log_id,
+            "a snapshot's files hold exactly the state of the position that it names"
+        );
+        let at = current.last_applied.as_ref().map(position).unwrap_or_default();
+        *self.shared.0.current.write() = current;
+        self.shared.0.applied.send_replace(at);
+        Ok(())
+    }
+
+    async fn get_current_snapshot(
+        &mut self,
+    ) -> Result<Option<openraft::alias::SnapshotOf<TypeConfig, SnapshotData>>, io::Error> {
+        if self.meta().last_log_id.is_none() {
+            return Ok(None);
+        }
+        if !self.serving.load(std::sync::atomic::Ordering::Acquire) {
+            // openraft asks at start, only for the position: what was loaded is durable.
+            let (meta, snapshot) = (self.meta(), SnapshotData::Durable);
+            return Ok(Some(openraft::Snapshot { meta, snapshot }));
+        }
+        let (meta, dir) = self.checkpoint().await?;
+        Ok(Some(openraft::Snapshot { meta, snapshot: SnapshotData::Checkpoint(dir) }))
+    }
+}
+
+fn entry_bytes(entry: &Entry) -> usize {
+    match &entry.payload {
+        EntryPayload::Normal(proposal) => proposal.0.len(),
+        _ => 64,
+    }
+}
+
+/// Makes the state durable up to a position, so that the log may be purged to there.
+pub struct DurableBuilder {
+    meta: SnapshotMeta,
+    shared: SharedState,
+    exec: Arc<dyn Exec>,
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for DurableBuilder {
+    type SnapshotData = SnapshotData;
+
+    async fn build_snapshot(
+        &mut self,
+    ) -> Result<openraft::alias::SnapshotOf<TypeConfig, SnapshotData>, io::Error> {
+        // Weak while flushing would let a swap run beneath it: the handle keeps the store open,
+        // and a swap waits for it.
+        let store = self.shared.store()?;
+        let flushed = blocking(&*self.exec, move || store.engine().flush()).await;
+        flushed.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        let (meta, snapshot) = (self.meta.clone(), SnapshotData::Durable);
+        Ok(openraft::Snapshot { meta, snapshot })
+    }
+}
+
+/// Where a replica's store stands in the data directory.
+pub(crate) fn store_dir(shards: &Path, replica: u64) -> PathBuf {
+    shards.join(format!("{replica:016x}"))
+}

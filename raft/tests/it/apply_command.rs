@@ -1,0 +1,273 @@
+//! The bytes of commands: pinned, read back, and refused when they are not ours.
+
+use bytes::Bytes;
+use coracle_raft::command::{
+    Change, Command, Condition, DecodeError, Operation, Request, RequestId, Stamped,
+};
+use coracle_raft::descriptor::Descriptor;
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// One of everything: what the golden bytes pin.
+fn sample() -> Stamped {
+    let operation = |key: &'static [u8], condition, change| Operation {
+        key: Bytes::from_static(key),
+        condition,
+        change,
+    };
+    let request = |sequence, operations| Request {
+        id: RequestId {
+            client: 0xC1,
+            sequence,
+            birth_ms: 0xB1,
+            lowest_unanswered: 1,
+        },
+        keyspace: 2,
+        position: 0x0102_0304_0506_0708,
+        epoch: 5,
+        operations,
+    };
+    Stamped {
+        stamp: 0x0A_0000,
+        ceiling: 0x0B_0000,
+        command: Command::Requests(vec![
+            request(
+                9,
+                vec![
+                    operation(
+                        b"a",
+                        None,
+                        Change::Put {
+                            value: Bytes::from_static(b"vv"),
+                            ttl_ms: 1000,
+                        },
+                    ),
+                    operation(b"", Some(Condition::IfAbsent), Change::Delete),
+                ],
+            ),
+            request(
+                10,
+                vec![
+                    operation(
+                        b"b\0",
+                        Some(Condition::IfVersion(7)),
+                        Change::Increment { by: -2 },
+                    ),
+                    operation(
+                        b"c",
+                        Some(Condition::IfValue(Bytes::from_static(b"x"))),
+                        Change::Check,
+                    ),
+                ],
+            ),
+        ]),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[test]
+fn golden_bytes_of_every_command() {
+    let id = |sequence: &str| {
+        format!("00000000000000c1{sequence}00000000000000b10000000000000001")
+            + "00000002"
+            + "0102030405060708"
+            + "0000000000000005"
+    };
+    let requests = "0101".to_string()
+        + "00000000000a0000"
+        + "00000000000b0000"
+        + "00000002"
+        + &id("0000000000000009")
+        + "00000002"
+        + "0000000161" // key
+        + "00" // no condition
+        + "0100000000000003e8000000027676" // put, ttl, value
+        + "00000000" // the empty key
+        + "01" // if absent
+        + "02" // delete
+        + &id("000000000000000a")
+        + "00000002"
+        + "000000026200"
+        + "020000000000000007" // if version
+        + "03fffffffffffffffe" // increment by -2
+        + "0000000163"
+        + "030000000178" // if value
+        + "04"; // check
+    assert_eq!(hex(&sample().encode()), requests);
+
+    let stamped = |command| Stamped {
+        stamp: 1,
+        ceiling: 2,
+        command,
+    };
+    assert_eq!(
+        hex(&stamped(Command::Advance).encode()),
+        "010200000000000000010000000000000002"
+    );
+    let shard = Descriptor {
+        shard: 3,
+        arc: Some((4, 0)),
+        epoch: 1,
+    };
+    assert_eq!(
+        hex(&stamped(Command::Describe(shard)).encode()),
+        "010300000000000000010000000000000002".to_string()
+            + "0100000000000000030000000000000001"
+            + "0100000000000000040000000000000000"
+    );
+}
+
+#[test]
+fn unknown_version_and_unknown_kinds_are_errors() {
+    let good = sample().encode();
+    let changed = |at: usize, to: u8| {
+        let mut bytes = good.to_vec();
+        bytes[at] = to;
+        Stamped::decode(&Bytes::from(bytes))
+    };
+    assert_eq!(changed(0, 2), Err(DecodeError::UnknownVersion { found: 2 }));
+    assert_eq!(
+        changed(1, 9),
+        Err(DecodeError::UnknownKind {
+            what: "command",
+            found: 9
+        })
+    );
+    // Behind the entry's head and the request's.
+    let operation = 22 + 56;
+    assert_eq!(
+        changed(operation + 5, 9),
+        Err(DecodeError::UnknownKind {
+            what: "condition",
+            found: 9
+        })
+    );
+    assert_eq!(
+        changed(operation + 6, 9),
+        Err(DecodeError::UnknownKind {
+            what: "change",
+            found: 9
+        })
+    );
+    assert!(matches!(
+        Stamped::decode(&Bytes::new()),
+        Err(DecodeError::Malformed(_))
+    ));
+}
+
+#[test]
+fn decoded_keys_and_values_share_the_entrys_memory() {
+    let entry = sample().encode();
+    let Command::Requests(requests) = Stamped::decode(&entry).expect("own bytes").command else {
+        panic!("requests came back as something else");
+    };
+    let span = entry.as_ptr_range();
+    let operation = &requests[0].operations[0];
+    let Change::Put { value, .. } = &operation.change else {
+        panic!("the put has changed")
+    };
+    assert!(span.contains(&operation.key.as_ptr()) && span.contains(&value.as_ptr()));
+}
+
+fn bytes_up_to(len: usize) -> impl Strategy<Value = Bytes> {
+    vec(any::<u8>(), 0..len).prop_map(Bytes::from)
+}
+
+fn operations() -> impl Strategy<Value = Operation> {
+    let condition = prop_oneof![
+        Just(None),
+        Just(Some(Condition::IfAbsent)),
+        any::<u64>().prop_map(|version| Some(Condition::IfVersion(version))),
+        bytes_up_to(20).prop_map(|value| Some(Condition::IfValue(value))),
+    ];
+    let change = prop_oneof![
+        (bytes_up_to(40), any::<u64>()).prop_map(|(value, ttl_ms)| Change::Put { value, ttl_ms }),
+        Just(Change::Delete),
+        any::<i64>().prop_map(|by| Change::Increment { by }),
+        Just(Change::Check),
+    ];
+    (bytes_up_to(20), condition, change).prop_map(|(key, condition, change)| Operation {
+        key,
+        condition,
+        change,
+    })
+}
+
+fn requests() -> impl Strategy<Value = Request> {
+    let numbers = (any::<[u64; 6]>(), any::<u32>());
+    (numbers, vec(operations(), 0..4)).prop_map(|((numbers, keyspace), operations)| {
+        let [
+            client,
+            sequence,
+            birth_ms,
+            lowest_unanswered,
+            position,
+            epoch,
+        ] = numbers;
+        let id = RequestId {
+            client,
+            sequence,
+            birth_ms,
+            lowest_unanswered,
+        };
+        Request {
+            id,
+            keyspace,
+            position,
+            epoch,
+            operations,
+        }
+    })
+}
+
+fn entries() -> impl Strategy<Value = Stamped> {
+    let command = prop_oneof![
+        4 => vec(requests(), 0..4).prop_map(Command::Requests),
+        1 => Just(Command::Advance),
+        1 => (any::<u64>(), 1..u64::MAX, any::<bool>()).prop_map(|(shard, epoch, meta)| {
+            let arc = (!meta).then_some((epoch / 2, epoch));
+            Command::Describe(Descriptor { shard, arc, epoch })
+        }),
+    ];
+    (any::<u64>(), any::<u64>(), command).prop_map(|(stamp, ceiling, command)| Stamped {
+        stamp,
+        ceiling,
+        command,
+    })
+}
+
+proptest! {
+    #[test]
+    fn what_was_encoded_comes_back_and_its_length_was_foretold(entry in entries()) {
+        let bytes = entry.encode();
+        if let Command::Requests(_) = &entry.command {
+            prop_assert_eq!(bytes.len(), entry.command.size());
+        }
+        prop_assert!(bytes.len() <= entry.command.size());
+        prop_assert_eq!(Stamped::decode(&bytes), Ok(entry));
+    }
+
+    #[test]
+    fn decoding_any_bytes_never_panics(bytes in vec(any::<u8>(), 0..200)) {
+        let _ = Stamped::decode(&Bytes::from(bytes));
+    }
+
+    /// One byte of a real entry changed, or the entry cut: decoded to something else or refused.
+    #[test]
+    fn decoding_damaged_entries_never_panics(
+        entry in entries(), at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()
+    ) {
+        let bytes = entry.encode();
+        let at = at.index(bytes.len());
+        if cut {
+            prop_assert!(Stamped::decode(&bytes.slice(..at)).is_err());
+        } else {
+            let mut bytes = bytes.to_vec();
+            bytes[at] = to;
+            let _ = Stamped::decode(&Bytes::from(bytes));
+        }
+    }
+}

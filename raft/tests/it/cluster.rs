@@ -1,0 +1,301 @@
+//! Three hosts, one group, a transport in memory: writes, reads, failover, restart, snapshots. Finds
+//! what goes wrong between openraft, the log and apply; the network proper is the server's.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use coracle_raft::apply::{Outcome, Reply};
+use coracle_raft::clock::Clock;
+use coracle_raft::command::{Change, Operation, Request, RequestId};
+use coracle_raft::descriptor::Descriptor;
+use coracle_raft::error::GroupError;
+use coracle_raft::group::Group;
+use coracle_raft::host::{Host, Options};
+use coracle_raft::leadership::Standing;
+use coracle_raft::lease::Timing;
+use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
+use coracle_raft::types::{NodeId, ShardId};
+use coracle_storage::exec::{Exec, RealExec};
+use coracle_storage::fs::{Fs, RealFs};
+use coracle_storage::log::Log;
+use coracle_storage::state::MapEngines;
+use coracle_storage::{LogOptions, ReplicaId};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+const SHARD: ShardId = ShardId(1);
+
+/// Who is reachable from whom.
+#[derive(Default)]
+struct Wires {
+    hosts: Mutex<BTreeMap<NodeId, Arc<Host>>>,
+    cut: Mutex<BTreeSet<NodeId>>,
+}
+
+struct Wire {
+    from: NodeId,
+    wires: Arc<Wires>,
+}
+
+impl Transport for Wire {
+    fn ask(&self, to: Address, _: Lane, question: Bytes, timeout: Duration) -> Answering {
+        let cut = self.wires.cut.lock();
+        let host = self.wires.hosts.lock().get(&to.node).cloned();
+        let reachable = !cut.contains(&to.node) && !cut.contains(&self.from);
+        let Some(host) = host.filter(|_| reachable) else {
+            let error = TransportError::Unreachable("down".to_owned());
+            return Box::pin(std::future::ready(Err(error)));
+        };
+        let answer = host.answer(self.from, to.shard, to.replica, question);
+        Box::pin(async move {
+            tokio::time::timeout(timeout, answer)
+                .await
+                .unwrap_or(Err(TransportError::Timeout(timeout)))
+        })
+    }
+}
+
+struct WallClock;
+
+impl Clock for WallClock {
+    fn now_ms(&self) -> u64 {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        now.expect("after 1970").as_millis() as u64
+    }
+
+    fn check(&self) -> Result<(), GroupError> {
+        Ok(())
+    }
+}
+
+struct Node {
+    host: Arc<Host>,
+    log: Log,
+    stop: CancellationToken,
+}
+
+async fn start(id: NodeId, dir: &Path, wires: &Arc<Wires>, start: u64) -> Node {
+    let exec: Arc<dyn Exec> = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 8));
+    let fs: Arc<dyn Fs> = Arc::new(RealFs);
+    let options = LogOptions { segment_bytes: 1 << 20, ..LogOptions::default() };
+    let (log, recovery) = Log::open(fs.clone(), exec.clone(), &dir.join("log"), options)
+        .expect("the log opens");
+    let stop = CancellationToken::new();
+    let host = Host::new(Options {
+        shards: dir.join("shards"),
+        timing: Timing::default(),
+        log: log.clone(),
+        log_bytes_target: 8 << 20,
+        engines: Arc::new(MapEngines::new(fs)),
+        exec,
+        clock: Arc::new(WallClock),
+        transport: Arc::new(Wire { from: id, wires: wires.clone() }),
+        incarnation: start,
+        stop: stop.clone(),
+        on_hang: Arc::new(|| panic!("the disk hangs")),
+    });
+    host.open_all(&recovery).await.expect("all replicas open");
+    wires.hosts.lock().insert(id, host.clone());
+    Node { host, log, stop }
+}
+
+impl Node {
+    async fn stop(self, id: NodeId, wires: &Wires) {
+        wires.hosts.lock().remove(&id);
+        self.stop.cancel();
+        self.host.shutdown().await;
+        self.log.close();
+    }
+}
+
+struct Cluster {
+    dirs: BTreeMap<NodeId, tempfile::TempDir>,
+    nodes: BTreeMap<NodeId, Node>,
+    wires: Arc<Wires>,
+    sequence: u64,
+}
+
+impl Cluster {
+    async fn new() -> Self {
+        let wires = Arc::new(Wires::default());
+        let (mut dirs, mut nodes) = (BTreeMap::new(), BTreeMap::new());
+        for id in (1..=3).map(NodeId) {
+            let dir = tempfile::tempdir().expect("a scratch directory");
+            nodes.insert(id, start(id, dir.path(), &wires, 1).await);
+            dirs.insert(id, dir);
+        }
+        let members: BTreeMap<u64, NodeId> = (1..=3).map(|n| (10 + n, NodeId(n))).collect();
+        for (replica, node) in members.iter().rev() {
+            let initial = Descriptor { shard: SHARD.0, arc: Some((0, 0)), epoch: 1 };
+            let made = nodes[node].host.create(ReplicaId(*replica), initial).await;
+            let group = made.expect("a new replica");
+            if node.0 == 1 {
+                group.initialize(members.clone()).await.expect("a new group");
+            }
+        }
+        Self { dirs, nodes, wires, sequence: 0 }
+    }
+
+    fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
+        let mut led = self.nodes.iter().filter_map(|(id, node)| {
+            let group = node.host.group(SHARD)?;
+            (group.status().state == Standing::Leader).then_some((*id, group))
+        });
+        led.next()
+    }
+
+    /// Writes until it is acknowledged, always with the same request id.
+    async fn put(&mut self, key: &str, value: &str) -> Reply {
+        self.sequence += 1;
+        let operation = Operation {
+            key: Bytes::copy_from_slice(key.as_bytes()),
+            condition: None,
+            change: Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: 0 },
+        };
+        let request = Request {
+            id: RequestId {
+                client: 7,
+                sequence: self.sequence,
+                birth_ms: WallClock.now_ms(),
+                lowest_unanswered: self.sequence,
+            },
+            keyspace: 1,
+            position: 5,
+            epoch: 0,
+            operations: vec![operation],
+        };
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < until, "{key} was not acknowledged");
+            if let Some((_, group)) = self.leader() {
+                let deadline = Instant::now() + Duration::from_secs(2);
+                if let Ok(reply) = group.write(request.clone(), deadline).await
+                    && matches!(reply.outcome, Outcome::Applied { .. })
+                {
+                    return reply;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn get(&self, key: &str) -> Option<Bytes> {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < until, "{key} could not be read");
+            if let Some((_, group)) = self.leader() {
+                let name = key.to_owned();
+                let deadline = Instant::now() + Duration::from_secs(2);
+                let read = group.read(deadline, move |state| {
+                    state.reader.get_at(1, name.as_bytes(), u64::MAX).expect("readable")
+                });
+                if let Ok(found) = read.await {
+                    return found.map(|versioned| versioned.value);
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    async fn check(&self, count: u64) {
+        for n in 0..count {
+            let value = self.get(&format!("k{n}")).await;
+            assert_eq!(value.as_deref(), Some(format!("v{n}").as_bytes()), "k{n}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn acknowledged_writes_survive_the_loss_of_leaders_and_a_restart_of_all() {
+    let mut cluster = Cluster::new().await;
+    let mut version = 0;
+    for n in 0..40 {
+        if n == 10 || n == 25 {
+            let (id, _) = cluster.leader().expect("a leader");
+            let node = cluster.nodes.remove(&id).expect("it runs");
+            node.stop(id, &cluster.wires).await;
+            for other in cluster.nodes.values() {
+                other.host.peer_lost(id);
+            }
+            cluster.put(&format!("k{n}"), &format!("v{n}")).await;
+            let dir = cluster.dirs[&id].path().to_path_buf();
+            cluster.nodes.insert(id, start(id, &dir, &cluster.wires, n).await);
+        }
+        let reply = cluster.put(&format!("k{n}"), &format!("v{n}")).await;
+        let Outcome::Applied { version: this, .. } = reply.outcome else { unreachable!() };
+        assert!(this > version, "versions rise with the log");
+        version = this;
+    }
+    cluster.check(40).await;
+    for (id, node) in std::mem::take(&mut cluster.nodes) {
+        node.stop(id, &cluster.wires).await;
+    }
+    for (id, dir) in &cluster.dirs {
+        cluster.nodes.insert(*id, start(*id, dir.path(), &cluster.wires, 100).await);
+    }
+    cluster.check(40).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_cut_off_serves_no_read_after_another_was_elected() {
+    let mut cluster = Cluster::new().await;
+    cluster.put("k0", "old").await;
+    let (id, old) = cluster.leader().expect("a leader");
+    cluster.wires.cut.lock().insert(id);
+    let until = Instant::now() + Duration::from_secs(20);
+    let other = loop {
+        assert!(Instant::now() < until, "nobody else was elected");
+        let others = cluster.nodes.iter().filter(|(node, _)| **node != id);
+        let mut groups = others.filter_map(|(_, node)| node.host.group(SHARD));
+        if let Some(group) = groups.find(|group| group.status().state == Standing::Leader) {
+            break group;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    };
+    let deadline = Instant::now() + Duration::from_millis(700);
+    let stale = old.read(deadline, |state| state.position).await;
+    assert!(stale.is_err(), "a deposed leader read at {stale:?}");
+    drop(other);
+    cluster.wires.cut.lock().clear();
+    cluster.put("k0", "new").await;
+    assert_eq!(cluster.get("k0").await.as_deref(), Some(&b"new"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_behind_the_purged_log_takes_a_snapshot() {
+    let mut cluster = Cluster::new().await;
+    cluster.put("k0", "v0").await;
+    let (leader, _) = cluster.leader().expect("a leader");
+    let id = *cluster.nodes.keys().find(|id| **id != leader).expect("a follower");
+    let node = cluster.nodes.remove(&id).expect("it runs");
+    node.stop(id, &cluster.wires).await;
+    let body = "x".repeat(200 << 10);
+    for n in 1..120 {
+        cluster.put(&format!("k{n}"), &format!("v{n}")).await;
+        cluster.put("body", &body).await;
+    }
+    let (_, group) = cluster.leader().expect("a leader");
+    let until = Instant::now() + Duration::from_secs(30);
+    while group.status().purged.is_none_or(|purged| purged.index < 20) {
+        assert!(Instant::now() < until, "the log was not purged: {:?}", group.status());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let dir = cluster.dirs[&id].path().to_path_buf();
+    cluster.nodes.insert(id, start(id, &dir, &cluster.wires, 2).await);
+    let follower = cluster.nodes[&id].host.group(SHARD).expect("it is there");
+    let target = group.status().applied.expect("applied").index;
+    let until = Instant::now() + Duration::from_secs(30);
+    while follower.status().applied.is_none_or(|applied| applied.index < target) {
+        assert!(Instant::now() < until, "no snapshot arrived: {:?}", follower.status());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let far = Instant::now() + Duration::from_secs(5);
+    let found = follower.read_local(target, far, |state| {
+        state.reader.get_at(1, b"k119", u64::MAX).expect("readable").map(|found| found.value)
+    });
+    assert_eq!(found.await.expect("served").as_deref(), Some(&b"v119"[..]));
+}
