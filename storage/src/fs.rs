@@ -78,7 +78,10 @@ pub trait File: Send + Sync {
 pub fn read_exact_at(file: &dyn File, buf: &mut [u8], offset: u64) -> io::Result<()> {
     let read = read_full_at(file, buf, offset)?;
     if read < buf.len() {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends too early"));
+        return Err(io::Error::new(
+            io::ErrorKind::UnexpectedEof,
+            "the file ends too early",
+        ));
     }
     Ok(())
 }
@@ -194,7 +197,10 @@ impl Fs for RealFs {
         for entry in real::read_dir(path)? {
             let name = entry?.file_name();
             names.push(name.into_string().map_err(|name| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("not one of our names: {name:?}"))
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("not one of our names: {name:?}"),
+                )
             })?);
         }
         names.sort_unstable();

@@ -307,19 +307,16 @@ fn a_mark_that_goes_hands_over_to_the_floor() {
     });
     let id = group.id(1, 1);
     count(&mut group, id);
-    // The result of sequence 1 is dropped for good: only the mark knows.
-    let above = RequestId {
-        sequence: 100,
-        lowest_unanswered: 100,
-        ..id
-    };
-    count(&mut group, above);
-    let above = RequestId {
-        sequence: 300,
-        lowest_unanswered: 300,
-        ..id
-    };
-    count(&mut group, above);
+    // The result of sequence 1 is dropped for good: only the mark knows. What stays was born before.
+    for sequence in [100, 300] {
+        let above = RequestId {
+            sequence,
+            lowest_unanswered: sequence,
+            birth_ms: id.birth_ms - 1_000,
+            ..id
+        };
+        count(&mut group, above);
+    }
     assert_eq!(group.store.state().dedup.results, 1);
     group.now_ms += 3 * AGE_MS_MIN;
     let other = group.id(2, 1);

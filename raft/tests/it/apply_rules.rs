@@ -9,7 +9,7 @@ use coracle_raft::command::{Change, Command, Condition, RequestId, Stamped};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
 
-use crate::apply_store::Logged;
+use crate::apply_store::{Logged, Store};
 use crate::apply_words::{
     Group, applied_version, counter, increment, operation, put, put_for, request, when,
 };
@@ -129,6 +129,35 @@ fn advance_raises_only_the_ceiling_and_nothing_lowers_it() {
     group.now_ms -= 300;
     group.entry(Command::Advance);
     assert_eq!(group.store.state().ceiling, after.ceiling);
+}
+
+#[test]
+fn no_version_that_is_used_lies_above_the_ceiling() {
+    let mut group = group();
+    let stamp = group.now_ms << 16;
+    let writes = [1, 2].map(|sequence| request(group.id(1, sequence), vec![put("k", "v")]));
+    let command = Command::Requests(writes.to_vec());
+    let entry = Stamped {
+        stamp,
+        ceiling: stamp,
+        command,
+    };
+    // Without the ceiling of the entry that described the group.
+    group.store = Store::new(Bounds::DEFAULT);
+    let descriptor = Descriptor {
+        shard: 1,
+        arc: Some((0, 0)),
+        epoch: 1,
+    };
+    let describe = Stamped {
+        stamp,
+        ceiling: 0,
+        command: Command::Describe(descriptor),
+    };
+    let log = [describe, entry].map(|entry| (1, 1, Logged::Command(entry.encode())));
+    group.store.apply(&log).expect("sound entries");
+    let state = group.store.state();
+    assert_eq!((state.clock, state.ceiling), (stamp + 1, stamp + 1));
 }
 
 #[test]

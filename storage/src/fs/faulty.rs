@@ -1,9 +1,11 @@
 //! Owns the hostile twin of the file seam: files in memory that know what a crash would leave of them, and
-//! faults on order. Does not touch the real file system; what one file holds is in `content`.
+//! faults on order. Does not touch the real file system; what one file holds is in
+//! `content`, what a directory holds in `names`.
 
 mod content;
+mod dice;
+mod names;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -12,38 +14,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use self::content::Inode;
+use self::names::{Copies, NameChange, Names, Node, apply_change};
 use super::{File, Fs, OpenMode, Space};
 
-/// A small seeded generator (splitmix64), so that a seed means the same for ever.
-#[derive(Clone, Debug)]
-pub struct Dice(u64);
-
-impl Dice {
-    /// Starts from a seed.
-    pub fn new(seed: u64) -> Dice {
-        Dice(seed)
-    }
-
-    /// The next 64 bits.
-    pub fn roll(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, which must not be 0.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        assert!(bound > 0, "there is no number below 0");
-        self.roll() % bound
-    }
-
-    /// True once in `n` rolls.
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
+pub use self::dice::Dice;
 
 /// What a crash leaves of what was not synced.
 #[derive(Copy, Clone, Eq, PartialEq, Debug)]
@@ -81,22 +55,6 @@ pub type Hook = Arc<dyn Fn(Op, &Path) + Send + Sync>;
 /// as a file system in memory.
 #[derive(Clone)]
 pub struct FaultyFs(Arc<Mutex<Disk>>);
-
-#[derive(Clone)]
-enum Node {
-    Dir,
-    File(Arc<Mutex<Inode>>),
-}
-
-type Names = BTreeMap<PathBuf, Node>;
-
-/// A change of names that its directory's sync has not made durable.
-#[derive(Clone)]
-enum NameChange {
-    Put(PathBuf, Node),
-    Remove(PathBuf),
-    Rename(PathBuf, PathBuf),
-}
 
 struct Disk {
     dice: Dice,
@@ -161,12 +119,43 @@ impl FaultyFs {
             after_disk.durable_names = disk.durable_names.clone();
             after_disk.changes = disk.changes.clone();
         } else {
-            let names = disk.names_after_crash(loss);
+            let disk = &mut *disk;
+            let changes = std::mem::take(&mut disk.changes);
+            let left = names::after_crash(&disk.durable_names, changes, loss, &mut disk.dice);
+            let mut crash = |inode: &Inode| inode.after_crash(loss, &mut disk.dice);
+            let names = Copies::default().names(&left, &mut crash);
             after_disk.durable_names = names.clone();
             after_disk.names = names;
         }
         drop(after_disk);
         after
+    }
+
+    /// A second disk with the same content, seen and durable, without the faults on order.
+    pub fn fork(&self) -> FaultyFs {
+        let mut disk = self.0.lock();
+        let fork = FaultyFs::new(disk.dice.roll());
+        let mut copies = Copies::default();
+        let mut copy = |inode: &Inode| inode.clone();
+        let names = copies.names(&disk.names, &mut copy);
+        let durable_names = copies.names(&disk.durable_names, &mut copy);
+        let changes = disk.changes.iter().map(|(dir, change)| {
+            let change = match change {
+                NameChange::Put(name, node) => {
+                    NameChange::Put(name.clone(), copies.node(node, &mut copy))
+                }
+                other => other.clone(),
+            };
+            (dir.clone(), change)
+        });
+        let changes = changes.collect();
+        let mut fork_disk = fork.0.lock();
+        fork_disk.capacity = disk.capacity;
+        fork_disk.names = names;
+        fork_disk.durable_names = durable_names;
+        fork_disk.changes = changes;
+        drop(fork_disk);
+        fork
     }
 
     /// Operations so far that change something (writes, syncs, names).
@@ -223,7 +212,11 @@ impl FaultyFs {
 
     /// Flips one bit, in what is seen and in what is durable.
     pub fn flip_bit(&self, path: &Path, offset: u64, bit: u8) {
-        let inode = self.0.lock().inode(path).expect("a test flips bits in files that exist");
+        let inode = self
+            .0
+            .lock()
+            .inode(path)
+            .expect("a test flips bits in files that exist");
         inode.lock().flip_bit(offset, bit);
     }
 
@@ -234,50 +227,6 @@ impl FaultyFs {
 }
 
 impl Disk {
-    /// The names that a crash of the machine leaves, with what it leaves of their files.
-    fn names_after_crash(&mut self, loss: Loss) -> Names {
-        let mut names = self.durable_names.clone();
-        let mut cut_off: Vec<PathBuf> = Vec::new();
-        for (dir, change) in std::mem::take(&mut self.changes) {
-            // Directories are journalled: what survives of one is a first part, never a later change
-            // without the earlier.
-            let survives =
-                loss == Loss::Subset && !cut_off.contains(&dir) && !self.dice.one_in(3);
-            if survives {
-                apply_change(&mut names, &change);
-            } else {
-                cut_off.push(dir);
-            }
-        }
-        // A name whose directory did not survive cannot be reached any more.
-        let dirs: Vec<PathBuf> = names
-            .iter()
-            .filter(|(_, node)| matches!(node, Node::Dir))
-            .map(|(path, _)| path.clone())
-            .collect();
-        let reachable = |path: &Path| {
-            path.ancestors().skip(1).all(|above| dirs.iter().any(|dir| dir == above))
-        };
-        names.retain(|path, _| reachable(path));
-        let mut restarted: Vec<(Arc<Mutex<Inode>>, Arc<Mutex<Inode>>)> = Vec::new();
-        for node in names.values_mut() {
-            let Node::File(old) = node else { continue };
-            let known = restarted.iter().find(|(seen, _)| Arc::ptr_eq(seen, old));
-            let new = match known {
-                // Two names of one file stay two names of one file.
-                Some((_, new)) => new.clone(),
-                None => {
-                    let after = old.lock().after_crash(loss, &mut self.dice);
-                    let new = Arc::new(Mutex::new(after));
-                    restarted.push((old.clone(), new.clone()));
-                    new
-                }
-            };
-            *node = Node::File(new);
-        }
-        names
-    }
-
     fn inode(&self, path: &Path) -> io::Result<Arc<Mutex<Inode>>> {
         match self.names.get(path) {
             Some(Node::File(inode)) => Ok(inode.clone()),
@@ -336,7 +285,10 @@ fn gone() -> io::Error {
 }
 
 fn not_found(path: &Path) -> io::Error {
-    io::Error::new(io::ErrorKind::NotFound, format!("{} does not exist", path.display()))
+    io::Error::new(
+        io::ErrorKind::NotFound,
+        format!("{} does not exist", path.display()),
+    )
 }
 
 fn injected(what: &str) -> io::Error {
@@ -358,28 +310,6 @@ fn due(countdown: &mut Option<u64>) -> bool {
     }
 }
 
-fn apply_change(names: &mut Names, change: &NameChange) {
-    match change {
-        NameChange::Put(path, node) => {
-            names.insert(path.clone(), node.clone());
-        }
-        NameChange::Remove(path) => names.retain(|name, _| !name.starts_with(path)),
-        NameChange::Rename(from, to) => {
-            let moved: Vec<PathBuf> =
-                names.keys().filter(|name| name.starts_with(from)).cloned().collect();
-            if !moved.is_empty() {
-                names.retain(|name, _| !name.starts_with(to));
-            }
-            for name in moved {
-                let node = names.remove(&name).expect("taken from the keys just now");
-                let rest = name.strip_prefix(from).expect("filtered by this prefix");
-                let new = if rest.as_os_str().is_empty() { to.clone() } else { to.join(rest) };
-                names.insert(new, node);
-            }
-        }
-    }
-}
-
 impl FaultyFs {
     fn hook(&self, op: Op, path: &Path) {
         let hook = self.0.lock().hook.clone();
@@ -391,7 +321,14 @@ impl FaultyFs {
 
 impl Fs for FaultyFs {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
-        self.hook(if mode == OpenMode::CreateNew { Op::Name } else { Op::Read }, path);
+        self.hook(
+            if mode == OpenMode::CreateNew {
+                Op::Name
+            } else {
+                Op::Read
+            },
+            path,
+        );
         let mut disk = self.0.lock();
         disk.alive()?;
         let inode = if mode == OpenMode::CreateNew {
@@ -400,22 +337,32 @@ impl Fs for FaultyFs {
                 return Err(io::ErrorKind::AlreadyExists.into());
             }
             let inode = Arc::new(Mutex::new(Inode::default()));
-            disk.change(&dir, NameChange::Put(path.to_path_buf(), Node::File(inode.clone())))?;
+            disk.change(
+                &dir,
+                NameChange::Put(path.to_path_buf(), Node::File(inode.clone())),
+            )?;
             inode
         } else {
             disk.inode(path)?
         };
         drop(disk);
         let writable = mode != OpenMode::Read;
-        Ok(Arc::new(FaultyFile { disk: self.clone(), path: path.to_path_buf(), inode, writable }))
+        Ok(Arc::new(FaultyFile {
+            disk: self.clone(),
+            path: path.to_path_buf(),
+            inode,
+            writable,
+        }))
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         self.hook(Op::Name, path);
         let mut disk = self.0.lock();
         disk.alive()?;
-        let mut missing: Vec<&Path> =
-            path.ancestors().take_while(|dir| !disk.names.contains_key(*dir)).collect();
+        let mut missing: Vec<&Path> = path
+            .ancestors()
+            .take_while(|dir| !disk.names.contains_key(*dir))
+            .collect();
         missing.reverse();
         for dir in missing {
             let parent = dir.parent().unwrap_or(Path::new("")).to_path_buf();
@@ -455,7 +402,10 @@ impl Fs for FaultyFs {
             return Err(not_found(from));
         };
         let replaces_dir = matches!(disk.names.get(to), Some(Node::Dir));
-        let occupied = disk.names.keys().any(|name| name != to && name.starts_with(to));
+        let occupied = disk
+            .names
+            .keys()
+            .any(|name| name != to && name.starts_with(to));
         match (node, replaces_dir) {
             (Node::File(_), true) => return Err(io::ErrorKind::IsADirectory.into()),
             (Node::Dir, true) if occupied => return Err(io::ErrorKind::DirectoryNotEmpty.into()),
@@ -465,7 +415,10 @@ impl Fs for FaultyFs {
             _ => {}
         }
         let dir = disk.need_dir(to)?;
-        disk.change(&dir, NameChange::Rename(from.to_path_buf(), to.to_path_buf()))
+        disk.change(
+            &dir,
+            NameChange::Rename(from.to_path_buf(), to.to_path_buf()),
+        )
     }
 
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -514,7 +467,10 @@ impl Fs for FaultyFs {
         }
         let children = disk.names.keys().filter(|name| name.parent() == Some(path));
         let mut names: Vec<String> = children
-            .filter_map(|name| name.file_name().map(|name| name.to_string_lossy().into_owned()))
+            .filter_map(|name| {
+                name.file_name()
+                    .map(|name| name.to_string_lossy().into_owned())
+            })
             .collect();
         names.sort_unstable();
         Ok(names)
@@ -528,7 +484,10 @@ impl Fs for FaultyFs {
         let disk = self.0.lock();
         disk.alive()?;
         let used = disk.used_bytes();
-        Ok(Space { free_bytes: disk.capacity.saturating_sub(used), total_bytes: disk.capacity })
+        Ok(Space {
+            free_bytes: disk.capacity.saturating_sub(used),
+            total_bytes: disk.capacity,
+        })
     }
 }
 
@@ -569,7 +528,9 @@ impl File for FaultyFile {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.write(offset + data.len() as u64, |inode| inode.write(offset, data))
+        self.write(offset + data.len() as u64, |inode| {
+            inode.write(offset, data)
+        })
     }
 
     fn sync(&self) -> io::Result<()> {

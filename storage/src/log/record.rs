@@ -23,7 +23,7 @@ pub struct LogEntry {
     pub index: u64,
     /// Opaque log id (for Raft: term and index), kept beside the index so that it can be asked for alone.
     pub id: [u8; 16],
-    /// What is replicated.
+    /// What is replicated. Kept in memory as it is: a slice of a large buffer would keep the whole buffer.
     pub payload: Bytes,
 }
 
@@ -274,7 +274,11 @@ pub(crate) fn split_id(body: &[u8]) -> Option<([u8; 16], &[u8])> {
 mod tests {
     use super::*;
 
-    const ORIGIN: Origin = Origin { salt: 7, segment: 3, offset: 8192 };
+    const ORIGIN: Origin = Origin {
+        salt: 7,
+        segment: 3,
+        offset: 8192,
+    };
 
     fn entry(out: &mut Vec<u8>, chain: u32) -> Header {
         let draft = Draft {
@@ -293,8 +297,28 @@ mod tests {
         let header = entry(&mut out, 77);
         assert_eq!(decode_header(&out, ORIGIN, 77), Some(header));
         assert_eq!(decode_header(&out, ORIGIN, 78), None);
-        assert_eq!(decode_header(&out, Origin { offset: 12288, ..ORIGIN }, 77), None);
-        assert_eq!(decode_header(&out, Origin { segment: 4, ..ORIGIN }, 77), None);
+        assert_eq!(
+            decode_header(
+                &out,
+                Origin {
+                    offset: 12288,
+                    ..ORIGIN
+                },
+                77
+            ),
+            None
+        );
+        assert_eq!(
+            decode_header(
+                &out,
+                Origin {
+                    segment: 4,
+                    ..ORIGIN
+                },
+                77
+            ),
+            None
+        );
         assert_eq!(decode_header(&out, Origin { salt: 8, ..ORIGIN }, 77), None);
         assert_eq!(decode_header(&out[..HEADER_LEN - 1], ORIGIN, 77), None);
         assert_eq!(header.record_len(), out.len() as u64);

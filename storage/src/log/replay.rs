@@ -37,6 +37,9 @@ struct Life {
     damage: Option<(Damage, Place)>,
     /// By index: id (none when damaged) and place.
     entries: BTreeMap<u64, (Option<[u8; 16]>, Place)>,
+    /// Where the next appended entry must stand, when that is known. The entries in between may be missing
+    /// here, because only copies of them are left, further on.
+    next: Option<u64>,
     /// A record that contradicts the ones before it.
     broken: Option<(Place, &'static str)>,
 }
@@ -103,7 +106,11 @@ impl Life {
         let Found { header, place, .. } = *found;
         match found.kind {
             Kind::Create => {
-                let first_said = if header.rewritten { header.index } else { found.batch };
+                let first_said = if header.rewritten {
+                    header.index
+                } else {
+                    found.batch
+                };
                 self.created = Some((first_said, place));
             }
             Kind::Vote => self.vote = Some((found.body.map(Bytes::copy_from_slice), place)),
@@ -113,8 +120,10 @@ impl Life {
             }
             Kind::Truncate => {
                 self.entries.split_off(&header.index);
+                self.next = None;
             }
             Kind::Purge => {
+                self.next = self.next.map(|next| next.max(header.index + 1));
                 let id = found.body.and_then(split_id).map(|(id, _)| id);
                 self.purged = Some((header.index, id, place));
                 self.entries = self.entries.split_off(&(header.index + 1));
@@ -139,8 +148,10 @@ impl Life {
             let differs = other.is_some_and(|other| id.is_some_and(|id| id != other));
             (purged || differs).then_some("a copy forward is not of the entry that was live")
         } else {
-            let gap = last.is_some_and(|last| index != last + 1);
-            (purged || gap).then_some("an entry does not follow the one before it")
+            let gap = self.next.is_some_and(|next| index != next);
+            let known = last.is_some_and(|last| index <= last);
+            self.next = Some(index + 1);
+            (purged || gap || known).then_some("an entry does not follow the one before it")
         };
         match broken {
             Some(why) => self.broken = self.broken.or(Some((place, why))),
@@ -165,7 +176,12 @@ impl Life {
         });
         if let Some(loss) = lost {
             let (file, offset, why) = (loss.file.clone(), loss.offset, loss.why.clone());
-            return Some(Damage { replica: id, file, offset, why });
+            return Some(Damage {
+                replica: id,
+                file,
+                offset,
+                why,
+            });
         }
         if let Some((place, why)) = self.broken {
             return Some(at(place, why));
@@ -179,27 +195,46 @@ impl Life {
         let mut expected = self.purged.map(|(purged, ..)| purged + 1);
         for (&index, &(entry_id, place)) in &self.entries {
             if entry_id.is_none() {
-                return Some(at(place, &format!("entry {index} does not match its checksum")));
+                return Some(at(
+                    place,
+                    &format!("entry {index} does not match its checksum"),
+                ));
             }
             if expected.is_some_and(|expected| expected != index) {
-                return Some(at(place, &format!("the entries before entry {index} are missing")));
+                return Some(at(
+                    place,
+                    &format!("the entries before entry {index} are missing"),
+                ));
             }
             expected = Some(index + 1);
         }
         if self.created.is_none() {
             let why = "the record of its creation is missing".to_owned();
-            return Some(Damage { replica: id, file: dir.to_path_buf(), offset: 0, why });
+            return Some(Damage {
+                replica: id,
+                file: dir.to_path_buf(),
+                offset: 0,
+                why,
+            });
         }
         None
     }
 
     fn replica(self, damaged: bool) -> Replica {
         fn stored<T>(value: T, place: Place) -> Stored<T> {
-            Stored { value, ticket: 0, place: Some(place) }
+            Stored {
+                value,
+                ticket: 0,
+                place: Some(place),
+            }
         }
         let created = match self.created {
             Some((batch, place)) => stored(batch, place),
-            None => Stored { value: 0, ticket: 0, place: None },
+            None => Stored {
+                value: 0,
+                ticket: 0,
+                place: None,
+            },
         };
         let mut replica = Replica::new(created);
         replica.damage = self.damage.map(|(damage, place)| stored(damage, place));
@@ -207,10 +242,15 @@ impl Life {
             return replica;
         }
         let sound = "a replica without damage has no damaged record";
-        replica.vote = self.vote.map(|(vote, place)| stored(vote.expect(sound), place));
-        replica.committed = self.committed.map(|(committed, place)| stored(committed, place));
-        replica.purged =
-            self.purged.map(|(index, id, place)| stored((index, id.expect(sound)), place));
+        replica.vote = self
+            .vote
+            .map(|(vote, place)| stored(vote.expect(sound), place));
+        replica.committed = self
+            .committed
+            .map(|(committed, place)| stored(committed, place));
+        replica.purged = self
+            .purged
+            .map(|(index, id, place)| stored((index, id.expect(sound)), place));
         replica.first = self.entries.keys().next().copied().unwrap_or(0);
         let mut live = Live::default();
         for (_, (id, place)) in self.entries {

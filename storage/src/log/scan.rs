@@ -79,6 +79,8 @@ pub(crate) struct Scan<'a> {
     pub(crate) next_batch: Option<u64>,
     /// The last batch that was found whole.
     pub(crate) last: Option<Batch>,
+    /// A segment header is damaged, be anything lost or not.
+    pub(crate) unsound: bool,
     /// Where the last segment's batches end.
     pub(crate) end: u64,
 }
@@ -88,7 +90,12 @@ impl Content {
         let mut bytes = vec![0; segment.capacity as usize];
         let unreadable = read_blocks(&*segment.file, &mut bytes);
         let header = SegmentHeader::decode(&segment.path, segment.number, &bytes)?;
-        Ok(Content { segment, bytes, header, unreadable })
+        Ok(Content {
+            segment,
+            bytes,
+            header,
+            unreadable,
+        })
     }
 
     /// The salt of this segment; when its header is damaged, the one it should have.
@@ -101,9 +108,17 @@ impl Content {
 
     /// The head of the batch at `offset`, when a sound one stands there.
     fn batch_at(&self, offset: u64) -> Result<Option<(BatchHead, Header)>, Error> {
-        let Some(bytes) = self.bytes.get(offset as usize..) else { return Ok(None) };
-        let origin = Origin { salt: self.salt(), segment: self.segment.number, offset };
-        let Some(header) = decode_header(bytes, origin, 0) else { return Ok(None) };
+        let Some(bytes) = self.bytes.get(offset as usize..) else {
+            return Ok(None);
+        };
+        let origin = Origin {
+            salt: self.salt(),
+            segment: self.segment.number,
+            offset,
+        };
+        let Some(header) = decode_header(bytes, origin, 0) else {
+            return Ok(None);
+        };
         if header.version != RECORD_VERSION {
             return Err(self.format(&header));
         }
@@ -154,7 +169,7 @@ impl Content {
 
     fn format(&self, header: &Header) -> Error {
         Error::Format {
-            file: self.segment.path.clone(),
+            file: self.segment.path.to_path_buf(),
             found: u32::from(header.version),
             known: u32::from(RECORD_VERSION),
         }
@@ -188,13 +203,18 @@ impl<'a> Scan<'a> {
             chain: None,
             next_batch: None,
             last: None,
+            unsound: false,
             end: BLOCK,
         }
     }
 
     /// A segment that is needed has no file.
     pub(crate) fn missing(&mut self, number: u64) {
-        self.lose(&segment_path(&self.dir, number), 0, "the segment is missing");
+        self.lose(
+            &segment_path(&self.dir, number),
+            0,
+            "the segment is missing",
+        );
     }
 
     fn lose(&mut self, file: &Path, offset: u64, why: &str) {
@@ -227,7 +247,13 @@ impl<'a> Scan<'a> {
             let body = &suspect.bytes[start..start + place.body_len as usize];
             let body = sound.then_some(body);
             let batch = suspect.head.number;
-            self.replay.record(&Found { header, kind, place, batch, body });
+            self.replay.record(&Found {
+                header,
+                kind,
+                place,
+                batch,
+                body,
+            });
         }
         if let Some(offset) = suspect.broken {
             self.losses.push(Loss {
@@ -241,11 +267,20 @@ impl<'a> Scan<'a> {
     }
 
     /// Walks one segment. Call in order.
-    pub(crate) fn segment(&mut self, content: &Content, previous: Option<u64>) -> Result<(), Error> {
+    pub(crate) fn segment(
+        &mut self,
+        content: &Content,
+        previous: Option<u64>,
+    ) -> Result<(), Error> {
         let path = &content.segment.path;
         let number = content.segment.number;
         match &content.header {
-            HeaderRead::Bad(why) => self.lose(path, 0, why),
+            HeaderRead::Bad(why) => {
+                self.unsound = true;
+                if !self.goes_on(content, previous)? {
+                    self.lose(path, 0, why);
+                }
+            }
             HeaderRead::Good(header) => {
                 let end = previous.map(|previous| (previous, self.end));
                 match end {
@@ -267,7 +302,11 @@ impl<'a> Scan<'a> {
             if let Some((head, header)) = content.batch_at(offset)? {
                 offset = self.batch(content, offset, head, &header)?;
             } else if let Some(next) = content.next_batch(offset)? {
-                self.lose(path, offset, "the head of a batch does not match its checksum");
+                self.lose(
+                    path,
+                    offset,
+                    "the head of a batch does not match its checksum",
+                );
                 offset = next;
             } else {
                 break;
@@ -275,6 +314,22 @@ impl<'a> Scan<'a> {
         }
         self.end = offset;
         Ok(())
+    }
+
+    /// Whether the first batch of a segment with a damaged header follows the last one: nothing is lost then.
+    fn goes_on(&self, content: &Content, previous: Option<u64>) -> Result<bool, Error> {
+        let Some((head, _)) = content.batch_at(BLOCK)? else {
+            return Ok(false);
+        };
+        Ok(match previous {
+            // What would be before it was freed.
+            None => self.open_loss.is_none(),
+            Some(previous) => {
+                previous + 1 == content.segment.number
+                    && self.chain == Some(head.chain)
+                    && self.next_batch == Some(head.number)
+            }
+        })
     }
 
     /// Takes a batch whose head is sound; returns where the next one starts.
@@ -288,7 +343,11 @@ impl<'a> Scan<'a> {
         let follows = self.chain.is_none_or(|chain| chain == head.chain)
             && self.next_batch.is_none_or(|next| next == head.number);
         if !follows {
-            self.lose(&content.segment.path, offset, "a batch before this one is missing");
+            self.lose(
+                &content.segment.path,
+                offset,
+                "a batch before this one is missing",
+            );
         }
         self.settle(head.number);
         let batch = Batch {
@@ -336,7 +395,9 @@ impl<'a> Scan<'a> {
                 break;
             };
             let kind = Kind::from_byte(read.kind).filter(|_| read.version == RECORD_VERSION);
-            let Some(kind) = kind else { return Err(content.format(&read)) };
+            let Some(kind) = kind else {
+                return Err(content.format(&read));
+            };
             let body = &rest[HEADER_LEN..read.record_len() as usize];
             let place = Place::new(batch.segment, origin.offset, &read);
             records.push((read, kind, place, crc32fast::hash(body) == read.body_crc));
@@ -353,7 +414,7 @@ impl<'a> Scan<'a> {
             bytes: bytes.to_vec(),
             records,
             broken,
-            file: content.segment.path.clone(),
+            file: content.segment.path.to_path_buf(),
         })
     }
 

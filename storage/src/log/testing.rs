@@ -52,13 +52,17 @@ impl StepExec {
                 workers.retain(|worker| {
                     Arc::strong_count(&worker.woken) > 1 || worker.woken.load(Ordering::SeqCst)
                 });
-                let woken = workers.iter().filter(|worker| worker.woken.swap(false, Ordering::SeqCst));
+                let woken = workers
+                    .iter()
+                    .filter(|worker| worker.woken.swap(false, Ordering::SeqCst));
                 woken.map(|worker| worker.step.clone()).collect()
             };
             for step in due {
                 ran = true;
                 if !(step.lock())() {
-                    self.workers.lock().retain(|worker| !Arc::ptr_eq(&worker.step, &step));
+                    self.workers
+                        .lock()
+                        .retain(|worker| !Arc::ptr_eq(&worker.step, &step));
                 }
             }
             if !ran {
@@ -71,7 +75,10 @@ impl StepExec {
 impl Exec for StepExec {
     fn worker(&self, _name: &str, step: Step) -> Wake {
         let woken = Arc::new(AtomicBool::new(false));
-        let worker = Worker { woken: woken.clone(), step: Arc::new(Mutex::new(step)) };
+        let worker = Worker {
+            woken: woken.clone(),
+            step: Arc::new(Mutex::new(step)),
+        };
         self.workers.lock().push(worker);
         Wake::new(move || woken.store(true, Ordering::SeqCst))
     }
@@ -202,7 +209,9 @@ impl History {
             self.crash();
         }
         let exec = StepExec::new();
-        let log = self.open(exec.clone()).map_err(|error| format!("the last open: {error}"))?;
+        let log = self
+            .open(exec.clone())
+            .map_err(|error| format!("the last open: {error}"))?;
         self.close(&log, &exec)?;
         Ok(self.report)
     }
@@ -227,20 +236,24 @@ impl History {
         for (at, change) in self.submitted.iter().enumerate().take(acknowledged) {
             model.apply(change, at);
         }
-        let mut kept = acknowledged;
         let mut why = model.difference(&observed);
-        while why.is_some() && kept < self.submitted.len() {
-            model.apply(&self.submitted[kept], kept);
-            kept += 1;
-            why = why.and(model.difference(&observed));
+        let mut kept = why.is_none().then_some(acknowledged);
+        for (at, change) in self.submitted.iter().enumerate().skip(acknowledged) {
+            model.apply(change, at);
+            let difference = model.difference(&observed);
+            if difference.is_none() {
+                // Some operations change nothing: of all parts that explain what is seen, the longest.
+                kept = Some(at + 1);
+            }
+            why = why.or(difference);
         }
-        if let Some(why) = why {
-            let all = self.submitted.len();
+        let Some(kept) = kept else {
+            let (why, all) = (why.unwrap_or_default(), self.submitted.len());
             return Err(format!(
                 "no part from {acknowledged} to {all} of the submitted operations explains: {why}"
             ));
-        }
-        model.check_hints(&observed, &self.base, &self.hints, kept)?;
+        };
+        observed.check_hints(&self.base, &self.hints, kept)?;
         self.report.kept_unacknowledged += (kept - acknowledged) as u64;
         self.base = observed.clone();
         self.current = observed;
@@ -260,7 +273,10 @@ impl History {
             6 => self.hint(log),
             7 => self.refused(log)?,
             _ => {
-                if let Some(change) = self.current.random_change(&mut self.dice, &mut self.next_replica) {
+                if let Some(change) = self
+                    .current
+                    .random_change(&mut self.dice, &mut self.next_replica)
+                {
                     self.submit(log, change);
                 }
             }
@@ -273,7 +289,10 @@ impl History {
             return Err(format!("on_fatal was called {fatal} times"));
         }
         let stats = log.stats();
-        self.report.freed = self.report.freed.max(stats.oldest_segment.saturating_sub(1));
+        self.report.freed = self
+            .report
+            .freed
+            .max(stats.oldest_segment.saturating_sub(1));
         Ok(())
     }
 
@@ -308,7 +327,9 @@ impl History {
 
     /// Calls that break a rule are refused at once and change nothing.
     fn refused(&mut self, log: &Log) -> Result<(), String> {
-        let Some(id) = self.current.random_replica(&mut self.dice) else { return Ok(()) };
+        let Some(id) = self.current.random_replica(&mut self.dice) else {
+            return Ok(());
+        };
         let refused = Arc::new(AtomicUsize::new(0));
         let done = || -> Done {
             let refused = refused.clone();
@@ -321,7 +342,11 @@ impl History {
             })
         };
         let next = self.current.next_index(id).unwrap_or(7);
-        let entry = |index| LogEntry { index, id: [0; 16], payload: Bytes::new() };
+        let entry = |index| LogEntry {
+            index,
+            id: [0; 16],
+            payload: Bytes::new(),
+        };
         log.append(id, vec![entry(next), entry(next + 2)], done());
         log.create(id, done());
         log.save_vote(ReplicaId(u64::MAX), Bytes::new(), done());
@@ -358,7 +383,8 @@ impl History {
     }
 
     fn crash(&mut self) {
-        let loss = [Loss::All, Loss::Subset, Loss::Subset, Loss::Nothing][self.dice.below(4) as usize];
+        let loss =
+            [Loss::All, Loss::Subset, Loss::Subset, Loss::Nothing][self.dice.below(4) as usize];
         self.report.crashes += 1;
         self.fs = self.fs.crash(loss);
         self.fatal.store(0, Ordering::SeqCst);

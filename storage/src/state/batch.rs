@@ -13,7 +13,8 @@ pub enum BatchOp {
     DeleteRange(Bytes, Bytes),
 }
 
-/// Steps that are written together or not at all, in this order: of two steps on one key the later holds.
+/// Steps that are written together or not at all, in this order: of two steps on one key the later
+/// holds.
 #[derive(Clone, Eq, PartialEq, Debug, Default)]
 pub struct Batch {
     /// The steps.

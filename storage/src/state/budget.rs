@@ -1,5 +1,6 @@
-//! Owns what all databases of a node share: one block cache, one budget for write buffers, one rate limiter, the background
-//! threads, and every RocksDB option with its reason. Does not open databases.
+//! Owns what all databases of a node share: one block cache, one budget for write buffers, one rate
+//! limiter, the background threads, and every RocksDB option with its reason. Does not open
+//! databases.
 
 use rocksdb::{
     BlockBasedOptions, Cache, DBCompactionStyle, DBCompressionType, Env, LogLevel, Options,
@@ -14,13 +15,14 @@ const MIB: u64 = 1 << 20;
 /// The settings of a node's state stores. What each database gets follows from these.
 #[derive(Copy, Clone, Eq, PartialEq, Debug)]
 pub struct StateOptions {
-    /// Memory for blocks, indexes, filters and write buffers of all databases together. Beyond it blocks are evicted
-    /// and write buffers flushed; nothing stalls for it.
+    /// Memory for blocks, indexes, filters and write buffers of all databases together. Beyond it
+    /// blocks are evicted and write buffers flushed; nothing stalls for it.
     pub memory_bytes: u64,
-    /// Threads for flushes and compactions of all databases together. RocksDB keeps them per process.
+    /// Threads for flushes and compactions of all databases together. RocksDB keeps them per
+    /// process.
     pub background_threads: u32,
-    /// What flushes and compactions of all databases together write a second, so that they leave the disk's time to the
-    /// log's syncs; 0: no limit.
+    /// What flushes and compactions of all databases together write a second, so that they leave
+    /// the disk's time to the log's syncs; 0: no limit.
     pub write_bytes_per_second: u64,
     /// Open files of one database. Beyond it files are closed and opened again.
     pub open_files_max: u32,
@@ -48,13 +50,14 @@ impl StateOptions {
         }
     }
 
-    /// All write buffers together: a quarter. They are charged to the cache, so that the whole stays within the budget.
+    /// All write buffers together: a quarter. They are charged to the cache, so that the whole
+    /// stays within the budget.
     pub fn write_buffers_bytes(&self) -> u64 {
         self.memory_bytes / 4
     }
 
-    /// One write buffer: an eighth of them, since a node has dozens of databases of which a few are busy. At most
-    /// 32 MiB: beyond, a flush takes long and files get no better.
+    /// One write buffer: an eighth of them, since a node has dozens of databases of which a few are
+    /// busy. At most 32 MiB: beyond, a flush takes long and files get no better.
     pub fn write_buffer_bytes(&self) -> u64 {
         (self.write_buffers_bytes() / 8).clamp(MIB / 2, 32 * MIB)
     }
@@ -81,17 +84,19 @@ const MEMORY_BYTES_MIN: u64 = 16 * MIB;
 
 /// Bits of bloom filter per key: about 1 % of the seeks for absent keys read a block.
 const BLOOM_BITS: f64 = 10.0;
-/// Larger than RocksDB's 4 KiB: fewer index entries to cache, better compression, one read on any disk.
+/// Larger than RocksDB's 4 KiB: fewer index entries to cache, better compression, one read on any
+/// disk.
 const BLOCK_BYTES: usize = 16 << 10;
 /// Files of one level-style database: small enough that one compaction step is short.
 const FILE_BYTES: u64 = 32 * MIB;
-/// Files in level 0 at which a compaction starts, writes slow down, and writes stop. The host flushes replicas to
-/// free the log, which makes small files: the distance is wide.
+/// Files in level 0 at which a compaction starts, writes slow down, and writes stop. The host
+/// flushes replicas to free the log, which makes small files: the distance is wide.
 const LEVEL_ZERO_FILES: [i32; 3] = [4, 24, 48];
 /// RocksDB's own diagnostic log, per database.
 const INFO_LOG_BYTES: usize = 1 << 20;
 const INFO_LOGS: usize = 2;
-/// Checksums of keys and values from the batch to the file: damage in memory is noticed, not written.
+/// Checksums of keys and values from the batch to the file: damage in memory is noticed, not
+/// written.
 pub(crate) const PROTECTION_BYTES: u32 = 8;
 
 /// The shared parts, and the options that every database begins from.
@@ -105,8 +110,8 @@ impl Budget {
     pub(crate) fn new(settings: &StateOptions, mut env: Env) -> Result<Budget, Error> {
         settings.check()?;
         let cache = Cache::new_lru_cache(settings.memory_bytes as usize);
-        // Without stalls: what bounds unflushed state is the host, which flushes whoever holds the oldest log. A stall
-        // here would hold up apply, and with it every reader behind it.
+        // Without stalls: what bounds unflushed state is the host, which flushes whoever holds the
+        // oldest log. A stall here would hold up apply, and with it every reader behind it.
         let write_buffers = WriteBufferManager::new_write_buffer_manager_with_cache(
             settings.write_buffers_bytes() as usize,
             false,
@@ -120,7 +125,8 @@ impl Budget {
         options.set_env(&env);
         options.set_write_buffer_manager(&write_buffers);
         if settings.write_bytes_per_second > 0 {
-            // Copies of the options share the limiter. 100 ms refills and a fairness of 10 are RocksDB's own.
+            // Copies of the options share the limiter. 100 ms refills and a fairness of 10 are
+            // RocksDB's own.
             options.set_ratelimiter(settings.write_bytes_per_second as i64, 100_000, 10);
         }
         options.set_max_background_jobs(settings.background_threads as i32);
@@ -158,8 +164,8 @@ impl Budget {
 fn set_integrity(options: &mut Options) {
     options.set_paranoid_checks(true);
     options.set_memtable_protection_bytes_per_key(PROTECTION_BYTES);
-    // Closing flushes nothing. Otherwise every crash test would pass in vain, and a store whose replica is being
-    // thrown away would be written once more.
+    // Closing flushes nothing. Otherwise every crash test would pass in vain, and a store whose
+    // replica is being thrown away would be written once more.
     options.set_avoid_flush_during_shutdown(true);
     // A failed flush is never retried: what the first attempt left on disk is unknown.
     options.set_max_bgerror_resume_count(0);
@@ -203,8 +209,9 @@ fn table(cache: &Cache) -> BlockBasedOptions {
     table
 }
 
-/// What the bloom filter holds: of a data key everything before the version, so that one seek finds the newest version;
-/// results, marks and `Meta` records whole. Prefixes of prefixes are themselves, and prefixes are in key order.
+/// What the bloom filter holds: of a data key everything before the version, so that one seek finds
+/// the newest version; results, marks and `Meta` records whole. Prefixes of prefixes are
+/// themselves, and prefixes are in key order.
 fn prefix(physical: &[u8]) -> &[u8] {
     match key::data_prefix_len(physical) {
         Some(len) => &physical[..len],

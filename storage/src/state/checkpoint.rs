@@ -1,5 +1,6 @@
-//! Owns checkpoint directories: their manifest, receiving one, verifying it, swapping it in, and clearing away what a
-//! crash left half done. Does not make checkpoints (engines do) and does not move bytes between nodes.
+//! Owns checkpoint directories: their manifest, receiving one, verifying it, swapping it in, and
+//! clearing away what a crash left half done. Does not make checkpoints (engines do) and does not
+//! move bytes between nodes.
 //!
 //! # Names beside a live directory `<name>`
 //!
@@ -9,8 +10,9 @@
 //! | `<name>.ready` | whole, verified, synced: it replaces the live one | the swap is finished |
 //! | `<name>.<anything else>` | being made, received, sent or removed | removed |
 //!
-//! A live name therefore has no dot. The rename to `.ready`, once synced, is the moment of decision: before it a crash
-//! leaves the old store, after it the new one, and never a mixture of both.
+//! A live name therefore has no dot. The rename to `.ready`, once synced, is the moment of
+//! decision: before it a crash leaves the old store, after it the new one, and never a mixture of
+//! both.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,14 +22,16 @@ use std::sync::Arc;
 use crate::error::Error;
 use crate::fs::{self, File, Fs, OpenMode};
 
-/// Bytes that one checksum covers, and that travel as one piece: large enough that the checksums of a shard stay small,
-/// small enough that a damaged piece costs little to repeat. The last chunk of a file is shorter.
+/// Bytes that one checksum covers, and that travel as one piece: large enough that the checksums of
+/// a shard stay small, small enough that a damaged piece costs little to repeat. The last chunk of
+/// a file is shorter.
 pub const CHUNK_BYTES: u64 = 1 << 20;
 
 const MAGIC: &[u8; 8] = b"coracleM";
 /// The newest format that this program reads, and the one that it writes.
 const FORMAT: u32 = 1;
-/// Files in a manifest, and bytes of a name. Beyond it the manifest is refused: it came from the network.
+/// Files in a manifest, and bytes of a name. Beyond it the manifest is refused: it came from the
+/// network.
 const FILES_MAX: u32 = 1 << 20;
 const NAME_BYTES_MAX: usize = 255;
 
@@ -83,7 +87,8 @@ impl Manifest {
         self.files.iter().map(|file| file.bytes).sum()
     }
 
-    /// Checks a directory: exactly these files, with exactly these bytes. Errors name file and offset.
+    /// Checks a directory: exactly these files, with exactly these bytes. Errors name file and
+    /// offset.
     pub fn verify(&self, fs: &dyn Fs, dir: &Path) -> Result<(), Error> {
         let names = fs.read_dir(dir).map_err(|error| Error::io(dir, error))?;
         let here: BTreeSet<&str> = names.iter().map(String::as_str).collect();
@@ -122,7 +127,8 @@ impl Manifest {
         Ok(())
     }
 
-    /// The manifest as bytes: magic, format, number of files, each file, CRC32 of all before. Little endian.
+    /// The manifest as bytes: magic, format, number of files, each file, CRC32 of all before.
+    /// Little endian.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
@@ -139,8 +145,8 @@ impl Manifest {
         bytes
     }
 
-    /// Reads what [`Manifest::encode`] wrote. Refuses names that could lead out of the directory. `origin` stands in
-    /// the errors.
+    /// Reads what [`Manifest::encode`] wrote. Refuses names that could lead out of the directory.
+    /// `origin` stands in the errors.
     pub fn decode(origin: &Path, bytes: &[u8]) -> Result<Manifest, Error> {
         let mut reader = Reader {
             origin,
@@ -302,8 +308,8 @@ impl Incoming {
         &self.manifest
     }
 
-    /// Writes one chunk of the file at this place in the manifest. A wrong chunk is [`Error::Corruption`] and changes
-    /// nothing: ask for it again.
+    /// Writes one chunk of the file at this place in the manifest. A wrong chunk is
+    /// [`Error::Corruption`] and changes nothing: ask for it again.
     pub fn write(&self, file: usize, chunk: usize, data: &[u8]) -> Result<(), Error> {
         let entry = self
             .manifest
@@ -326,7 +332,8 @@ impl Incoming {
             .map_err(|error| Error::io(&path, error))
     }
 
-    /// Syncs everything and verifies the whole directory, read back. It may be swapped in when this returns `Ok`.
+    /// Syncs everything and verifies the whole directory, read back. It may be swapped in when this
+    /// returns `Ok`.
     pub fn finish(self) -> Result<Manifest, Error> {
         for (entry, file) in self.manifest.files.iter().zip(&self.files) {
             file.sync()
@@ -340,8 +347,9 @@ impl Incoming {
     }
 }
 
-/// Replaces the store in `live` (closed, or not there) by the verified and synced directory `incoming` beside it.
-/// Durable when it returns; a crash before that leaves either store, whole, after [`settle`].
+/// Replaces the store in `live` (closed, or not there) by the verified and synced directory
+/// `incoming` beside it. Durable when it returns; a crash before that leaves either store, whole,
+/// after [`settle`].
 pub fn swap_in(fs: &dyn Fs, incoming: &Path, live: &Path) -> Result<(), Error> {
     let (parent, name) = split(live)?;
     if incoming.parent() != Some(parent) || !fs.exists(incoming) {
@@ -362,8 +370,8 @@ pub fn swap_in(fs: &dyn Fs, incoming: &Path, live: &Path) -> Result<(), Error> {
     settle_one(fs, parent, &name)
 }
 
-/// Finishes or undoes what a crash left in the directory that holds all stores, and returns the live names. Called once at
-/// start, before a store is opened.
+/// Finishes or undoes what a crash left in the directory that holds all stores, and returns the
+/// live names. Called once at start, before a store is opened.
 pub fn settle(fs: &dyn Fs, parent: &Path) -> Result<Vec<String>, Error> {
     let io = |error| Error::io(parent, error);
     let mut live = BTreeSet::new();
@@ -390,15 +398,16 @@ fn settle_one(fs: &dyn Fs, parent: &Path, name: &str) -> Result<(), Error> {
     if !fs.exists(&ready) {
         return Ok(());
     }
-    // The decision is durable, so the live store may go at once: a crash from here on comes back to this place.
+    // The decision is durable, so the live store may go at once: a crash from here on comes back to
+    // this place.
     remove_dir(fs, &live)?;
     fs.rename(&ready, &live)
         .and_then(|()| fs.sync_dir(parent))
         .map_err(|error| Error::io(&live, error))
 }
 
-/// Removes a store's directory; one that is not there is no error. It first loses its name, so that a crash in the middle
-/// leaves no store with half of its files.
+/// Removes a store's directory; one that is not there is no error. It first loses its name, so that
+/// a crash in the middle leaves no store with half of its files.
 pub(crate) fn remove_dir(fs: &dyn Fs, dir: &Path) -> Result<(), Error> {
     if !fs.exists(dir) {
         return Ok(());

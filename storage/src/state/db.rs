@@ -1,5 +1,5 @@
-//! Owns the handle on one replica's state: typed access to an engine, what is durable, the sweep of dead keys. Does not apply
-//! commands and does not decide when to flush.
+//! Owns the handle on one replica's state: typed access to an engine, what is durable, the sweep of
+//! dead keys. Does not apply commands and does not decide when to flush.
 
 use std::ops::Range;
 use std::path::Path;
@@ -25,7 +25,8 @@ const SWEEP_VERSIONS_MAX: usize = 10_000;
 /// The state of one replica. Clones share it.
 ///
 /// Invariants:
-/// - what [`ReplicaState::applied_bytes`] returns is durable, together with everything applied up to it;
+/// - what [`ReplicaState::applied_bytes`] returns is durable, together with everything applied up
+///   to it;
 /// - a batch is written whole or not at all, in the order of the calls.
 #[derive(Clone)]
 pub struct ReplicaState {
@@ -34,7 +35,8 @@ pub struct ReplicaState {
 }
 
 impl ReplicaState {
-    /// Opens the store in `dir`, and checks that its format is known. The filter drops nothing until it is set.
+    /// Opens the store in `dir`, and checks that its format is known. The filter drops nothing
+    /// until it is set.
     pub fn open(
         engines: &dyn Engines,
         dir: &Path,
@@ -55,8 +57,8 @@ impl ReplicaState {
         &self.engine
     }
 
-    /// The newest version of a key at or below `version_max`, delete markers and expired values included: the caller
-    /// judges. One seek, on the newest state.
+    /// The newest version of a key at or below `version_max`, delete markers and expired values
+    /// included: the caller judges. One seek, on the newest state.
     pub fn get_at(
         &self,
         keyspace: u32,
@@ -92,13 +94,14 @@ impl ReplicaState {
         self.engine.get(&key::meta(name))
     }
 
-    /// The `APPLIED` record that is durable: as read at open, or before the last flush began. The log may be purged up to
-    /// it and not further.
+    /// The `APPLIED` record that is durable: as read at open, or before the last flush began. The
+    /// log may be purged up to it and not further.
     pub fn applied_bytes(&self) -> Option<Bytes> {
         self.durable_applied.lock().clone()
     }
 
-    /// Makes everything written before durable; returns the `APPLIED` record that is durable from now on.
+    /// Makes everything written before durable; returns the `APPLIED` record that is durable from
+    /// now on.
     pub fn flush(&self) -> Result<Option<Bytes>, Error> {
         // One flush at a time, else an older one could set the record back.
         let mut durable = self.durable_applied.lock();
@@ -124,9 +127,9 @@ impl ReplicaState {
         self.engine.compact(range)
     }
 
-    /// Removes up to `keys_max` keys that compactions found dead but could not drop: each with all of its versions at or below
-    /// the threshold, in one batch. Returns how many entries were removed. Runs beside apply: it touches only
-    /// versions that no write makes any more.
+    /// Removes up to `keys_max` keys that compactions found dead but could not drop: each with all
+    /// of its versions at or below the threshold, in one batch. Returns how many entries were
+    /// removed. Runs beside apply: it touches only versions that no write makes any more.
     pub fn sweep(&self, keys_max: usize) -> Result<u64, Error> {
         let filter = self.filter();
         let prefixes = filter.take_dead(keys_max);

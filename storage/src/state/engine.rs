@@ -25,22 +25,26 @@ pub trait Engine: Send + Sync + 'static {
     /// ([`crate::state::key::data_prefix`]). One seek; a key that is not there seldom costs a read.
     fn first(&self, from: &[u8], prefix: &[u8]) -> Result<Option<(Bytes, Bytes)>, Error>;
 
-    /// A view that later writes do not change. It holds back the freeing of space: keep it for one page, not longer.
+    /// A view that later writes do not change. It holds back the freeing of space: keep it for one
+    /// page, not longer.
     fn view(&self) -> Result<Box<dyn View>, Error>;
 
     /// Writes atomically; readable when it returns, durable after the next [`Engine::flush`].
     fn write(&self, batch: Batch) -> Result<(), Error>;
 
-    /// Everything written before is durable when it returns. After an error the store is no longer usable.
+    /// Everything written before is durable when it returns. After an error the store is no longer
+    /// usable.
     fn flush(&self) -> Result<(), Error>;
 
-    /// Makes a directory that [`Engines::open`] can open and that holds everything written before; durable when it
-    /// returns. `dir` must not exist, its parent must. The files stand in [`Engines::fs`].
+    /// Makes a directory that [`Engines::open`] can open and that holds everything written before;
+    /// durable when it returns. `dir` must not exist, its parent must. The files stand in
+    /// [`Engines::fs`].
     fn checkpoint(&self, dir: &Path) -> Result<(), Error>;
 
-    /// Runs every entry of `range` (all entries, without one) past the filter as it is now, after a flush.
-    /// When it returns, no entry that the filter drops on sight (a key outside the arc) is left there. Only a compaction
-    /// without a range is sure to notice that RocksDB left something out.
+    /// Runs every entry of `range` (all entries, without one) past the filter as it is now, after a
+    /// flush. When it returns, no entry that the filter drops on sight (a key outside the arc) is
+    /// left there. Only a compaction without a range is sure to notice that RocksDB left something
+    /// out.
     fn compact(&self, range: Option<Range<Vec<u8>>>) -> Result<(), Error>;
 
     /// What the store takes, on disk and in memory; an estimate.
@@ -49,8 +53,8 @@ pub trait Engine: Send + Sync + 'static {
     /// What a crash would lose; an estimate, but 0 only when everything is durable.
     fn unflushed_bytes(&self) -> u64;
 
-    /// Whether the store is still usable. What fails in the background shows here, or at the next write or flush, so
-    /// whoever owns an idle store asks now and then.
+    /// Whether the store is still usable. What fails in the background shows here, or at the next
+    /// write or flush, so whoever owns an idle store asks now and then.
     fn health(&self) -> Result<(), Error>;
 
     /// What compaction may drop.
@@ -65,7 +69,8 @@ pub trait View: Send {
     /// See [`Engine::first`].
     fn first(&self, from: &[u8], prefix: &[u8]) -> Result<Option<(Bytes, Bytes)>, Error>;
 
-    /// A cursor over the keys in `range`, which begins before its first (in reverse: behind its last) entry.
+    /// A cursor over the keys in `range`, which begins before its first (in reverse: behind its
+    /// last) entry.
     fn seek(&self, range: Range<Vec<u8>>, reverse: bool) -> Result<Box<dyn Cursor + '_>, Error>;
 }
 
@@ -74,16 +79,16 @@ pub trait Cursor {
     /// The next entry in the cursor's direction; `None` at the end of the range.
     fn next(&mut self) -> Result<Option<(Bytes, Bytes)>, Error>;
 
-    /// Moves, in either direction, so that [`Cursor::next`] returns the first entry at or behind `key`
-    /// (in reverse: the last at or before it), inside the range.
+    /// Moves, in either direction, so that [`Cursor::next`] returns the first entry at or behind
+    /// `key` (in reverse: the last at or before it), inside the range.
     fn seek_to(&mut self, key: &[u8]) -> Result<(), Error>;
 }
 
 /// How to open a store.
 #[derive(Copy, Clone, Eq, PartialEq, Debug)]
 pub struct OpenState {
-    /// Whether a missing store is made. Without it, a missing store is [`Error::Io`] with `NotFound`: a store
-    /// that should be there and is not must never come up empty.
+    /// Whether a missing store is made. Without it, a missing store is [`Error::Io`] with
+    /// `NotFound`: a store that should be there and is not must never come up empty.
     pub create: bool,
 }
 

@@ -1,38 +1,46 @@
-//! Owns what compaction may drop: superseded versions, dead keys, keys outside the arc. Does not compact, does not know
-//! hashing (the arc is a predicate that is handed in), and decides by nothing but the state that it was given.
+//! Owns what compaction may drop: superseded versions, dead keys, keys outside the arc. Does not
+//! compact, does not know hashing (the arc is a predicate that is handed in), and decides by
+//! nothing but the state that it was given.
 //!
 //! # Why nothing comes back
 //!
-//! A key's versions are separate entries of the store, newest first, and one compaction sees only some of the store's
-//! files: of a key's versions any subset. RocksDB moves entries down independently, so an *older* version may well lie
-//! in a file that this compaction does not see, even above the newer one. From that follow the rules, where T is the
-//! history threshold of the keyspace (the lowest version that anybody may still read at):
+//! A key's versions are separate entries of the store, newest first, and one compaction sees only
+//! some of the store's files: of a key's versions any subset. RocksDB moves entries down
+//! independently, so an *older* version may well lie in a file that this compaction does not see,
+//! even above the newer one. From that follow the rules, where T is the history threshold of the
+//! keyspace (the lowest version that anybody may still read at):
 //!
 //! 1. A version above T stays.
-//! 2. Of the versions at or below T that one compaction sees, the newest stays, unless rule 4 drops it. The older
-//!    ones go: whoever reads at or above T finds the newer one, which stays behind in the same atomic step.
-//! 3. So a *dead* version (a delete marker, or a value expired at T) stays as well, when it is the newest that is seen:
-//!    an older put may exist elsewhere, and would be found again. It is noted for [`crate::state::ReplicaState::sweep`],
-//!    which reads all versions of that key and deletes the dead one together with all older ones, in one batch.
-//! 4. Only a *complete* compaction (all files of the store, in one pass) drops a dead version itself, with all older
-//!    versions, in its one atomic step. An older version that is not yet in any file cannot exist: versions rise with
-//!    the log, batches reach files in the order of their writes, and an ingest of older versions runs under
-//!    [`FilterState::paused`] until it is flushed. This needs one pass over all keys: no sub-compactions.
+//! 2. Of the versions at or below T that one compaction sees, the newest stays, unless rule 4 drops
+//!    it. The older ones go: whoever reads at or above T finds the newer one, which stays behind in
+//!    the same atomic step.
+//! 3. So a *dead* version (a delete marker, or a value expired at T) stays as well, when it is the
+//!    newest that is seen: an older put may exist elsewhere, and would be found again. It is noted
+//!    for [`crate::state::ReplicaState::sweep`], which reads all versions of that key and deletes
+//!    the dead one together with all older ones, in one batch.
+//! 4. Only a *complete* compaction (all files of the store, in one pass) drops a dead version
+//!    itself, with all older versions, in its one atomic step. An older version that is not yet in
+//!    any file cannot exist: versions rise with the log, batches reach files in the order of their
+//!    writes, and an ingest of older versions runs under [`FilterState::paused`] until it is
+//!    flushed. This needs one pass over all keys: no sub-compactions.
 //!
-//! By induction over these steps the following holds always: *a version is removed only while a newer one at or below T
-//! stays, or together with or after all older versions of its key.* So a reader at any version ≥ T finds what it found.
+//! By induction over these steps the following holds always: *a version is removed only while a
+//! newer one at or below T stays, or together with or after all older versions of its key.* So a
+//! reader at any version ≥ T finds what it found.
 //!
-//! RocksDB shows a filter only live puts, and where its verdict removes an entry, leaves its own delete marker unless
-//! no older entry of the same physical key can exist; so a physical key that was written twice (a replay) is no hole.
-//! A filter ignores RocksDB's snapshots: a reader below T may miss entries. Readers check their version against the
-//! threshold again *after* reading, or hold a pin.
+//! RocksDB shows a filter only live puts, and where its verdict removes an entry, leaves its own
+//! delete marker unless no older entry of the same physical key can exist; so a physical key that
+//! was written twice (a replay) is no hole. A filter ignores RocksDB's snapshots: a reader below T
+//! may miss entries. Readers check their version against the threshold again *after* reading, or
+//! hold a pin.
 //!
 //! # Why only flushed state
 //!
-//! After a crash the log replays from what was flushed, and must judge every condition as before. A write that is
-//! replayed gets a version above the flushed group clock. T is never above the flushed clock, so what is dead at T
-//! is absent for every replayed condition as well. With an unflushed clock this fails: a write replayed *below* an
-//! expiry would find its key gone. The owner therefore calls [`Filter::set`] with what a flush has made durable, no more.
+//! After a crash the log replays from what was flushed, and must judge every condition as before. A
+//! write that is replayed gets a version above the flushed group clock. T is never above the
+//! flushed clock, so what is dead at T is absent for every replayed condition as well. With an
+//! unflushed clock this fails: a write replayed *below* an expiry would find its key gone. The
+//! owner therefore calls [`Filter::set`] with what a flush has made durable, no more.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -46,17 +54,20 @@ use crate::state::{key, value};
 /// Whether a user key of a keyspace lies in the replica's arc. Must not panic.
 pub type ArcFilter = Arc<dyn Fn(u32, &[u8]) -> bool + Send + Sync>;
 
-/// Bytes of noted dead keys. Beyond it, further ones are not noted: a later compaction meets them again.
+/// Bytes of noted dead keys. Beyond it, further ones are not noted: a later compaction meets them
+/// again.
 const DEAD_BYTES_MAX: usize = 4 << 20;
 
 /// What the filter decides by. All of it must be flushed, replicated state.
 #[derive(Clone, Default)]
 pub struct FilterState {
-    /// Nothing is dropped: while versions older than flushed ones are being ingested, until they are flushed.
+    /// Nothing is dropped: while versions older than flushed ones are being ingested, until they
+    /// are flushed.
     pub paused: bool,
     /// The group clock.
     pub clock: u64,
-    /// The history threshold of keyspaces that are not in `thresholds`: versions below it are not read any more.
+    /// The history threshold of keyspaces that are not in `thresholds`: versions below it are not
+    /// read any more.
     pub threshold: u64,
     /// History thresholds by keyspace.
     pub thresholds: BTreeMap<u32, u64>,
@@ -67,7 +78,8 @@ pub struct FilterState {
 }
 
 impl FilterState {
-    /// The lowest version that may still be read at in a keyspace: versions superseded there may go.
+    /// The lowest version that may still be read at in a keyspace: versions superseded there may
+    /// go.
     pub fn threshold(&self, keyspace: u32) -> u64 {
         let threshold = self
             .thresholds
@@ -92,7 +104,8 @@ impl fmt::Debug for FilterState {
     }
 }
 
-/// The state that a store's compactions decide by, shared with its owner, and the dead keys that they could not drop.
+/// The state that a store's compactions decide by, shared with its owner, and the dead keys that
+/// they could not drop.
 ///
 /// A fresh filter drops nothing.
 #[derive(Default)]
@@ -109,7 +122,8 @@ struct Dead {
 }
 
 impl Filter {
-    /// Replaces the state, for compactions that begin from now on. Only with what a flush has made durable.
+    /// Replaces the state, for compactions that begin from now on. Only with what a flush has made
+    /// durable.
     pub fn set(&self, state: FilterState) {
         *self.state.write() = Arc::new(state);
     }
@@ -149,7 +163,8 @@ impl Filter {
         }
     }
 
-    /// Begins one pass over entries in key order. `complete`: the pass sees every version of every key that it sees.
+    /// Begins one pass over entries in key order. `complete`: the pass sees every version of every
+    /// key that it sees.
     pub(crate) fn pass(self: &Arc<Self>, complete: bool) -> Pass {
         Pass {
             state: self.state(),
@@ -228,7 +243,8 @@ impl Pass {
         if self.met == Met::Newest {
             return Verdict::Drop;
         }
-        // What cannot be read is kept, and hides nothing: the reader that meets it reports the damage.
+        // What cannot be read is kept, and hides nothing: the reader that meets it reports the
+        // damage.
         let Ok((tombstone, expires_at)) = value::decode_header(stored) else {
             return Verdict::Keep;
         };
@@ -269,7 +285,8 @@ mod tests {
 
     use super::*;
 
-    /// A store as a stack of sorted runs, compacted in any combination: the least that an engine promises.
+    /// A store as a stack of sorted runs, compacted in any combination: the least that an engine
+    /// promises.
     type Run = BTreeMap<Vec<u8>, Vec<u8>>;
 
     #[derive(Clone, Debug)]
@@ -283,7 +300,8 @@ mod tests {
         },
         /// Makes all that was written since the last one a run.
         Flush,
-        /// Merges the runs whose bits are set; raises the threshold to this much below the clock before.
+        /// Merges the runs whose bits are set; raises the threshold to this much below the clock
+        /// before.
         Compact {
             runs: u16,
             history: u64,
@@ -295,7 +313,8 @@ mod tests {
             3 => (0u8..3, 0u64..6).prop_map(|(key, expires_in)| Step::Put { key, expires_in }),
             2 => (0u8..3).prop_map(|key| Step::Delete { key }),
             2 => Just(Step::Flush),
-            3 => (any::<u16>(), 0u64..6).prop_map(|(runs, history)| Step::Compact { runs, history }),
+            3 => (any::<u16>(), 0u64..6)
+                .prop_map(|(runs, history)| Step::Compact { runs, history }),
         ];
         prop::collection::vec(step, 1..60)
     }
@@ -311,7 +330,8 @@ mod tests {
         (!stored.is_absent_at(version)).then(|| stored.bytes.to_vec())
     }
 
-    /// Runs the steps; an error names the read that changed. `lie`: passes claim to be complete when they are not.
+    /// Runs the steps; an error names the read that changed. `lie`: passes claim to be complete
+    /// when they are not.
     fn run(steps: &[Step], lie: bool) -> Result<(), String> {
         let filter = Arc::new(Filter::default());
         let (mut everything, mut memtable, mut runs) = (Run::new(), Run::new(), Vec::<Run>::new());

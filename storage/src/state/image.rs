@@ -1,5 +1,6 @@
-//! Owns the image file: a whole store as one file, for engines that keep no files of their own. Called by the map engine at
-//! every flush, and by RocksDB in memory at a checkpoint. Does not decide when.
+//! Owns the image file: a whole store as one file, for engines that keep no files of their own.
+//! Called by the map engine at every flush, and by RocksDB in memory at a checkpoint. Does not
+//! decide when.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -42,7 +43,8 @@ pub(crate) fn read(fs: &dyn Fs, dir: &Path) -> Result<Option<Entries>, Error> {
     decode(&path, content.into()).map(Some)
 }
 
-/// Writes the image of `entries` as a new directory: made under a temporary name, synced, then renamed.
+/// Writes the image of `entries` as a new directory: made under a temporary name, synced, then
+/// renamed.
 pub(crate) fn write_dir(fs: &dyn Fs, dir: &Path, entries: &Entries) -> Result<(), Error> {
     let mut temporary = dir.as_os_str().to_os_string();
     temporary.push(".tmp");

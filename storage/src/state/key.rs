@@ -1,7 +1,8 @@
-//! Owns the physical keys of a replica's store: every record kind, its layout and its order. Does not own values
-//! (see `value`) and does not know what a record is for.
+//! Owns the physical keys of a replica's store: every record kind, its layout and its order. Does
+//! not own values (see `value`) and does not know what a record is for.
 //!
-//! The layouts are listed in `FORMAT.md`, pinned by golden bytes below, and never change within a format version.
+//! The layouts are listed in `FORMAT.md`, pinned by golden bytes below, and never change within a
+//! format version.
 
 use std::ops::Range;
 
@@ -30,7 +31,8 @@ impl Kind {
     }
 }
 
-/// The name of a `Meta` record. Numbers are for ever; what the record holds is its writer's business.
+/// The name of a `Meta` record. Numbers are for ever; what the record holds is its writer's
+/// business.
 #[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
 pub struct MetaName(pub u8);
 
@@ -231,7 +233,8 @@ pub fn data_at(prefix: &[u8], version: u64) -> Vec<u8> {
     bytes
 }
 
-/// The first physical key behind all versions of a prefix: the terminator, raised by one, which no key has there.
+/// The first physical key behind all versions of a prefix: the terminator, raised by one, which no
+/// key has there.
 pub fn data_prefix_end(prefix: &[u8]) -> Vec<u8> {
     let mut end = prefix.to_vec();
     let last = end
@@ -242,7 +245,8 @@ pub fn data_prefix_end(prefix: &[u8]) -> Vec<u8> {
     end
 }
 
-/// The physical range of all versions of the user keys `start..end`; no `end` means to the end of the keyspace.
+/// The physical range of all versions of the user keys `start..end`; no `end` means to the end of
+/// the keyspace.
 pub fn data_range(keyspace: u32, start: &[u8], end: Option<&[u8]>) -> Range<Vec<u8>> {
     let start = data_prefix(keyspace, start);
     let end = match (end, keyspace.checked_add(1)) {
@@ -276,9 +280,11 @@ pub fn decode_prefix(prefix: &[u8]) -> Option<(u32, Vec<u8>)> {
     Some((keyspace, key))
 }
 
-/// Length of the part before the version, terminator included; `None` when `bytes` is not a data key or prefix.
+/// Length of the part before the version, terminator included; `None` when `bytes` is not a data
+/// key or prefix.
 ///
-/// It depends on nothing behind the terminator, so the prefix of a prefix is that prefix: the bloom filter needs it.
+/// It depends on nothing behind the terminator, so the prefix of a prefix is that prefix: the bloom
+/// filter needs it.
 pub(crate) fn data_prefix_len(bytes: &[u8]) -> Option<usize> {
     if bytes.first() != Some(&(Kind::Data as u8)) {
         return None;
@@ -409,13 +415,17 @@ mod tests {
         }
 
         #[test]
-        fn decode_returns_what_was_encoded(keyspace in any::<u32>(), key in user_key(), version in any::<u64>()) {
+        fn decode_returns_what_was_encoded(
+            keyspace in any::<u32>(), key in user_key(), version in any::<u64>()
+        ) {
             let bytes = data(keyspace, &key, version);
             prop_assert_eq!(Key::decode(&bytes), Some(Key::Data { keyspace, key, version }));
         }
 
         #[test]
-        fn prefixes_are_prefix_free_and_bound_their_versions(a in user_key(), b in user_key(), version in any::<u64>()) {
+        fn prefixes_are_prefix_free_and_bound_their_versions(
+            a in user_key(), b in user_key(), version in any::<u64>()
+        ) {
             let (pa, pb) = (data_prefix(1, &a), data_prefix(1, &b));
             prop_assert_eq!(pa.starts_with(&pb), a == b);
             let physical = data_at(&pa, version);
@@ -429,7 +439,9 @@ mod tests {
         }
 
         #[test]
-        fn range_holds_exactly_its_keys(start in user_key(), end in user_key(), key in user_key(), version in any::<u64>()) {
+        fn range_holds_exactly_its_keys(
+            start in user_key(), end in user_key(), key in user_key(), version in any::<u64>()
+        ) {
             let range = data_range(1, &start, Some(&end));
             let physical = data(1, &key, version).to_vec();
             prop_assert_eq!(range.contains(&physical), start <= key && key < end);

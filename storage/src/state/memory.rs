@@ -1,6 +1,6 @@
-//! Owns the map engine: the same contract as RocksDB in an ordered map, without threads, for simulation. What was flushed
-//! stands as one image file in the `Fs` seam; dropping an engine loses the rest, as a crash does. Does not scale:
-//! a flush writes everything.
+//! Owns the map engine: the same contract as RocksDB in an ordered map, without threads, for
+//! simulation. What was flushed stands as one image file in the `Fs` seam; dropping an engine loses
+//! the rest, as a crash does. Does not scale: a flush writes everything.
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, Range};
@@ -175,7 +175,8 @@ impl Engine for MapEngine {
     fn compact(&self, range: Option<Range<Vec<u8>>>) -> Result<(), Error> {
         self.flush()?;
         let mut inner = self.inner.lock();
-        // Only a pass over everything may drop dead versions: a range may begin between two versions of a key.
+        // Only a pass over everything may drop dead versions: a range may begin between two
+        // versions of a key.
         let mut pass = self.filter.pass(range.is_none());
         let in_range = |key: &Bytes| {
             range

@@ -1,5 +1,5 @@
-//! Owns reading through a batch that is being built: what an entry has put so far is seen by the rest of it. Does not write
-//! (the batch is handed back) and does not judge conditions.
+//! Owns reading through a batch that is being built: what an entry has put so far is seen by the
+//! rest of it. Does not write (the batch is handed back) and does not judge conditions.
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, Range};
@@ -41,7 +41,8 @@ impl Overlay {
         self.get_at(keyspace, user_key, u64::MAX)
     }
 
-    /// The newest version of a key at or below `version_max`, delete markers and expired values included.
+    /// The newest version of a key at or below `version_max`, delete markers and expired values
+    /// included.
     pub fn get_at(
         &self,
         keyspace: u32,
@@ -112,7 +113,8 @@ impl Overlay {
         self.put_raw(key::meta(name), value);
     }
 
-    /// Up to `max` entries of a physical range, in order, as they will be once the batch is written.
+    /// Up to `max` entries of a physical range, in order, as they will be once the batch is
+    /// written.
     pub fn range(&self, range: Range<Vec<u8>>, max: usize) -> Result<Vec<(Bytes, Bytes)>, Error> {
         let view = self.view()?;
         let mut cursor = view.seek(range, false)?;

@@ -1,5 +1,5 @@
-//! Owns reading versions: the newest at or below a version, and scans in both directions. Does not know the arc, sessions or
-//! who may read at which version.
+//! Owns reading versions: the newest at or below a version, and scans in both directions. Does not
+//! know the arc, sessions or who may read at which version.
 
 use std::ops::Range;
 
@@ -11,7 +11,8 @@ use crate::state::filter::ArcFilter;
 use crate::state::key::{self, Kind};
 use crate::state::value::Value;
 
-/// Versions of one key that a scan walks over before it seeks past the rest: a seek costs about this many steps.
+/// Versions of one key that a scan walks over before it seeks past the rest: a seek costs about
+/// this many steps.
 const STEPS_BEFORE_SEEK: u32 = 8;
 
 /// One version of a key, as it is stored.
@@ -28,8 +29,9 @@ pub struct Versioned {
 }
 
 impl Versioned {
-    /// Whether a reader at `version` finds nothing here. A condition and an answer must treat such a version exactly
-    /// like none at all, its number included: one replica may have compacted it away, another not yet.
+    /// Whether a reader at `version` finds nothing here. A condition and an answer must treat such
+    /// a version exactly like none at all, its number included: one replica may have compacted it
+    /// away, another not yet.
     pub fn is_absent_at(&self, version: u64) -> bool {
         super::value::is_absent_at(self.tombstone, self.expires_at_version, version)
     }
@@ -84,8 +86,8 @@ pub struct Found {
 
 /// Reads versions from one consistent view.
 ///
-/// What lies below the history threshold may be gone, and the filter ignores views: check the version against the threshold
-/// again after reading, or hold a pin.
+/// What lies below the history threshold may be gone, and the filter ignores views: check the
+/// version against the threshold again after reading, or hold a pin.
 pub struct Reader<'a> {
     view: Box<dyn View + 'a>,
 }
@@ -101,8 +103,8 @@ impl<'a> Reader<'a> {
         &*self.view
     }
 
-    /// The newest version of a key at or below `version_max`, delete markers and expired values included: the
-    /// caller judges. One seek.
+    /// The newest version of a key at or below `version_max`, delete markers and expired values
+    /// included: the caller judges. One seek.
     pub fn get_at(
         &self,
         keyspace: u32,
@@ -118,8 +120,8 @@ impl<'a> Reader<'a> {
             .transpose()
     }
 
-    /// The keys of a range with their newest versions at or below `version_max`, in key order or in reverse.
-    /// What is deleted or expired at `version_max` is passed over.
+    /// The keys of a range with their newest versions at or below `version_max`, in key order or in
+    /// reverse. What is deleted or expired at `version_max` is passed over.
     pub fn scan(
         &self,
         keyspace: u32,
@@ -131,8 +133,9 @@ impl<'a> Reader<'a> {
         Scan::new(&*self.view, range, reverse, version_max)
     }
 
-    /// A hash over everything that can be read at `version`: data, results and marks, in order. Equal state, equal hash,
-    /// whatever was compacted. Keys outside `arc` do not count. Reads everything.
+    /// A hash over everything that can be read at `version`: data, results and marks, in order.
+    /// Equal state, equal hash, whatever was compacted. Keys outside `arc` do not count. Reads
+    /// everything.
     pub fn state_hash(&self, arc: Option<&ArcFilter>, version: u64) -> Result<u64, Error> {
         let mut hash = Fnv64::new();
         for kind in [Kind::Result, Kind::Mark] {

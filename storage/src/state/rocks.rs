@@ -1,5 +1,6 @@
-//! Owns RocksDB as a state store: opening, writing without its log, flushing, checkpoints, compaction; on disk, or
-//! wholly in its memory environment. Does not read (see `rocks_view`) and does not choose options (see `budget`).
+//! Owns RocksDB as a state store: opening, writing without its log, flushing, checkpoints,
+//! compaction; on disk, or wholly in its memory environment. Does not read (see `rocks_view`) and
+//! does not choose options (see `budget`).
 
 use std::collections::BTreeSet;
 use std::ffi::CStr;
@@ -43,13 +44,14 @@ pub struct RocksEngines {
 /// Where the databases' own files stand.
 enum Place {
     Disk,
-    /// In RocksDB's memory environment, which nothing else can read: checkpoints leave it as one image file. The set
-    /// holds the directories that are databases there.
+    /// In RocksDB's memory environment, which nothing else can read: checkpoints leave it as one
+    /// image file. The set holds the directories that are databases there.
     Memory(Mutex<BTreeSet<PathBuf>>),
 }
 
 impl RocksEngines {
-    /// Stores on disk. `on_fatal` is called once for a store whose write, flush or compaction failed: the node then ends.
+    /// Stores on disk. `on_fatal` is called once for a store whose write, flush or compaction
+    /// failed: the node then ends.
     pub fn on_disk(options: &StateOptions, on_fatal: OnFatal) -> Result<RocksEngines, Error> {
         let env =
             Env::new().map_err(|error| map_error(Path::new("RocksDB environment"), &error))?;
@@ -61,7 +63,8 @@ impl RocksEngines {
         })
     }
 
-    /// Stores that live and end with this factory. Checkpoints stand in `fs`, as one image file each.
+    /// Stores that live and end with this factory. Checkpoints stand in `fs`, as one image file
+    /// each.
     pub fn in_memory(
         options: &StateOptions,
         fs: Arc<dyn Fs>,
@@ -77,7 +80,8 @@ impl RocksEngines {
         })
     }
 
-    /// Memory that the shared cache uses: blocks, indexes, filters, and what write buffers are charged.
+    /// Memory that the shared cache uses: blocks, indexes, filters, and what write buffers are
+    /// charged.
     pub fn cache_bytes_used(&self) -> u64 {
         self.budget.cache_bytes_used()
     }
@@ -185,7 +189,8 @@ struct RocksEngine {
     dir: PathBuf,
     fs: Arc<dyn Fs>,
     filter: Arc<Filter>,
-    /// Set by the first failed write or flush: from then on nothing is written, and nothing is said to be durable.
+    /// Set by the first failed write or flush: from then on nothing is written, and nothing is said
+    /// to be durable.
     failed: AtomicBool,
     on_fatal: OnFatal,
     write_options: WriteOptions,
@@ -254,7 +259,8 @@ impl RocksEngine {
         self.db.property_int_value(name).ok().flatten().unwrap_or(0)
     }
 
-    /// The names of the files that surely hold keys of the range: those of which the first or the last key lies in it.
+    /// The names of the files that surely hold keys of the range: those of which the first or the
+    /// last key lies in it.
     fn files(&self, range: Option<&Range<Vec<u8>>>) -> Result<BTreeSet<String>, Error> {
         let ends_in_range = |file: &LiveFile| {
             let Some(range) = range else {
@@ -341,8 +347,9 @@ impl Engine for RocksEngine {
         self.flush()?;
         let before = self.files(range.as_ref())?;
         let mut options = CompactOptions::default();
-        // Exclusive: waits for compactions that still decide by an older filter state. Forced: also rewrites the bottom
-        // level, and not only files that are older than the call (the cheaper mode would trust those older filters).
+        // Exclusive: waits for compactions that still decide by an older filter state. Forced: also
+        // rewrites the bottom level, and not only files that are older than the call (the cheaper
+        // mode would trust those older filters).
         options.set_exclusive_manual_compaction(true);
         options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
         let (start, end) = match &range {
@@ -351,7 +358,8 @@ impl Engine for RocksEngine {
         };
         self.db.compact_range_opt(start, end, &options);
         self.check()?;
-        // The binding drops RocksDB's answer, so the effect is checked: no file is left that it had to rewrite.
+        // The binding drops RocksDB's answer, so the effect is checked: no file is left that it had
+        // to rewrite.
         match self.files(range.as_ref())?.intersection(&before).next() {
             None => Ok(()),
             Some(file) => Err(Error::Engine {

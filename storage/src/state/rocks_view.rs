@@ -1,4 +1,5 @@
-//! Owns reading a RocksDB database: seeks, views, cursors, and what its errors mean. Does not write.
+//! Owns reading a RocksDB database: seeks, views, cursors, and what its errors mean. Does not
+//! write.
 
 use std::future::{Future, poll_fn};
 use std::io;
@@ -15,7 +16,8 @@ use rocksdb::{DB, DBRawIterator, ErrorKind, ReadOptions};
 use crate::error::Error;
 use crate::state::engine::{Cursor, View};
 
-/// The first entry at or behind `from` that begins with `prefix`: one seek, guarded by the bloom filters.
+/// The first entry at or behind `from` that begins with `prefix`: one seek, guarded by the bloom
+/// filters.
 pub(crate) fn first(
     db: &DB,
     mut options: ReadOptions,
@@ -51,9 +53,10 @@ fn copy(key: &[u8], value: &[u8]) -> (Bytes, Bytes) {
 
 /// A snapshot that owns its database.
 ///
-/// The binding's snapshot borrows the database, and a struct cannot hold both. A future can: the database and the snapshot
-/// that borrows it are locals of one `async` block, which hands out read options each time it is polled and is never
-/// finished. Dropping it releases the snapshot, then the database.
+/// The binding's snapshot borrows the database, and a struct cannot hold both. A future can: the
+/// database and the snapshot that borrows it are locals of one `async` block, which hands out read
+/// options each time it is polled and is never finished. Dropping it releases the snapshot, then
+/// the database.
 pub(crate) struct RocksView {
     holder: Mutex<Pin<Box<dyn Future<Output = ()> + Send>>>,
     handed_out: Arc<Mutex<Option<ReadOptions>>>,
@@ -76,7 +79,8 @@ impl RocksView {
         }
     }
 
-    /// Read options bound to the snapshot. Whoever uses them borrows the view, so that the snapshot outlives them.
+    /// Read options bound to the snapshot. Whoever uses them borrows the view, so that the snapshot
+    /// outlives them.
     fn options(&self) -> ReadOptions {
         next_options(&mut self.holder.lock(), &self.handed_out)
     }
@@ -249,7 +253,8 @@ mod tests {
     #[test]
     fn files_and_offsets_are_found_in_messages() {
         let dir = Path::new("/data/shards/7");
-        let why = "Corruption: block checksum mismatch: stored = 1, computed = 2, type = 4  in /data/shards/7/000012.sst offset 4096 size 77";
+        let why = "Corruption: block checksum mismatch: stored = 1, computed = 2, type = 4  in \
+            /data/shards/7/000012.sst offset 4096 size 77";
         assert_eq!(named_file(dir, why), dir.join("000012.sst"));
         assert_eq!(named_offset(why), 4096);
         let why = "Corruption: Can't access /000009.sst: IO error: No such file or directory";

@@ -1,4 +1,5 @@
-//! Owns the header before every stored value of a data key. Does not judge expiry (readers do, at their version).
+//! Owns the header before every stored value of a data key. Does not judge expiry (readers do, at
+//! their version).
 
 use bytes::{BufMut, Bytes, BytesMut};
 

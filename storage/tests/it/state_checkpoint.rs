@@ -1,4 +1,5 @@
-//! Checkpoints on every engine: their content, their manifest, the way to another node, the swap and its crashes.
+//! Checkpoints on every engine: their content, their manifest, the way to another node, the swap
+//! and its crashes.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

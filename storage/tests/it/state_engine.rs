@@ -1,15 +1,16 @@
-//! The conformance suite of the state engines: one contract, checked against an ordered map on every engine.
+//! The conformance suite of the state engines: one contract, checked against an ordered map on
+//! every engine.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use coracle_storage::Error;
 use coracle_storage::fs::faulty::{FaultyFs, Loss};
 use coracle_storage::state::{
     Batch, BatchOp, Engine, Engines, MapEngines, OpenState, RocksEngines, StateOptions, View, key,
 };
+use coracle_storage::{Error, Fs, RealFs};
 use proptest::prelude::*;
 
 use crate::state_rig::{ALL, Kind, Rig, dump, flip_byte};
@@ -42,7 +43,8 @@ enum Op {
     DeleteRange(Vec<u8>, Vec<u8>),
 }
 
-/// Few keys, so that steps meet: raw ones, and data keys, which the bloom filter knows by their prefix.
+/// Few keys, so that steps meet: raw ones, and data keys, which the bloom filter knows by their
+/// prefix.
 fn raw_key() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![
         prop::collection::vec(1u8..5, 1..4),
@@ -150,6 +152,25 @@ fn check_scan(
     }
 }
 
+fn wanted_first(model: &Model, key: u8, from: u64) -> Option<Vec<u8>> {
+    let prefix = key::data_prefix(1, &[key]);
+    let range = key::data_at(&prefix, from)..key::data_prefix_end(&prefix);
+    in_range(model, &range)
+        .first()
+        .map(|(key, _)| (*key).clone())
+}
+
+fn check_first(view: &dyn View, model: &Model, key: u8, from: u64) {
+    let prefix = key::data_prefix(1, &[key]);
+    let first = view
+        .first(&key::data_at(&prefix, from), &prefix)
+        .expect("a read");
+    assert_eq!(
+        first.map(|(key, _)| key.to_vec()),
+        wanted_first(model, key, from)
+    );
+}
+
 fn check_all(view: &dyn View, model: &Model) {
     check_scan(view, model, &(vec![]..vec![0xff]), false, &[]);
     for (key, value) in model {
@@ -199,27 +220,18 @@ fn run(kind: Kind, steps: &[Step]) {
                 }
             }
             Step::First { key, from } => {
-                let prefix = key::data_prefix(1, &[*key]);
-                let range = key::data_at(&prefix, *from)..key::data_prefix_end(&prefix);
-                let found = |entry: Option<(bytes::Bytes, bytes::Bytes)>| {
-                    entry.map(|(key, _)| key.to_vec())
-                };
-                let wanted = in_range(&model, &range)
-                    .first()
-                    .map(|(key, _)| (*key).clone());
-                assert_eq!(
-                    found(engine.first(&range.start, &prefix).expect("a read")),
-                    wanted
-                );
+                check_first(&*engine.view().expect("a view"), &model, *key, *from);
                 if let Some((view, model)) = &view {
-                    let wanted = in_range(model, &range)
-                        .first()
-                        .map(|(key, _)| (*key).clone());
-                    assert_eq!(
-                        found(view.first(&range.start, &prefix).expect("a read")),
-                        wanted
-                    );
+                    check_first(&**view, model, *key, *from);
                 }
+                let prefix = key::data_prefix(1, &[*key]);
+                let newest = engine
+                    .first(&key::data_at(&prefix, *from), &prefix)
+                    .expect("a read");
+                assert_eq!(
+                    newest.map(|(key, _)| key.to_vec()),
+                    wanted_first(&model, *key, *from)
+                );
             }
             Step::Compact => {
                 engine.compact(None).expect("a compaction");
@@ -351,7 +363,8 @@ fn a_batch_is_larger_than_a_write_buffer_and_still_whole() {
     for kind in ALL {
         let rig = Rig::new(kind);
         let engine = rig.open("1");
-        // Write buffers of the smallest options hold 512 KiB: they are flushed in the background, at some batch.
+        // Write buffers of the smallest options hold 512 KiB: they are flushed in the background,
+        // at some batch.
         let value = vec![7u8; 64 << 10];
         for round in 0u8..24 {
             let mut batch = Batch::new();
@@ -381,13 +394,14 @@ fn a_flipped_byte_in_a_table_is_corruption_with_its_file() {
     put(&*engine, "key", &"value".repeat(100));
     engine.flush().expect("a flush");
     drop(engine);
-    let tables: Vec<_> = std::fs::read_dir(rig.dir("1"))
-        .expect("a directory")
-        .map(|entry| entry.expect("an entry").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "sst"))
+    let names = rig.fs().read_dir(&rig.dir("1")).expect("a listing");
+    let tables: Vec<_> = names
+        .iter()
+        .filter(|name| name.ends_with(".sst"))
+        .map(|name| rig.dir("1").join(name))
         .collect();
     assert_eq!(tables.len(), 1);
-    flip_byte(&tables[0], 10);
+    flip_byte(&*rig.fs(), &tables[0], 10);
     let read = rig
         .engines
         .open(&rig.dir("1"), OpenState { create: false })
@@ -398,7 +412,8 @@ fn a_flipped_byte_in_a_table_is_corruption_with_its_file() {
     }
 }
 
-/// The only file spans the range, and has no key in it: RocksDB leaves it alone, and nothing was left out.
+/// The only file spans the range, and has no key in it: RocksDB leaves it alone, and nothing was
+/// left out.
 #[test]
 fn a_compaction_of_a_range_without_keys_is_no_error() {
     for kind in ALL {
@@ -434,7 +449,7 @@ fn a_failed_flush_stops_the_store_and_is_told_once() {
     put(&*engine, "k", "v");
     engine.health().expect("a healthy store");
     // The directory is gone from under it: no table file can be made.
-    std::fs::remove_dir_all(&dir).expect("a removal");
+    RealFs.remove_dir_all(&dir).expect("a removal");
     assert!(matches!(engine.flush(), Err(Error::Io { .. })));
     let mut batch = Batch::new();
     batch.put(&b"k"[..], &b"v2"[..]);
@@ -449,13 +464,14 @@ fn a_failed_flush_stops_the_store_and_is_told_once() {
     assert_eq!(told.load(Ordering::SeqCst), 1);
 }
 
-/// Writes and flushes on a map engine until the disk crashes at its `crash_at`-th operation; what opens afterwards must
-/// be what some flush wrote, and no older than the last one that was acknowledged.
+/// Writes and flushes on a map engine until the disk crashes at its `crash_at`-th operation; what
+/// opens afterwards must be what some flush wrote, and no older than the last one that was
+/// acknowledged.
 fn crash_map_at(crash_at: u64, loss: Loss) -> bool {
     let disk = FaultyFs::new(crash_at);
     let shards = std::path::Path::new("/shards");
-    coracle_storage::Fs::create_dir_all(&disk, shards).expect("a directory");
-    coracle_storage::Fs::sync_dir(&disk, std::path::Path::new("/")).expect("a sync");
+    disk.create_dir_all(shards).expect("a directory");
+    disk.sync_dir(std::path::Path::new("/")).expect("a sync");
     let dir = shards.join("1");
     disk.crash_at(disk.ops() + crash_at);
     let engines = MapEngines::new(Arc::new(disk.clone()));

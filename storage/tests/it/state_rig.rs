@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use coracle_storage::fs::faulty::FaultyFs;
+use coracle_storage::fs::{read_file, write_file_atomic};
 use coracle_storage::state::{
     Engine, Engines, MapEngines, OpenState, ReplicaState, RocksEngines, StateOptions,
 };
@@ -93,9 +94,9 @@ pub(crate) fn dump(engine: &dyn Engine) -> Vec<(Vec<u8>, Vec<u8>)> {
     entries
 }
 
-/// Changes one byte of a real file.
-pub(crate) fn flip_byte(path: &Path, at: usize) {
-    let mut content = std::fs::read(path).expect("a file that reads");
+/// Changes one byte of a file.
+pub(crate) fn flip_byte(fs: &dyn Fs, path: &Path, at: usize) {
+    let mut content = read_file(fs, path).expect("a file that reads");
     content[at] ^= 0x40;
-    std::fs::write(path, content).expect("a file that writes");
+    write_file_atomic(fs, path, &content).expect("a file that writes");
 }

@@ -1,0 +1,107 @@
+//! `coracle init` and `coracle status`.
+
+use coracle_client::admin::Init;
+use serde::Serialize;
+
+use crate::args::{self, Global};
+use crate::context::{Environment, resolve};
+use crate::failure::{Exit, Failure};
+use crate::output::{Output, bytes};
+
+use super::Picture;
+use super::health::Health;
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct InitView {
+    cluster_id: String,
+    shards: u32,
+    replicas: u32,
+    warnings: Vec<String>,
+}
+
+/// Makes a cluster.
+pub async fn init(init: args::Init, global: &Global, output: &Output) -> Result<(), Failure> {
+    let target = resolve(global, &Environment::read())?;
+    let client = target.client_lazy(global)?;
+    let args::Init { nodes, shards, replicas } = init;
+    let made = client.admin().init(Init { shards, replicas, nodes }).await;
+    let made = made.map_err(|error| {
+        let failure = Failure::call("make the cluster", &error);
+        match error.reason() {
+            Some("ALREADY_INITIALIZED") => failure.next("nothing to do: coracle status"),
+            _ => failure,
+        }
+    })?;
+    for warning in &made.warnings {
+        output.note(&format!("warning: {warning}"));
+    }
+    let view = InitView {
+        cluster_id: made.cluster_id,
+        shards: made.shards,
+        replicas: made.replicas,
+        warnings: made.warnings,
+    };
+    output.item("Cluster", &view, || {
+        let InitView { cluster_id, shards, replicas, .. } = &view;
+        format!("cluster {cluster_id}: {shards} shards × {replicas} replicas. Next: coracle status")
+    })
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct StatusView {
+    cluster_id: String,
+    map_epoch: u64,
+    nodes: usize,
+    nodes_answering: usize,
+    shards: usize,
+    keyspaces: usize,
+    state_bytes: u64,
+    log_bytes: u64,
+    #[serde(flatten)]
+    health: Health,
+}
+
+/// How the cluster is. Exit code 4 when some keys are not served.
+pub async fn status(global: &Global, output: &Output) -> Result<(), Failure> {
+    let Picture { map, nodes } = Picture::of(global).await?;
+    let health = Health::of(&map, &nodes);
+    let groups = nodes.values().flat_map(|status| &status.groups);
+    let view = StatusView {
+        nodes: map.nodes.len(),
+        nodes_answering: nodes.len(),
+        // The meta group is none that holds keys.
+        shards: map.shards.len().saturating_sub(1),
+        keyspaces: map.keyspaces.len(),
+        state_bytes: groups.map(|group| group.state_bytes).sum(),
+        log_bytes: nodes.values().map(|status| status.log_bytes).sum(),
+        cluster_id: map.cluster_id,
+        map_epoch: map.epoch,
+        health,
+    };
+    output.item("ClusterStatus", &view, || text(&view))?;
+    match view.health.is_available() {
+        true => Ok(()),
+        false => Err(Failure::new(Exit::Unhealthy, "some keys are not served")
+            .next("coracle node ls and coracle shard ls show which; start the nodes that are down")),
+    }
+}
+
+fn text(view: &StatusView) -> String {
+    let mut lines = vec![
+        view.health.sentence(),
+        String::new(),
+        format!("cluster    {}  (map epoch {})", view.cluster_id, view.map_epoch),
+        format!("nodes      {} of {} answer", view.nodes_answering, view.nodes),
+        format!("shards     {}", view.shards),
+        format!("keyspaces  {}", view.keyspaces),
+        format!("data       {}, log {}", bytes(view.state_bytes), bytes(view.log_bytes)),
+    ];
+    let problems = view.health.problems();
+    if !problems.is_empty() {
+        lines.push(String::new());
+        lines.extend(problems.iter().map(|problem| format!("! {problem}")));
+    }
+    lines.join("\n")
+}

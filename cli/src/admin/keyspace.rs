@@ -1,0 +1,73 @@
+//! `coracle keyspace`.
+
+use coracle_client::EntityRule;
+use coracle_client::admin::NewKeyspace;
+use coracle_client::topology::KeyspaceInfo;
+use serde::Serialize;
+
+use crate::args::{Global, Keyspace};
+use crate::encoding::escape;
+use crate::failure::Failure;
+use crate::output::{Column, Output, duration};
+
+use super::client;
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct KeyspaceView {
+    id: u32,
+    name: String,
+    entity: String,
+    history_ms: u64,
+}
+
+const COLUMNS: &[Column<KeyspaceView>] = &[
+    Column::text("NAME", |keyspace| keyspace.name.clone()),
+    Column::text("ENTITY", |keyspace| keyspace.entity.clone()),
+    Column::number("HISTORY", |keyspace| {
+        duration(std::time::Duration::from_millis(keyspace.history_ms))
+    }),
+    Column::number("ID", |keyspace: &KeyspaceView| keyspace.id.to_string()).wide(),
+];
+
+/// Runs it.
+pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<(), Failure> {
+    let (_, client) = client(global).await?;
+    let admin = client.admin();
+    match command {
+        Keyspace::Ls => {
+            let keyspaces = admin.keyspaces().await;
+            let keyspaces =
+                keyspaces.map_err(|error| Failure::call("list the keyspaces", &error))?;
+            let views: Vec<KeyspaceView> = keyspaces.into_iter().map(view).collect();
+            output.list("KeyspaceList", COLUMNS, &views)
+        }
+        Keyspace::Create { name, entity, history, dry_run } => {
+            let new =
+                NewKeyspace { name, entity_rule: entity, history, validate_only: dry_run };
+            let what = format!("make keyspace {:?}", new.name);
+            let made = admin.create_keyspace(new).await;
+            let view = view(made.map_err(|error| Failure::call(what, &error))?);
+            output.item("Keyspace", &view, || match dry_run {
+                true => format!("keyspace {} can be made", view.name),
+                false => {
+                    let KeyspaceView { name, entity, .. } = &view;
+                    format!("keyspace {name} made (entity {entity}). Next: coracle put K V -k {name}")
+                }
+            })
+        }
+    }
+}
+
+fn view(keyspace: KeyspaceInfo) -> KeyspaceView {
+    KeyspaceView {
+        id: keyspace.id,
+        name: keyspace.name,
+        entity: match keyspace.entity_rule {
+            EntityRule::Whole => "whole".to_owned(),
+            EntityRule::Delimiter(byte) => format!("delimiter:{}", escape(&[byte])),
+            EntityRule::Prefix(bytes) => format!("prefix:{bytes}"),
+        },
+        history_ms: keyspace.history.as_millis() as u64,
+    }
+}

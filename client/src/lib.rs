@@ -1,0 +1,46 @@
+//! Names the rooms of the client, in the order in which they use each other. Holds no code.
+#![doc = include_str!("../README.md")]
+
+pub mod topology;
+
+pub mod answer;
+
+pub mod net;
+
+mod session;
+
+mod error;
+
+mod retry;
+
+mod budget;
+
+mod route;
+
+mod connection;
+
+mod pipeline;
+
+mod follow;
+
+mod driver;
+
+pub mod request;
+
+pub mod scan;
+
+pub mod admin;
+
+mod client;
+
+pub use admin::Admin;
+pub use answer::{
+    BatchOutcome, Cas, Counter, Entry, KeyValue, OperationOutcome, Read, Served, Version, Written,
+};
+pub use client::{Builder, Client, Keyspace};
+pub use error::{Error, ErrorKind, Outcome};
+pub use pipeline::WhenFull;
+pub use request::Operation;
+pub use scan::{Page, Pages, ScanStream};
+pub use session::RequestId;
+pub use topology::{ClusterMap, EntityRule, NodeId, ShardId};

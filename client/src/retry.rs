@@ -1,0 +1,411 @@
+//! Owns the decision what to do after a failed attempt: a pure function of what is known of the
+//! call so far. Time and randomness come in as values. Does not wait, send or count (see `driver`).
+
+use std::time::Duration;
+
+use crate::topology::NodeId;
+
+/// Redirects that are followed at once, in a row. A leader is found in one or two; more means that
+/// the nodes disagree, as they do during an election, and asking faster does not end that.
+pub(crate) const REDIRECTS_MAX: u32 = 5;
+
+/// Longest first wait. About one round trip inside a zone plus a commit.
+const BACKOFF_FIRST: Duration = Duration::from_millis(10);
+
+/// Longest wait. An election takes about as long; waiting calls are woken when a new leader becomes
+/// known, so this only bounds the load of those who find nobody.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// Below this no attempt can come back in time.
+const ATTEMPT_MIN: Duration = Duration::from_millis(1);
+
+/// How an attempt failed, as far as it matters for the next one.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Failure {
+    /// The node does not lead the shard. `leader` is whom it believes to lead, if that node can be
+    /// tried: its address is known and it is not one that just failed to answer.
+    NotLeader { leader: Option<NodeId> },
+    /// The route was older than the node's: the shard has been split, merged or moved.
+    StaleRoute,
+    /// Nobody can serve this now, or the node cannot be reached, or the connection broke.
+    Unavailable,
+    /// The node can serve this, only not so much at once.
+    Overloaded,
+    /// The answer did not come in time.
+    TimedOut,
+    /// Another node became the shard's leader while the request was under way.
+    LeaderChanged,
+    /// The leader's clock does not fit its peers', or the request's birth does not fit the clock.
+    ClockOutOfBound,
+    /// The request id is older than what the shard remembers.
+    WindowPassed,
+    /// Asking again gives the same.
+    Fatal,
+}
+
+/// What is known of the call when an attempt has failed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AttemptInfo {
+    /// How the attempt failed.
+    pub(crate) failure: Failure,
+    /// Waits that this call has made.
+    pub(crate) backoffs: u32,
+    /// Redirects and refreshes that were followed at once, since the last wait.
+    pub(crate) detours: u32,
+    /// This is a write, and an attempt of it, this one or an earlier, may have been applied.
+    pub(crate) unresolved: bool,
+    /// The retry budget has a token.
+    pub(crate) budget: bool,
+    /// The server's wish: wait at least this long.
+    pub(crate) retry_after: Option<Duration>,
+    /// Until the call's deadline.
+    pub(crate) remaining: Duration,
+    /// Uniform in `[0, 1)`.
+    pub(crate) jitter: f64,
+}
+
+/// Where the next attempt goes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum Decision {
+    /// To the same node.
+    SameNode,
+    /// To another replica of the shard.
+    OtherReplica,
+    /// Wherever a newer map says.
+    RefreshRoute,
+    /// To this node.
+    Redirect(NodeId),
+    /// Anywhere, under a fresh request id: the old one was surely not applied, and never will be.
+    FreshRequestId,
+    /// Nowhere: the call ends with what is known.
+    Stop,
+}
+
+/// The decision, and what it costs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Step {
+    /// Where to.
+    pub(crate) decision: Decision,
+    /// How long to wait before; zero for at once.
+    pub(crate) wait: Duration,
+    /// Whether it is paid from the retry budget.
+    pub(crate) paid: bool,
+}
+
+impl Step {
+    const STOP: Step = Step {
+        decision: Decision::Stop,
+        wait: Duration::ZERO,
+        paid: false,
+    };
+
+    fn at_once(decision: Decision) -> Step {
+        Step {
+            decision,
+            wait: Duration::ZERO,
+            paid: false,
+        }
+    }
+}
+
+/// Decides the next step of a call.
+///
+/// - Never goes on past the deadline.
+/// - The budget is spent only on what makes an overload worse. It ends a call only when no attempt
+///   may have been applied: an unresolved write goes on until somebody knows its outcome.
+/// - Under `WindowPassed` the shard has forgotten what it may have known, so the outcome of an
+///   unresolved write can no longer be learned; any other write was not applied and may start anew.
+pub(crate) fn decide(info: &AttemptInfo) -> Step {
+    if info.remaining < ATTEMPT_MIN {
+        return Step::STOP;
+    }
+    match info.failure {
+        Failure::Fatal => Step::STOP,
+        Failure::WindowPassed if info.unresolved => Step::STOP,
+        Failure::WindowPassed => detour(info, Decision::FreshRequestId),
+        Failure::NotLeader { leader: Some(node) } => detour(info, Decision::Redirect(node)),
+        Failure::NotLeader { leader: None } => back_off(info, Decision::OtherReplica),
+        Failure::StaleRoute => detour(info, Decision::RefreshRoute),
+        Failure::Unavailable => back_off(info, Decision::OtherReplica),
+        // A newer birth mends the one cause, time or another leader the other.
+        Failure::ClockOutOfBound if info.unresolved => back_off(info, Decision::SameNode),
+        Failure::ClockOutOfBound => back_off(info, Decision::FreshRequestId),
+        Failure::LeaderChanged => detour(info, Decision::OtherReplica),
+        Failure::Overloaded => paid(info, back_off(info, Decision::SameNode)),
+        // The whole attempt timeout has already been waited.
+        Failure::TimedOut => paid(info, Step::at_once(Decision::OtherReplica)),
+    }
+}
+
+/// At once while there are few in a row, then with a wait.
+fn detour(info: &AttemptInfo, decision: Decision) -> Step {
+    if info.retry_after.is_none() && info.detours < REDIRECTS_MAX {
+        return Step::at_once(decision);
+    }
+    match decision {
+        // Whoever sent us around in circles knows no better a moment later; another might.
+        Decision::Redirect(_) => back_off(info, Decision::OtherReplica),
+        other => back_off(info, other),
+    }
+}
+
+/// After a wait with full jitter, at least as long as the server asks.
+fn back_off(info: &AttemptInfo, decision: Decision) -> Step {
+    let wished = info.retry_after.unwrap_or(Duration::ZERO);
+    if wished >= info.remaining {
+        return Step::STOP;
+    }
+    let ceiling = BACKOFF_FIRST
+        .saturating_mul(1 << info.backoffs.min(16))
+        .min(BACKOFF_MAX);
+    // Half of what remains stays for the attempt itself.
+    let jittered = ceiling.mul_f64(info.jitter).min(info.remaining / 2);
+    Step {
+        decision,
+        wait: wished.max(jittered),
+        paid: false,
+    }
+}
+
+fn paid(info: &AttemptInfo, step: Step) -> Step {
+    if step.decision == Decision::Stop || info.budget || info.unresolved {
+        return Step {
+            paid: step.decision != Decision::Stop,
+            ..step
+        };
+    }
+    Step::STOP
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const NODE: NodeId = NodeId(3);
+
+    fn info(failure: Failure) -> AttemptInfo {
+        AttemptInfo {
+            failure,
+            backoffs: 0,
+            detours: 0,
+            unresolved: false,
+            budget: true,
+            retry_after: None,
+            remaining: Duration::from_secs(5),
+            jitter: 0.5,
+        }
+    }
+
+    fn step(decision: Decision, wait: Duration, paid: bool) -> Step {
+        Step {
+            decision,
+            wait,
+            paid,
+        }
+    }
+
+    #[test]
+    fn decisions() {
+        use Decision::*;
+        let leader = Failure::NotLeader { leader: Some(NODE) };
+        let nobody = Failure::NotLeader { leader: None };
+        let zero = Duration::ZERO;
+        let cases = [
+            (
+                "redirect at once",
+                info(leader),
+                step(Redirect(NODE), zero, false),
+            ),
+            (
+                "fifth redirect in a row",
+                AttemptInfo {
+                    detours: 4,
+                    ..info(leader)
+                },
+                step(Redirect(NODE), zero, false),
+            ),
+            (
+                "sixth waits and asks another",
+                AttemptInfo {
+                    detours: 5,
+                    ..info(leader)
+                },
+                step(OtherReplica, 5 * MS, false),
+            ),
+            (
+                "leader unknown",
+                info(nobody),
+                step(OtherReplica, 5 * MS, false),
+            ),
+            (
+                "stale route",
+                info(Failure::StaleRoute),
+                step(RefreshRoute, zero, false),
+            ),
+            (
+                "stale route again and again",
+                AttemptInfo {
+                    detours: 5,
+                    ..info(Failure::StaleRoute)
+                },
+                step(RefreshRoute, 5 * MS, false),
+            ),
+            (
+                "no quorum",
+                info(Failure::Unavailable),
+                step(OtherReplica, 5 * MS, false),
+            ),
+            (
+                "clock",
+                info(Failure::ClockOutOfBound),
+                step(FreshRequestId, 5 * MS, false),
+            ),
+            (
+                "clock, unresolved: the id must stay",
+                AttemptInfo {
+                    unresolved: true,
+                    ..info(Failure::ClockOutOfBound)
+                },
+                step(SameNode, 5 * MS, false),
+            ),
+            (
+                "superseded",
+                info(Failure::LeaderChanged),
+                step(OtherReplica, zero, false),
+            ),
+            (
+                "overloaded",
+                info(Failure::Overloaded),
+                step(SameNode, 5 * MS, true),
+            ),
+            (
+                "timed out",
+                info(Failure::TimedOut),
+                step(OtherReplica, zero, true),
+            ),
+            (
+                "window, nothing open",
+                info(Failure::WindowPassed),
+                step(FreshRequestId, zero, false),
+            ),
+            (
+                "window, unresolved",
+                AttemptInfo {
+                    unresolved: true,
+                    ..info(Failure::WindowPassed)
+                },
+                Step::STOP,
+            ),
+            ("fatal", info(Failure::Fatal), Step::STOP),
+            (
+                "fatal is final for unresolved writes too",
+                AttemptInfo {
+                    unresolved: true,
+                    ..info(Failure::Fatal)
+                },
+                Step::STOP,
+            ),
+        ];
+        for (name, info, expected) in cases {
+            assert_eq!(decide(&info), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn waits_double_up_to_a_second_with_full_jitter() {
+        let wait = |backoffs, jitter| {
+            let info = AttemptInfo {
+                backoffs,
+                jitter,
+                ..info(Failure::Unavailable)
+            };
+            decide(&info).wait
+        };
+        assert_eq!(wait(0, 0.0), Duration::ZERO);
+        assert_eq!(wait(1, 0.5), 10 * MS);
+        assert_eq!(wait(4, 0.5), 80 * MS);
+        assert_eq!(wait(7, 0.5), 500 * MS);
+        assert_eq!(wait(30, 0.5), 500 * MS);
+        assert_eq!(wait(u32::MAX, 0.5), 500 * MS);
+    }
+
+    #[test]
+    fn the_servers_wish_is_honoured() {
+        let wish = |retry_after, remaining| {
+            let info = AttemptInfo {
+                retry_after: Some(retry_after),
+                remaining,
+                ..info(Failure::Overloaded)
+            };
+            decide(&info)
+        };
+        assert_eq!(
+            wish(300 * MS, 5_000 * MS),
+            step(Decision::SameNode, 300 * MS, true)
+        );
+        assert_eq!(wish(2 * MS, 5_000 * MS).wait, 5 * MS, "the longer of both");
+        assert_eq!(
+            wish(300 * MS, 300 * MS),
+            Step::STOP,
+            "never past the deadline"
+        );
+    }
+
+    #[test]
+    fn never_past_the_deadline() {
+        for failure in [Failure::Unavailable, Failure::TimedOut, Failure::StaleRoute] {
+            for unresolved in [false, true] {
+                let info = AttemptInfo {
+                    remaining: Duration::ZERO,
+                    unresolved,
+                    ..info(failure)
+                };
+                assert_eq!(decide(&info), Step::STOP);
+            }
+        }
+        let late = AttemptInfo {
+            remaining: 40 * MS,
+            backoffs: 9,
+            jitter: 0.99,
+            ..info(Failure::Unavailable)
+        };
+        assert_eq!(
+            decide(&late).wait,
+            20 * MS,
+            "half of the rest stays for the attempt"
+        );
+    }
+
+    #[test]
+    fn an_empty_budget_ends_only_what_cannot_have_been_applied() {
+        for failure in [Failure::Overloaded, Failure::TimedOut] {
+            let broke = AttemptInfo {
+                budget: false,
+                ..info(failure)
+            };
+            assert_eq!(decide(&broke), Step::STOP, "{failure:?}");
+            let unresolved = AttemptInfo {
+                unresolved: true,
+                ..broke
+            };
+            assert_ne!(decide(&unresolved).decision, Decision::Stop, "{failure:?}");
+        }
+        // What does not load anybody is free.
+        for failure in [
+            Failure::Unavailable,
+            Failure::ClockOutOfBound,
+            Failure::StaleRoute,
+            Failure::LeaderChanged,
+            Failure::NotLeader { leader: Some(NODE) },
+            Failure::WindowPassed,
+        ] {
+            let broke = AttemptInfo {
+                budget: false,
+                ..info(failure)
+            };
+            assert_ne!(decide(&broke).decision, Decision::Stop, "{failure:?}");
+            assert!(!decide(&broke).paid, "{failure:?}");
+        }
+    }
+}

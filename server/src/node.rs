@@ -1,0 +1,543 @@
+//! A node: builds and joins everything, from its seams to its listeners.
+//!
+//! Owns the order of starting and stopping. A node listens first, so that its own address is known;
+//! then it either is in a cluster already, or answers only operators and other nodes until it is
+//! taken into one (`init` or `join`); then its log and its groups start, and it serves.
+
+mod front;
+mod gauges;
+mod member;
+
+use std::path::Path;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use coracle_proto::limits::MESSAGE_BYTES_MAX;
+use coracle_proto::peer::KnownNode;
+use coracle_proto::v1;
+use coracle_proto::v1::admin_service_server::AdminServiceServer;
+use coracle_proto::v1::cluster_service_server::ClusterServiceServer;
+use coracle_proto::v1::kv_service_server::KvServiceServer;
+use coracle_raft::host::Host;
+use coracle_raft::leadership::Standing;
+use coracle_raft::types::NodeId;
+use coracle_storage::exec::Exec;
+use coracle_storage::fs::Fs;
+use coracle_storage::state::Engines;
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+
+use crate::clock::{Clock, PeerClocks};
+use crate::cluster::{self, Commands, InitError, InitOptions};
+use crate::config::Config;
+use crate::home::Home;
+use crate::http::{Check, Probe};
+use crate::identity::{ClusterId, Locking};
+use crate::map::MapCache;
+use crate::metrics::{Build, Metrics};
+use crate::net::Net;
+use crate::peers::Neighbours;
+use crate::service::admin::{Admin, Operator, not_initialized};
+use crate::service::cluster::ClusterFacts;
+use crate::service::health::{Health, reflection};
+use crate::service::kv::Kv;
+use crate::transport::{PeerTransport, Settings};
+use front::Front;
+use member::{Answers, CommandsOverTransport, KeyspacesOfCluster, Member};
+
+/// What a node is made of: every seam, and the settings.
+pub struct Parts {
+    /// Settings, checked.
+    pub config: Config,
+    /// Sockets.
+    pub net: Arc<dyn Net>,
+    /// Files.
+    pub fs: Arc<dyn Fs>,
+    /// State stores.
+    pub engines: Arc<dyn Engines>,
+    /// Tasks, threads, blocking work.
+    pub exec: Arc<dyn Exec>,
+    /// Wall time.
+    pub clock: Arc<dyn Clock>,
+    /// Whether the data directory is locked against other processes.
+    pub locking: Locking,
+    /// Source of all randomness of the node.
+    pub seed: u64,
+    /// Ends the process: the log or a store has failed, or another process has this identity.
+    pub on_fatal: Arc<dyn Fn(String) + Send + Sync>,
+}
+
+/// Where a node listens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Addresses {
+    /// gRPC for clients.
+    pub client: String,
+    /// Other nodes.
+    pub peer: String,
+    /// Metrics and health.
+    pub http: String,
+}
+
+/// What all rooms of a node share.
+pub struct Shared {
+    pub(crate) parts: Parts,
+    pub(crate) home: Arc<Home>,
+    pub(crate) map: Arc<MapCache>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) neighbours: Arc<Neighbours>,
+    pub(crate) transport: PeerTransport,
+    /// Cancelled when the node gives its leaderships away.
+    pub(crate) draining: CancellationToken,
+    /// Cancelled when the node ends.
+    pub(crate) stop: CancellationToken,
+    member: watch::Sender<Option<Arc<Member>>>,
+    rng: Mutex<StdRng>,
+    began: Instant,
+}
+
+impl Shared {
+    pub(crate) fn member(&self) -> Option<Arc<Member>> {
+        self.member.borrow().clone()
+    }
+
+    /// Waits until the node is in a cluster and its groups run.
+    async fn started(&self) -> Arc<Member> {
+        let mut members = self.member.subscribe();
+        let started = members.wait_for(Option::is_some).await;
+        started.expect("the sender lives in self").clone().expect("waited for")
+    }
+
+    pub(crate) fn commands(&self) -> Arc<dyn Commands> {
+        Arc::new(CommandsOverTransport(self.transport.clone()))
+    }
+
+    /// A random number; `what` names its use in the trace.
+    pub(crate) fn draw(&self, what: &'static str) -> u64 {
+        let drawn = self.rng.lock().random();
+        tracing::trace!(what, drawn, "a number was drawn");
+        drawn
+    }
+
+}
+
+#[tonic::async_trait]
+impl Operator for Shared {
+    async fn init(
+        &self,
+        options: InitOptions,
+        deadline: Instant,
+    ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
+        let random = {
+            let mut rng = self.rng.lock();
+            (ClusterId::generate(&mut *rng).as_str().to_owned(), rng.random())
+        };
+        let commands = self.commands();
+        let plan = cluster::gather(&*commands, &*self.home, options, random, deadline).await?;
+        let member = tokio::time::timeout_at(deadline, self.started()).await;
+        let member = member
+            .map_err(|_| InitError::TimedOut("for this node to start".to_owned()))?;
+        member.cluster.found(&plan, options, deadline).await
+    }
+
+    fn host(&self) -> Option<Arc<Host>> {
+        self.member().map(|member| member.host.clone())
+    }
+
+    fn cut(&self, nodes: BTreeSet<NodeId>) -> bool {
+        self.transport.cut(nodes)
+    }
+
+    fn status(&self) -> v1::NodeStatusResponse {
+        let known = self.transport.own();
+        let space = self.neighbours.space();
+        let member = self.member();
+        v1::NodeStatusResponse {
+            node: Some(v1::Node {
+                id: known.node,
+                address: known.address,
+                peer_address: known.peer_address,
+                zone: known.zone,
+                state: v1::NodeState::Active.into(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                http_address: known.http_address,
+                join_nonce: 0,
+            }),
+            cluster_id: self.home.own().map(|own| own.cluster_id).unwrap_or_default(),
+            start_count: known.start_count,
+            groups: member.as_ref().map(|member| groups(member)).unwrap_or_default(),
+            peers: self.transport.status().into_iter().map(peer_status).collect(),
+            disk_free_bytes: space.map_or(0, |space| space.free_bytes),
+            disk_total_bytes: space.map_or(0, |space| space.total_bytes),
+            log_bytes: member.as_ref().map_or(0, |member| member.log.stats().bytes_on_disk),
+            recovering: member.iter().flat_map(|member| damages(member)).collect(),
+            uptime_ms: self.began.elapsed().as_millis() as u64,
+            draining: self.draining.is_cancelled(),
+        }
+    }
+}
+
+fn groups(member: &Member) -> Vec<v1::GroupStatus> {
+    let one = |group: Arc<coracle_raft::group::Group>| {
+        let status = group.status();
+        v1::GroupStatus {
+            shard: group.shard().0,
+            replica: group.replica().0,
+            role: match status.state {
+                Standing::Leader => "leader",
+                Standing::Follower => "follower",
+                Standing::Candidate => "candidate",
+                Standing::Learner => "learner",
+                Standing::Stopped => "stopped",
+            }
+            .to_owned(),
+            term: status.term,
+            leader_node: status.leader.map_or(0, |node| node.0),
+            last_index: status.last_index.unwrap_or(0),
+            applied_index: status.applied.map_or(0, |at| at.index),
+            first_index: status.purged.map_or(0, |at| at.index + 1),
+            epoch: group.descriptor().map_or(0, |descriptor| descriptor.epoch),
+            state_bytes: group.state_bytes(),
+        }
+    };
+    member.host.groups().into_iter().map(one).collect()
+}
+
+fn damages(member: &Member) -> Vec<String> {
+    let one = |damage: &coracle_storage::log::Damage| {
+        let file = damage.file.display();
+        format!("replica {}: {file} at {}: {}", damage.replica.0, damage.offset, damage.why)
+    };
+    member.recovering.iter().map(one).collect()
+}
+
+fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
+    v1::PeerStatus {
+        node: status.known.node,
+        address: status.known.peer_address,
+        connected: status.dialled.len() == crate::transport::Connection::ALL.len(),
+        silent_ms: status.silence.map_or(u64::MAX, |silence| silence.as_millis() as u64),
+    }
+}
+
+/// A running node.
+pub struct Node {
+    shared: Arc<Shared>,
+    addresses: Addresses,
+}
+
+impl Node {
+    /// Starts a node. Returns when it listens; whether it serves, its health says.
+    pub async fn start(parts: Parts) -> Result<Node, String> {
+        let config = parts.config.clone();
+        let dir: &Path = &config.node.data_dir;
+        let home = Home::open(parts.fs.clone(), dir, parts.locking);
+        let home = home.map_err(|error| error.to_string())?;
+        let listen = async |address: String, key: &'static str| {
+            let bound = parts.net.listen(&address).await;
+            bound.map_err(|error| {
+                format!("cannot listen at {address} ({key}): {error}. Stop what listens there, or choose another address")
+            })
+        };
+        let client = listen(config.listen.client.to_string(), "listen.client").await?;
+        let peer = listen(config.listen.peer.to_string(), "listen.peer").await?;
+        let http = listen(config.listen.http.to_string(), "listen.http").await?;
+        let addresses = Addresses {
+            client: advertised(&client.local_address(), &config.listen.advertise_client),
+            peer: advertised(&peer.local_address(), &config.listen.advertise_peer),
+            http: http.local_address(),
+        };
+        let stop = CancellationToken::new();
+        let mut rng = StdRng::seed_from_u64(parts.seed);
+        let map = MapCache::new();
+        if let Some(kept) = home.map()
+            && let Err(error) = map.update_from_proto(&kept)
+        {
+            tracing::warn!(%error, "the kept shard map is not used");
+        }
+        let clocks = Arc::new(PeerClocks::new(parts.clock.clone()));
+        let neighbours = Neighbours::new(
+            (parts.fs.clone(), parts.exec.clone()),
+            config.storage.disk_reserve_bytes,
+            clocks,
+            map.clone(),
+            home.clone(),
+            parts.on_fatal.clone(),
+        );
+        let transport = PeerTransport::new(
+            settings(&home, &config, &addresses, &mut rng),
+            parts.net.clone(),
+            parts.exec.clone(),
+            stop.clone(),
+        );
+        let shared = Arc::new(Shared {
+            parts,
+            home,
+            map,
+            metrics: Metrics::new(&Build {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                engine: if config.test.in_memory { "memory" } else { "rocksdb" }.to_owned(),
+                ..Build::default()
+            }),
+            neighbours: neighbours.clone(),
+            transport,
+            draining: CancellationToken::new(),
+            stop: stop.clone(),
+            member: watch::Sender::new(None),
+            rng: Mutex::new(rng),
+            began: Instant::now(),
+        });
+        let exec = shared.parts.exec.clone();
+        let (front, accept) = Front::new(client, config.limits.connections, stop.clone());
+        exec.spawn("client listener", Box::pin(accept));
+        let probe = Arc::new(NodeHealth(shared.clone()));
+        let metrics = crate::http::serve(http, probe, exec.clone(), stop.clone());
+        exec.spawn("http listener", Box::pin(metrics));
+        let already = match shared.home.own() {
+            Some(own) => Some(Member::start(own, &shared).await?),
+            None => None,
+        };
+        if let Some(member) = &already {
+            shared.member.send_replace(Some(member.clone()));
+        }
+        shared.transport.start(peer, Arc::new(Answers(shared.clone())), neighbours);
+        for seed in &config.cluster.join {
+            let seed = seed.to_string();
+            if seed != addresses.peer {
+                shared.transport.dial_seed(&seed);
+            }
+        }
+        let serving = shared.clone();
+        exec.spawn("node", Box::pin(async move { serving.live(front).await }));
+        Ok(Node { shared, addresses })
+    }
+
+    /// Where it listens.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// Whether it is in a cluster, and where it stands.
+    pub fn status(&self) -> v1::NodeStatusResponse {
+        self.shared.status()
+    }
+
+    /// The groups of the node, once it is in a cluster: for harnesses.
+    pub fn host(&self) -> Option<Arc<Host>> {
+        self.shared.member().map(|member| member.host.clone())
+    }
+
+    /// Gives all leaderships away, finishes requests, then stops. Returns how many leaderships were
+    /// not taken over before `deadline`.
+    pub async fn drain_and_stop(&self, deadline: Instant) -> usize {
+        self.shared.draining.cancel();
+        let left = match self.shared.member() {
+            Some(member) => member.host.hand_over_all(deadline).await,
+            None => 0,
+        };
+        self.stop().await;
+        left
+    }
+
+    /// Stops at once. Nothing is lost: the log holds what was acknowledged.
+    pub async fn stop(&self) {
+        self.shared.stop.cancel();
+        if let Some(member) = self.shared.member.send_replace(None) {
+            member.host.shutdown().await;
+            member.log.close();
+        }
+        self.shared.transport.stopped().await;
+    }
+}
+
+fn advertised(bound: &str, advertise: &Option<crate::config::Address>) -> String {
+    advertise.as_ref().map_or_else(|| bound.to_owned(), ToString::to_string)
+}
+
+fn settings(
+    home: &Home,
+    config: &Config,
+    addresses: &Addresses,
+    rng: &mut StdRng,
+) -> Settings {
+    let own = home.own();
+    Settings {
+        cluster_id: own.as_ref().map(|own| own.cluster_id.clone()).unwrap_or_default(),
+        own: KnownNode {
+            node: own.as_ref().map_or(0, |own| own.node.0),
+            peer_address: addresses.peer.clone(),
+            address: addresses.client.clone(),
+            zone: config.node.zone.clone(),
+            start_count: own.as_ref().map_or(1, |own| own.start_count),
+            http_address: addresses.http.clone(),
+            incarnation: rng.random_range(1..u64::MAX),
+        },
+        known: home.known(),
+        seed: rng.random(),
+        fault_injection: config.test.fault_injection,
+    }
+}
+
+impl Shared {
+    /// The node's life: alone until it is taken into a cluster, then a member until it stops.
+    async fn live(self: Arc<Self>, front: Front) {
+        let (health, health_server) = Health::new().await;
+        let member = match self.member() {
+            Some(member) => member,
+            None => {
+                let Some(member) = self.clone().live_alone(&front, health_server.clone()).await
+                else {
+                    return;
+                };
+                member
+            }
+        };
+        self.metrics.identify(&member.own.node.to_string(), &self.parts.config.node.zone);
+        let keeping = self.clone();
+        self.parts.exec.spawn("keep map", Box::pin(async move { keeping.keep_maps().await }));
+        health.set_ready(true).await;
+        let (v1, v1alpha) = reflection();
+        let keyspaces = Arc::new(KeyspacesOfCluster(member.cluster.clone()));
+        let limit = MESSAGE_BYTES_MAX;
+        let routes = Routes::new(health_server)
+            .add_service(v1)
+            .add_service(v1alpha)
+            .add_service(
+                KvServiceServer::new(Kv::new(member.router.clone()))
+                    .max_decoding_message_size(limit)
+                    .max_encoding_message_size(limit),
+            )
+            .add_service(
+                ClusterServiceServer::new(ClusterFacts::new(member.router.clone(), keyspaces))
+                    .max_encoding_message_size(limit),
+            )
+            .add_service(AdminServiceServer::new(Admin(self.clone())));
+        let served = front.serve(routes, self.stop.clone());
+        let drained = async {
+            self.draining.cancelled().await;
+            health.set_ready(false).await;
+            std::future::pending::<()>().await
+        };
+        tokio::select! { () = served => {}, () = drained => {} }
+    }
+
+    /// Answers operators and other nodes, and waits to be taken into a cluster.
+    async fn live_alone<H>(
+        self: Arc<Self>,
+        front: &Front,
+        health: tonic_health::pb::health_server::HealthServer<H>,
+    ) -> Option<Arc<Member>>
+    where
+        H: tonic_health::pb::health_server::Health,
+    {
+        let ended = self.stop.child_token();
+        let (v1, v1alpha) = reflection();
+        let routes = Routes::new(health)
+            .add_service(v1)
+            .add_service(v1alpha)
+            .add_service(AdminServiceServer::new(Admin(self.clone())));
+        // Every other method says what to do, instead of that it does not exist.
+        let refuse = async || tonic::Status::from(not_initialized()).into_http::<axum::body::Body>();
+        let routes = Routes::from(routes.into_axum_router().fallback(refuse));
+        let served = front.serve(routes, ended.clone());
+        self.parts.exec.spawn("alone", Box::pin(served));
+        let (joining, stop) = (self.clone(), ended.clone());
+        let join = async move {
+            let nonce = joining.draw("join nonce") | 1;
+            let commands = joining.commands();
+            cluster::join_when_alone(&*commands, &*joining.home, nonce, stop).await;
+        };
+        self.parts.exec.spawn("join", Box::pin(join));
+        let own = tokio::select! {
+            () = self.stop.cancelled() => return None,
+            own = self.home.joined() => own,
+        };
+        tracing::info!(node = %own.node, cluster = own.cluster_id, "taken into a cluster");
+        let started = Member::start(own.clone(), &self).await;
+        let member = match started {
+            Ok(member) => member,
+            Err(error) => {
+                (self.parts.on_fatal)(error);
+                return None;
+            }
+        };
+        self.transport.set_identity(&own.cluster_id, own.node);
+        self.member.send_replace(Some(member.clone()));
+        // Requests under way (an init, above all) are finished by the server that has them.
+        ended.cancel();
+        Some(member)
+    }
+
+    /// Keeps the newest map on disk, and tells where this node now knows the others to be.
+    async fn keep_maps(&self) {
+        let mut changes = self.map.watch();
+        let mut kept = 0;
+        loop {
+            if let Some(map) = self.map.current()
+                && map.epoch().0 != kept
+            {
+                kept = map.epoch().0;
+                let (home, map) = (self.home.clone(), map.to_proto());
+                self.parts.exec.blocking(Box::new(move || home.keep_map(&map)));
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                changed = changes.changed() => if changed.is_err() { return },
+            }
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(Duration::from_millis(100)) => {}
+            }
+        }
+    }
+}
+
+/// What HTTP says of the node's health.
+struct NodeHealth(Arc<Shared>);
+
+impl Probe for NodeHealth {
+    fn live(&self) -> Result<(), String> {
+        match self.0.member() {
+            Some(member) if !member.host.healthy() => {
+                Err("the log's disk has not finished a sync for a second".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn ready(&self) -> Vec<Check> {
+        let member = self.0.member();
+        let full = self.0.neighbours.disk_full();
+        let draining = self.0.draining.is_cancelled();
+        vec![
+            Check {
+                name: "joined",
+                ok: member.is_some(),
+                detail: self.0.home.own().map_or("no cluster yet".to_owned(), |own| own.cluster_id),
+            },
+            Check {
+                name: "disk",
+                ok: !full,
+                detail: if full { "under its reserve" } else { "has room" }.to_owned(),
+            },
+            Check {
+                name: "serving",
+                ok: !draining,
+                detail: if draining { "draining" } else { "yes" }.to_owned(),
+            },
+        ]
+    }
+
+    fn metrics(&self) -> String {
+        if let Some(member) = self.0.member() {
+            let (clocks, space) = (&self.0.neighbours.clocks, self.0.neighbours.space());
+            gauges::collect(&self.0.metrics, &member, clocks, space);
+        }
+        self.0.metrics.render()
+    }
+}

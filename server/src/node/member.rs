@@ -1,0 +1,313 @@
+//! What a node runs once it has an identity: log, groups, records, router.
+//!
+//! Owns their assembly and their end. Everything here starts when the node is in a cluster, and the
+//! log never before: a log without identity would be nobody's.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use coracle_proto::peer::{self, GroupMessage, KnownNode};
+use coracle_proto::reason::{Fault, Reason};
+use coracle_proto::shard_map::ShardId;
+use coracle_proto::v1;
+use coracle_raft::host::{Host, Options};
+use coracle_raft::lease::Timing;
+use coracle_raft::types::NodeId;
+use coracle_storage::log::{Damage, Log};
+use coracle_storage::{Error, LogOptions, ReplicaId};
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use peer::cluster_command::Kind;
+use tokio::time::Instant;
+
+use crate::admission::{Admission, Call};
+use crate::cluster::{Cluster, Commands, Target};
+use crate::home::Own;
+use super::{Parts, Shared};
+use crate::peers::StampClock;
+use crate::records::Records;
+use crate::router::{self, Forwarder, RequestIds, Router};
+use crate::service::cluster::Keyspaces;
+use crate::transport::{Inbound, PeerTransport};
+
+/// Bytes of log records that may wait for the writer. openraft takes a refused append for a broken
+/// log, so this lies far above what proposers (8 MiB a led group) and transports (32 MiB a peer) let
+/// through.
+const LOG_QUEUE_BYTES: u64 = 1 << 30;
+
+/// A node in a cluster.
+pub struct Member {
+    /// Who it is.
+    pub own: Own,
+    /// Its groups.
+    pub host: Arc<Host>,
+    /// Its log.
+    pub log: Log,
+    /// Init's second half, records made true.
+    pub cluster: Arc<Cluster>,
+    /// The request path.
+    pub router: Arc<Router>,
+    /// Replicas that came up damaged: not running.
+    pub recovering: Vec<Damage>,
+}
+
+impl Member {
+    /// Opens the log and every replica, and starts the node's duties.
+    pub(crate) async fn start(own: Own, shared: &Arc<Shared>) -> Result<Arc<Self>, String> {
+        let parts = &shared.parts;
+        let dir = &parts.config.node.data_dir;
+        let (log, recovery) = open_log(own.start_count, shared)?;
+        for damage in &recovery.recovering {
+            tracing::error!(
+                replica = damage.replica.0, file = %damage.file.display(), offset = damage.offset,
+                why = %damage.why, "a replica's log is damaged: it does not run"
+            );
+        }
+        let on_fatal = parts.on_fatal.clone();
+        let clock = Arc::new(StampClock(shared.neighbours.clocks.clone()));
+        let host = Host::new(Options {
+            shards: dir.join("shards"),
+            timing: timing(parts),
+            log: log.clone(),
+            log_bytes_target: parts.config.storage.log_bytes_target,
+            engines: parts.engines.clone(),
+            exec: parts.exec.clone(),
+            clock: clock.clone(),
+            transport: Arc::new(shared.transport.clone()),
+            incarnation: own.start_count,
+            stop: shared.stop.clone(),
+            on_hang: Arc::new(move || on_fatal("the log's disk hangs".to_owned())),
+        });
+        host.open_all(&recovery).await.map_err(|error| error.to_string())?;
+        shared.neighbours.set_host(host.clone());
+        let records =
+            Arc::new(Records::new(host.clone(), clock.clone(), shared.draw("records client")));
+        let cluster = Arc::new(Cluster {
+            host: host.clone(),
+            records,
+            map: shared.map.clone(),
+            commands: shared.commands(),
+            membership: shared.home.clone(),
+            made: Mutex::default(),
+            told: Mutex::default(),
+        });
+        let limits = &parts.config.limits;
+        let router = Router::new(router::Parts {
+            node: own.node,
+            map: shared.map.clone(),
+            source: Arc::new(MapFromPeers(cluster.clone())),
+            host: host.clone(),
+            forwarder: Arc::new(ForwardOverTransport(shared.transport.clone())),
+            clock: clock.clone(),
+            gate: shared.neighbours.clone(),
+            ids: RequestIds::new(shared.draw("request ids"), clock),
+            admission: Admission::new(
+                limits.requests_in_flight,
+                limits.request_bytes_in_flight,
+                shared.draining.clone(),
+            ),
+            metrics: shared.metrics.clone(),
+            slow: parts.config.observability.slow_request.unwrap_or(std::time::Duration::MAX),
+        });
+        let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
+        parts.exec.spawn("reconcile", Box::pin(async move { reconciled.reconcile(stop).await }));
+        let recovering = recovery.recovering;
+        Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
+    }
+}
+
+fn timing(parts: &Parts) -> Timing {
+    let raft = &parts.config.raft;
+    Timing {
+        heartbeat: raft.heartbeat_interval,
+        election_min: raft.election_timeout_min,
+        election_max: raft.election_timeout_max,
+    }
+}
+
+fn open_log(
+    start_count: u64,
+    shared: &Arc<Shared>,
+) -> Result<(Log, coracle_storage::log::Recovery), String> {
+    let parts = &shared.parts;
+    let dir = parts.config.node.data_dir.join("log");
+    check_log_is_there(parts, &dir, start_count)?;
+    let on_fatal = parts.on_fatal.clone();
+    let options = LogOptions {
+        segment_bytes: parts.config.storage.log_segment_bytes,
+        log_bytes_target: parts.config.storage.log_bytes_target,
+        queue_bytes: LOG_QUEUE_BYTES,
+        salt: shared.home.salt(shared.draw("log salt"))?,
+        on_fatal: Arc::new(move |error: &Error| on_fatal(error.to_string())),
+        ..LogOptions::default()
+    };
+    Log::open(parts.fs.clone(), parts.exec.clone(), &dir, options)
+        .map_err(|error| error.to_string())
+}
+
+/// A node that was in its cluster before has a log. Without it its votes are forgotten: it must not
+/// come up as if it had never given one.
+fn check_log_is_there(parts: &Parts, dir: &Path, start_count: u64) -> Result<(), String> {
+    let shards = parts.config.node.data_dir.join("shards");
+    let replicas = if parts.fs.exists(&shards) {
+        parts.fs.read_dir(&shards).map_err(|error| format!("{}: {error}", shards.display()))?.len()
+    } else {
+        0
+    };
+    let empty = !parts.fs.exists(dir)
+        || parts.fs.read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?.is_empty();
+    if start_count > 1 && replicas > 0 && empty {
+        return Err(format!(
+            "{}: the log is gone, but {replicas} replicas are there: their votes and entries are lost. Put the directory back, or remove the whole data directory and start it as a new node",
+            dir.display()
+        ));
+    }
+    Ok(())
+}
+
+/// Answers the other nodes' questions: those before the node is in a cluster too.
+pub(crate) struct Answers(pub(crate) Arc<Shared>);
+
+impl Inbound for Answers {
+    fn question(
+        &self,
+        from: NodeId,
+        question: GroupMessage,
+    ) -> BoxFuture<'static, Result<Bytes, String>> {
+        let Some(member) = self.0.member() else {
+            return std::future::ready(Err("this node is still starting".to_owned())).boxed();
+        };
+        let (shard, replica) = (ShardId(question.shard), ReplicaId(question.to_replica));
+        let answer = member.host.answer(from, shard, replica, question.body);
+        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
+    }
+
+    fn forward(&self, from: NodeId, body: Bytes) -> BoxFuture<'static, Result<Bytes, String>> {
+        match self.0.member() {
+            Some(member) => member.router.serve_forwarded(from, body),
+            None => std::future::ready(Err("this node is still starting".to_owned())).boxed(),
+        }
+    }
+
+    fn command(&self, _from: KnownNode, command: Kind) -> BoxFuture<'static, Kind> {
+        let shared = self.0.clone();
+        async move {
+            let done = match (shared.member(), command) {
+                (Some(member), command) => member.cluster.answer(command).await,
+                (None, Kind::Adopt(adopt)) => {
+                    use crate::cluster::Membership as _;
+                    let error = shared.home.adopt(&adopt).err().unwrap_or_default();
+                    peer::CommandDone { error, ..Default::default() }
+                }
+                (None, _) => peer::CommandDone {
+                    error: "this node is still starting".to_owned(),
+                    ..Default::default()
+                },
+            };
+            Kind::Done(done)
+        }
+        .boxed()
+    }
+}
+
+struct ForwardOverTransport(PeerTransport);
+
+impl Forwarder for ForwardOverTransport {
+    fn forward(
+        &self,
+        to: NodeId,
+        body: Bytes,
+        timeout: std::time::Duration,
+    ) -> BoxFuture<'static, Result<Bytes, String>> {
+        let answer = self.0.forward(to, body, timeout);
+        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
+    }
+}
+
+/// Maps are pushed by the meta group's leader, and read where this node holds the meta group: asking
+/// means looking at the own replica once more.
+struct MapFromPeers(Arc<Cluster>);
+
+impl crate::map::MapSource for MapFromPeers {
+    fn refresh(&self) -> BoxFuture<'static, ()> {
+        let cluster = self.0.clone();
+        async move {
+            if let Some(snapshot) = cluster.records.local().await
+                && let Err(error) = cluster.map.update_from_proto(&snapshot.map)
+            {
+                tracing::error!(%error, "the cluster's map is not one");
+            }
+        }
+        .boxed()
+    }
+}
+
+/// Cluster commands over the transport.
+pub(crate) struct CommandsOverTransport(pub(crate) PeerTransport);
+
+impl Commands for CommandsOverTransport {
+    fn command(
+        &self,
+        to: Target,
+        command: Kind,
+        timeout: std::time::Duration,
+    ) -> BoxFuture<'static, Result<peer::CommandDone, String>> {
+        let target = match to {
+            Target::Node(node) => crate::transport::Target::Node(node),
+            Target::Address(address) => crate::transport::Target::Address(address),
+        };
+        let answer = self.0.command(target, command, timeout);
+        let done = |kind| match kind {
+            Ok(Kind::Done(done)) => Ok(done),
+            Ok(_) => Err("a question came back as the answer".to_owned()),
+            Err(error) => Err(format!("{error}")),
+        };
+        answer.map(done).boxed()
+    }
+
+    fn own(&self) -> KnownNode {
+        self.0.own()
+    }
+
+    fn known(&self) -> Vec<KnownNode> {
+        let mut known = self.0.peers();
+        let own = self.0.own();
+        if own.node != 0 {
+            known.push(own);
+        }
+        known
+    }
+
+    fn strangers(&self) -> Vec<KnownNode> {
+        let mut strangers = self.0.strangers();
+        let own = self.0.own();
+        if own.node == 0 {
+            strangers.push(own);
+        }
+        strangers
+    }
+}
+
+/// Creates keyspaces through the meta group's leader.
+pub(crate) struct KeyspacesOfCluster(pub(crate) Arc<Cluster>);
+
+impl Keyspaces for KeyspacesOfCluster {
+    fn create(
+        &self,
+        request: v1::CreateKeyspaceRequest,
+        call: Call,
+    ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
+        let cluster = self.0.clone();
+        let deadline = Instant::now() + call.left();
+        async move {
+            let created = cluster.create_keyspace(request, deadline).await;
+            created.map_err(|done| {
+                let reason = Reason::parse(&done.reason).unwrap_or(Reason::NoQuorum);
+                Fault::new(reason, done.error)
+            })
+        }
+        .boxed()
+    }
+}

@@ -1,0 +1,235 @@
+//! Owns reading keys of one group: at which version they are judged, and whether the view that was
+//! read may answer at all. Does not choose the group.
+//!
+//! A read of the newest state needs a version only where something may have expired: an entry with an
+//! expiry is gone from that version on, and no replica may find it again after one found it gone. So
+//! the leader fixes a version V. An entry that V does not reach was there when it was read. One that
+//! V reaches may have been overwritten between the read and V; the read is made again, at V.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use coracle_proto::limits;
+use coracle_proto::reason::Fault;
+use coracle_raft::apply::HISTORY_MS;
+use coracle_raft::clock::HybridTime;
+use coracle_raft::error::GroupError;
+use coracle_raft::group::Group;
+use coracle_raft::state_machine::ReadState;
+use coracle_raft::types::Position;
+use coracle_storage::state::Versioned;
+use tokio::time::Instant;
+
+use crate::fault::Refusal;
+use crate::router::plan::{Freshness, Lookup};
+
+/// What was found, and where in the group's order.
+pub(crate) struct Found {
+    /// In the order of the keys; `None` where the key is absent.
+    pub(crate) entries: Vec<Option<Versioned>>,
+    pub(crate) at: Position,
+    /// The group clock in the view.
+    pub(crate) clock: u64,
+}
+
+/// What is asked of a view.
+#[derive(Clone)]
+struct Question {
+    keyspace: u32,
+    epoch: u64,
+    keys: Arc<Vec<(u64, Bytes)>>,
+}
+
+/// Reads keys of a group as fresh as is asked for.
+pub(crate) async fn look_up(
+    group: &Group,
+    keyspace: u32,
+    epoch: u64,
+    lookup: &Lookup,
+    now_ms: u64,
+    deadline: Instant,
+) -> Result<Found, Refusal> {
+    let question = Question {
+        keyspace,
+        epoch,
+        keys: Arc::new(lookup.keys.clone()),
+    };
+    match lookup.freshness {
+        Freshness::Any => {
+            let look = move |state: &ReadState| question.look(state, u64::MAX);
+            let mut found = group.read_local(0, deadline, look).await??;
+            let judged_at = found.clock.max(HybridTime::at_ms(now_ms).0);
+            found.judge(judged_at);
+            Ok(found)
+        }
+        Freshness::At(version) => {
+            fix(group, Some(version), deadline).await?;
+            let mut found = question.read_at(group, version, deadline).await?;
+            found.judge(version);
+            still_there(group, version, deadline).await?;
+            Ok(found)
+        }
+        Freshness::Newest { judged_from } => {
+            let newest = question.clone();
+            let look = move |state: &ReadState| newest.look(state, u64::MAX);
+            let mut found = group.read(deadline, look).await??;
+            let Some(expiry) = found.first_expiry() else {
+                found.judge(0);
+                return Ok(found);
+            };
+            let mut version = fix(group, None, deadline).await?;
+            if version < judged_from {
+                version = fix(group, Some(judged_from), deadline).await?;
+            }
+            if version >= expiry {
+                found = question.read_at(group, version, deadline).await?;
+            }
+            found.judge(version);
+            Ok(found)
+        }
+    }
+}
+
+/// Fixes a version, within the deadline.
+pub(crate) async fn fix(
+    group: &Group,
+    version: Option<u64>,
+    deadline: Instant,
+) -> Result<u64, GroupError> {
+    let fixed = tokio::time::timeout_at(deadline, group.fix_version(version)).await;
+    fixed.unwrap_or(Err(GroupError::Expired))
+}
+
+/// Checks, after a read at a version, that nothing of it was gone by then: what is reclaimed goes by
+/// the state as it is, not by the view.
+pub(crate) async fn still_there(
+    group: &Group,
+    version: u64,
+    deadline: Instant,
+) -> Result<(), Refusal> {
+    let clock = group.read_local(0, deadline, |state| state.clock).await?;
+    match history_begins(clock) {
+        oldest if version < oldest => Err(Refusal::Gone { oldest }),
+        _ => Ok(()),
+    }
+}
+
+/// The oldest version that can be read when the group clock stands here: as `apply` moves it.
+fn history_begins(clock: u64) -> u64 {
+    HybridTime::at_ms(HybridTime(clock).ms().saturating_sub(HISTORY_MS)).0
+}
+
+impl Question {
+    async fn read_at(
+        &self,
+        group: &Group,
+        version: u64,
+        deadline: Instant,
+    ) -> Result<Found, Refusal> {
+        let question = self.clone();
+        let look = move |state: &ReadState| question.look(state, version);
+        group.read_at(deadline, look).await?
+    }
+
+    fn look(&self, state: &ReadState, version: u64) -> Result<Found, Refusal> {
+        let mut entries = Vec::with_capacity(self.keys.len());
+        let mut bytes = 0;
+        for (position, key) in self.keys.iter() {
+            let serves = |descriptor: &coracle_raft::descriptor::Descriptor| {
+                descriptor.serves(self.keyspace, *position, self.epoch)
+            };
+            if !state.descriptor.as_ref().is_some_and(serves) {
+                return Err(Refusal::Stale(state.descriptor.clone()));
+            }
+            let found = state.reader.get_at(self.keyspace, key, version)?;
+            bytes += found.as_ref().map_or(0, |found| found.value.len());
+            limits::check_batch_get_answer(bytes).map_err(Fault::from)?;
+            entries.push(found);
+        }
+        Ok(Found {
+            entries,
+            at: state.position,
+            clock: state.clock,
+        })
+    }
+}
+
+impl Found {
+    /// The first version at which something that was found expires.
+    fn first_expiry(&self) -> Option<u64> {
+        let expiries = self
+            .entries
+            .iter()
+            .flatten()
+            .filter(|found| !found.tombstone);
+        expiries
+            .map(|found| found.expires_at_version)
+            .filter(|expiry| *expiry != 0)
+            .min()
+    }
+
+    /// Drops what is deleted, or expired at the version.
+    fn judge(&mut self, version: u64) {
+        for entry in &mut self.entries {
+            entry.take_if(|found| found.is_absent_at(version));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(expires_at_version: u64, tombstone: bool) -> Option<Versioned> {
+        Some(Versioned {
+            version: 1,
+            value: Bytes::new(),
+            expires_at_version,
+            tombstone,
+        })
+    }
+
+    fn found(entries: Vec<Option<Versioned>>) -> Found {
+        Found {
+            entries,
+            at: Position::default(),
+            clock: 0,
+        }
+    }
+
+    #[test]
+    fn only_what_can_expire_asks_for_a_version() {
+        assert_eq!(
+            found(vec![None, entry(0, false), entry(9, true)]).first_expiry(),
+            None
+        );
+        assert_eq!(
+            found(vec![entry(9, false), entry(7, false)]).first_expiry(),
+            Some(7)
+        );
+    }
+
+    #[test]
+    fn entry_is_gone_from_its_expiry_on() {
+        let judged = |version| {
+            let mut found = found(vec![entry(0, true), entry(0, false), entry(7, false)]);
+            found.judge(version);
+            found
+                .entries
+                .iter()
+                .map(Option::is_some)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(judged(6), [false, true, true]);
+        assert_eq!(judged(7), [false, true, false]);
+    }
+
+    #[test]
+    fn history_begins_a_minute_behind_the_group_clock() {
+        assert_eq!(
+            history_begins(HybridTime::at_ms(HISTORY_MS + 5).0 + 3),
+            5 << 16
+        );
+        assert_eq!(history_begins(HybridTime::at_ms(HISTORY_MS - 1).0), 0);
+    }
+}

@@ -1,0 +1,143 @@
+//! Owns serving a plan by a group of this node: the gate, the group, the answer. Does not choose the
+//! group, and does not try again.
+
+use coracle_proto::limits;
+use coracle_proto::reason::Fault;
+use coracle_proto::shard_map::{KeyspaceId, ShardId, ShardMap};
+use coracle_proto::v1;
+use coracle_proto::v1::pipeline_response::Result as Answer;
+use coracle_raft::clock::HybridTime;
+use coracle_raft::command::{self, Change};
+use coracle_raft::group::Group;
+use coracle_raft::types::Position;
+use tokio::time::Instant;
+
+use crate::admission::Call;
+use crate::fault::Refusal;
+use crate::metrics::Stage;
+use crate::router::plan::{Freshness, Lookup, Plan, Task};
+use crate::router::whom::{leader_in, leads};
+use crate::router::{Router, answer, page, read};
+
+impl Router {
+    /// Serves a plan by a group of this node.
+    pub(super) async fn serve(
+        &self,
+        map: &ShardMap,
+        group: &Group,
+        plan: Plan,
+        call: &Call,
+    ) -> Result<Answer, Fault> {
+        let (began, deadline) = (Instant::now(), call.deadline);
+        let told = |refusal: Refusal| self.refused(map, plan.shard, group, refusal);
+        match plan.task {
+            Task::Get(lookup) => {
+                let found = self.look_up(
+                    group,
+                    plan.shard,
+                    plan.keyspace,
+                    plan.epoch,
+                    &lookup,
+                    deadline,
+                );
+                let (mut entries, served) = found.await.map_err(told)?;
+                let (entry, served) = (entries.pop().flatten(), Some(served));
+                Ok(Answer::Get(v1::GetResponse { entry, served }))
+            }
+            Task::BatchGet(lookup) => {
+                let found = self.look_up(
+                    group,
+                    plan.shard,
+                    plan.keyspace,
+                    plan.epoch,
+                    &lookup,
+                    deadline,
+                );
+                let (entries, served) = found.await.map_err(told)?;
+                let item = |entry| v1::BatchGetItem {
+                    entry,
+                    served: Some(served),
+                };
+                let items = entries.into_iter().map(item).collect();
+                Ok(Answer::BatchGet(v1::BatchGetResponse { items }))
+            }
+            Task::Write { request, answer } => {
+                self.parts.gate.check(plan.shard, only_deletes(&request))?;
+                let reply = group.write(request, deadline).await;
+                let reply = reply.map_err(|error| told(error.into()))?;
+                let served = self.served(plan.shard, Position::default());
+                answer::written(reply, answer, served, map)
+            }
+            Task::Page(spec) => {
+                let page = page::read_page(group, &spec, plan.epoch, plan.position, deadline).await;
+                let (page, at) = page.map_err(told)?;
+                self.stages.observe(Stage::Read, began.elapsed());
+                Ok(Answer::Scan(
+                    spec.response(page, self.served(plan.shard, at)),
+                ))
+            }
+            Task::Fix { version } => {
+                let fixed = page::fix_version(group, version, plan.epoch, deadline).await;
+                let (fixed, at) = fixed.map_err(told)?;
+                let served = Some(self.served(plan.shard, at));
+                Ok(Answer::FixVersion(v1::FixVersionResponse {
+                    served,
+                    ..fixed
+                }))
+            }
+        }
+    }
+
+    /// Reads keys by a group of this node.
+    async fn look_up(
+        &self,
+        group: &Group,
+        shard: ShardId,
+        keyspace: KeyspaceId,
+        epoch: u64,
+        lookup: &Lookup,
+        deadline: Instant,
+    ) -> Result<(Vec<Option<v1::Entry>>, v1::Served), Refusal> {
+        let (began, now_ms) = (Instant::now(), self.now_ms());
+        let found = read::look_up(group, keyspace.0, epoch, lookup, now_ms, deadline).await?;
+        self.stages.observe(Stage::Read, began.elapsed());
+        let mut served = self.served(shard, found.at);
+        if lookup.freshness == Freshness::Any {
+            served.leader = leads(&group.status());
+            // Of what was acknowledged after the group clock, this replica may know nothing.
+            let age_ms = now_ms.saturating_sub(HybridTime(found.clock).ms());
+            served.staleness_ms = age_ms + limits::CLOCK_BOUND.as_millis() as u64;
+        }
+        let entries = found
+            .entries
+            .into_iter()
+            .map(|found| found.map(answer::entry));
+        Ok((entries.collect(), served))
+    }
+
+    /// What a group of this node refused, with the leader that it knows.
+    fn refused(&self, map: &ShardMap, shard: ShardId, group: &Group, refusal: Refusal) -> Fault {
+        let leader = leader_in(&group.status()).filter(|leader| leader.node != self.parts.node);
+        refusal.fault(Some(map), shard, leader)
+    }
+
+    fn served(&self, shard: ShardId, at: Position) -> v1::Served {
+        v1::Served {
+            shard: shard.0,
+            term: at.term,
+            index: at.index,
+            node: self.parts.node.0,
+            leader: true,
+            staleness_ms: 0,
+            server_time_ms: self.now_ms(),
+        }
+    }
+}
+
+fn only_deletes(request: &command::Request) -> bool {
+    let deletes = |change: &Change| matches!(change, Change::Delete | Change::Check);
+    request
+        .operations
+        .iter()
+        .all(|operation| deletes(&operation.change))
+}

@@ -1,0 +1,344 @@
+//! Owns a scan over the shards of a keyspace: one version, one order, pages that can be resumed. Does
+//! not read a shard (see `router`) or order keys (see `merge`).
+//!
+//! **One version.** Every shard's leader is asked for a version that holds all that was acknowledged
+//! before; the highest is the scan's, once the arcs that the groups themselves named tile the ring.
+//! Each shard is then read at it. So a scan holds every write acknowledged before it began. Of two
+//! concurrent writes on different shards it may show the later without the earlier.
+//!
+//! **Changes on the way.** Pages name the epoch at which their shard was asked. When a shard has
+//! changed since, all are asked again, at the same version, and the scan goes on behind the last key
+//! that was handed out: nothing is missing and nothing comes twice.
+//!
+//! Not here: a pin that keeps the version readable for longer than the history. A scan that takes
+//! longer ends with `VERSION_GONE`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coracle_proto::limits::{self, SCAN_PAGE_BYTES, SCAN_PAGE_ENTRIES};
+use coracle_proto::reason::{Fault, Outcome, Reason};
+use coracle_proto::ring;
+use coracle_proto::token::ScanToken;
+use coracle_proto::v1;
+use coracle_proto::v1::pipeline_request::Operation;
+use coracle_proto::v1::pipeline_response::Result as Answer;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use crate::admission::{Call, Permit};
+use crate::fault;
+use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, open_keyspace};
+
+mod merge;
+
+use merge::{Merge, OutOfOrder};
+
+/// What one scan reads ahead over all its shards. Many shards get smaller pages, down to
+/// [`PAGE_BYTES_MIN`].
+const AHEAD_BYTES: usize = 8 << 20;
+/// Shards that one scan asks at a time.
+const ASKED_AT_A_TIME: usize = 32;
+/// How often a scan lays its lanes out anew before one page. Beyond: the last fault; its token still
+/// resumes it.
+const LAYOUTS_MAX: u32 = 8;
+/// Between two layouts: a split takes about so long to come to the map.
+const LAYOUT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A scan under way. Holds no iterator and no version: dropping it costs nothing.
+pub struct Scan {
+    router: Arc<Router>,
+    request: v1::ScanRequest,
+    call: Call,
+    /// Where the scan stands: behind the last page handed out.
+    token: ScanToken,
+    shape: Shape,
+    page_bytes: usize,
+    permit: Permit,
+    charged: usize,
+    done: bool,
+}
+
+enum Shape {
+    /// One shard holds all of it: its pages are the scan's.
+    One,
+    /// All shards; `None` before they are laid out.
+    All(Option<Lanes>),
+}
+
+struct Lanes {
+    merge: Merge,
+    lanes: Vec<Lane>,
+    page_bytes: usize,
+}
+
+/// One shard's part.
+struct Lane {
+    shard: u64,
+    epoch: u64,
+    token: ScanToken,
+}
+
+impl Scan {
+    /// Checks a scan and takes it on. Nothing is read yet.
+    pub async fn begin(
+        router: Arc<Router>,
+        request: v1::ScanRequest,
+        call: Call,
+    ) -> Result<Scan, Fault> {
+        limits::check_scan(&request)?;
+        limits::check_read(request.read.as_ref())?;
+        let plan = || {
+            let map = router.current_map()?;
+            let keyspace = open_keyspace(&map, &request.keyspace, call.origin)?;
+            let spec = PageSpec::new(&map, keyspace, &request)?;
+            let named = request.only_shard.is_some_and(|route| route.shard != 0);
+            Ok((named || spec.entity(keyspace).is_some(), spec))
+        };
+        let (one, spec) = match plan() {
+            Err(Fault {
+                reason: Reason::UnknownKeyspace,
+                ..
+            }) => {
+                router.refresh(call.deadline).await;
+                plan()?
+            }
+            planned => planned?,
+        };
+        let page_bytes = match request.page_bytes as usize {
+            0 => SCAN_PAGE_BYTES,
+            asked => asked.clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES),
+        };
+        let permit = router.admission().admit(page_bytes as u64)?;
+        Ok(Scan {
+            done: spec.is_over(),
+            token: spec.token().clone(),
+            shape: if one { Shape::One } else { Shape::All(None) },
+            router,
+            request,
+            call,
+            page_bytes,
+            permit,
+            charged: 0,
+        })
+    }
+
+    /// The next page; `None` behind the last one. After an error the scan is over here; the token of
+    /// the last page resumes it anywhere.
+    pub async fn next_page(&mut self) -> Result<Option<v1::ScanResponse>, Fault> {
+        if self.done {
+            return Ok(None);
+        }
+        let call = self.call.next_page();
+        let page = match self.shape {
+            Shape::One => self.page_of_one(&call).await,
+            Shape::All(_) => self.page_of_all(&call).await,
+        };
+        self.done = page.as_ref().map_or(true, |page| page.done);
+        page.map(Some)
+    }
+
+    async fn page_of_one(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
+        let mut request = v1::ScanRequest {
+            page_bytes: self.page_bytes as u32,
+            ..self.request.clone()
+        };
+        if self.token.version > 0 {
+            request.resume_token = self.token.encode();
+        }
+        let page = ask_page(&self.router, request, call).await?;
+        self.token = position_of(&page)?;
+        Ok(page)
+    }
+
+    async fn page_of_all(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
+        for layouts in 1.. {
+            match self.merged_page(call).await {
+                Err(fault) if fault.reason == Reason::StaleRoute && layouts < LAYOUTS_MAX => {
+                    self.shape = Shape::All(None);
+                    if call.left() <= LAYOUT_PAUSE {
+                        return Err(fault);
+                    }
+                    self.router.refresh(call.deadline).await;
+                    tokio::time::sleep(LAYOUT_PAUSE * (layouts - 1)).await;
+                }
+                result => return result,
+            }
+        }
+        unreachable!("the last layout returns")
+    }
+
+    async fn merged_page(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
+        let Shape::All(slot) = &mut self.shape else {
+            unreachable!("asked by page_of_all alone")
+        };
+        let lanes = match slot {
+            Some(lanes) => lanes,
+            None => {
+                let (version, lanes) =
+                    lay_out(&self.router, &self.token, &self.request, call).await?;
+                self.token.version = version;
+                slot.insert(lanes)
+            }
+        };
+        // Handed out are whole keys of the merge; what it still holds is behind the token.
+        while lanes.merge.starved() {
+            lanes.feed(&self.router, &self.request, call).await?;
+            let ahead = lanes.merge.bytes();
+            if ahead > self.charged {
+                self.permit.charge((ahead - self.charged) as u64)?;
+                self.charged = ahead;
+            }
+        }
+        let most = self
+            .token
+            .remaining
+            .and_then(|left| usize::try_from(left).ok());
+        let most = most.map_or(SCAN_PAGE_ENTRIES, |left| left.min(SCAN_PAGE_ENTRIES));
+        let (mut entries, mut bytes, mut over) = (Vec::new(), 0, false);
+        while entries.len() < most && bytes < self.page_bytes {
+            let Some(entry) = lanes.merge.next().map_err(broken)? else {
+                over = !lanes.merge.starved();
+                break;
+            };
+            bytes += entry_bytes(&entry);
+            entries.push(entry);
+        }
+        if let Some(last) = entries.last() {
+            self.token = self.token.advance(last.key.clone(), entries.len() as u64);
+        }
+        Ok(v1::ScanResponse {
+            done: over || self.token.remaining == Some(0),
+            entries,
+            version: self.token.version,
+            resume_token: self.token.encode(),
+            served: None,
+        })
+    }
+}
+
+impl Lanes {
+    /// Asks the lanes that hold little for their next pages.
+    async fn feed(
+        &mut self,
+        router: &Arc<Router>,
+        request: &v1::ScanRequest,
+        call: &Call,
+    ) -> Result<(), Fault> {
+        let ask = |at: usize| {
+            let lane = &self.lanes[at];
+            let request = v1::ScanRequest {
+                only_shard: Some(v1::Route {
+                    shard: lane.shard,
+                    shard_epoch: lane.epoch,
+                }),
+                resume_token: lane.token.encode(),
+                page_bytes: self.page_bytes as u32,
+                ..request.clone()
+            };
+            async move { ask_page(router, request, call).await.map(|page| (at, page)) }
+        };
+        let hungry = self.merge.hungry(self.page_bytes / 2);
+        let pages = stream::iter(hungry.into_iter().map(ask)).buffer_unordered(ASKED_AT_A_TIME);
+        let pages: Vec<_> = pages.try_collect().await?;
+        for (at, page) in pages {
+            self.lanes[at].token = position_of(&page)?;
+            self.merge
+                .bring(at, page.entries, !page.done)
+                .map_err(broken)?;
+        }
+        Ok(())
+    }
+}
+
+/// Asks every shard of the ring for the scan's version, or for the lowest that it may have, and lays
+/// out a lane for each.
+async fn lay_out(
+    router: &Arc<Router>,
+    token: &ScanToken,
+    request: &v1::ScanRequest,
+    call: &Call,
+) -> Result<(u64, Lanes), Fault> {
+    let map = router.current_map()?;
+    let ask = |shard: u64| async move {
+        let route = Some(v1::Route {
+            shard,
+            shard_epoch: 0,
+        });
+        let question = v1::FixVersionRequest {
+            route,
+            version: token.version,
+        };
+        match router
+            .execute(Operation::FixVersion(question), call)
+            .await?
+        {
+            Answer::FixVersion(fixed) => Ok((shard, fixed)),
+            _ => Err(mismatched()),
+        }
+    };
+    let shards: Vec<u64> = map.shards().iter().map(|shard| shard.id.0).collect();
+    let asked = stream::iter(shards.into_iter().map(ask)).buffer_unordered(ASKED_AT_A_TIME);
+    let mut fixed: Vec<(u64, v1::FixVersionResponse)> = asked.try_collect().await?;
+    fixed.sort_by_key(|(_, fixed)| fixed.start);
+    let arcs: Option<Vec<_>> = fixed
+        .iter()
+        .map(|(_, fixed)| ring::Arc::new(fixed.start, fixed.end))
+        .collect();
+    let tiled = arcs.is_some_and(|arcs| ring::check_tiling(arcs).is_ok());
+    if !tiled {
+        let first = map.shards().first().map_or(map.meta().id, |shard| shard.id);
+        return Err(fault::stale_route(Some(&map), first, None));
+    }
+    let highest = fixed
+        .iter()
+        .map(|(_, fixed)| fixed.version)
+        .max()
+        .unwrap_or(0);
+    let version = if token.version > 0 {
+        token.version
+    } else {
+        highest
+    };
+    let token = ScanToken {
+        version,
+        ..token.clone()
+    };
+    let lane = |(shard, fixed): (u64, v1::FixVersionResponse)| Lane {
+        shard,
+        epoch: fixed.epoch,
+        token: token.clone(),
+    };
+    let lanes: Vec<Lane> = fixed.into_iter().map(lane).collect();
+    let page_bytes = (AHEAD_BYTES / lanes.len()).clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES);
+    let merge = Merge::new(lanes.len(), request.reverse);
+    Ok((
+        version,
+        Lanes {
+            merge,
+            lanes,
+            page_bytes,
+        },
+    ))
+}
+
+async fn ask_page(
+    router: &Arc<Router>,
+    request: v1::ScanRequest,
+    call: &Call,
+) -> Result<v1::ScanResponse, Fault> {
+    match router.execute(Operation::Scan(request), call).await? {
+        Answer::Scan(page) => Ok(page),
+        _ => Err(mismatched()),
+    }
+}
+
+/// Where a page leaves its scan.
+fn position_of(page: &v1::ScanResponse) -> Result<ScanToken, Fault> {
+    ScanToken::decode(&page.resume_token).map_err(|_| mismatched())
+}
+
+/// A shard has answered with keys that are not its own, or not in order.
+fn broken(_: OutOfOrder) -> Fault {
+    let message = "two shards gave the same key, or one gave its keys out of order";
+    Fault::new(Reason::Internal, message).with_outcome(Outcome::NotApplied)
+}

@@ -1,0 +1,287 @@
+//! Owns the gRPC face of the data service: metadata in, statuses out, every request counted. Does not
+//! serve anything itself (see [`crate::router`]).
+
+use std::sync::Arc;
+
+use coracle_proto::reason::Fault;
+use coracle_proto::v1;
+use coracle_proto::v1::kv_service_server::KvService;
+use coracle_proto::v1::pipeline_request::Operation;
+use coracle_proto::v1::pipeline_response::Result as Answer;
+use futures_util::stream::{self, BoxStream, StreamExt};
+use prost::Message;
+use tokio::time::Instant;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::admission::Call;
+use crate::metrics::{Consistency, Method, Metrics};
+use crate::router::{Router, mismatched};
+use crate::scan::Scan;
+use crate::service::pipeline;
+
+/// The data service of a node.
+#[derive(Clone)]
+pub struct Kv {
+    router: Arc<Router>,
+    methods: Arc<Methods>,
+}
+
+/// What is counted by method.
+struct Methods {
+    get: Method,
+    batch_get: Method,
+    put: Method,
+    delete: Method,
+    write: Method,
+    scan: Method,
+}
+
+impl Methods {
+    fn new(metrics: &Metrics) -> Methods {
+        Methods {
+            get: metrics.method("Get"),
+            batch_get: metrics.method("BatchGet"),
+            put: metrics.method("Put"),
+            delete: metrics.method("Delete"),
+            write: metrics.method("Write"),
+            scan: metrics.method("Scan"),
+        }
+    }
+}
+
+impl Kv {
+    /// The service over a router. Both ends must allow messages of `MESSAGE_BYTES_MAX`.
+    pub fn new(router: Arc<Router>) -> Kv {
+        let methods = Arc::new(Methods::new(router.metrics()));
+        Kv { router, methods }
+    }
+
+    async fn unary<T: Message, A>(
+        &self,
+        request: Request<T>,
+        method: &Method,
+        operation: impl FnOnce(T) -> Operation,
+        take: impl FnOnce(Answer) -> Option<A>,
+    ) -> Result<Response<A>, Status> {
+        let size = request.get_ref().encoded_len() as u64;
+        let call = Call::from_metadata(request.metadata());
+        let operation = operation(request.into_inner());
+        let counted = Counted::begin(method, consistency_of(&operation));
+        let served = async {
+            let (answer, _permit) = self.router.admitted(size, Some(operation), &call?).await?;
+            take(answer).ok_or_else(mismatched)
+        };
+        counted
+            .end(served.await)
+            .map(Response::new)
+            .map_err(Status::from)
+    }
+}
+
+#[tonic::async_trait]
+impl KvService for Kv {
+    type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Status>>;
+    type PipelineStream = BoxStream<'static, Result<v1::PipelineResponse, Status>>;
+
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
+        self.unary(
+            request,
+            &self.methods.get,
+            Operation::Get,
+            |answer| match answer {
+                Answer::Get(answer) => Some(answer),
+                _ => None,
+            },
+        )
+        .await
+    }
+
+    async fn batch_get(
+        &self,
+        request: Request<v1::BatchGetRequest>,
+    ) -> Result<Response<v1::BatchGetResponse>, Status> {
+        self.unary(
+            request,
+            &self.methods.batch_get,
+            Operation::BatchGet,
+            |answer| match answer {
+                Answer::BatchGet(answer) => Some(answer),
+                _ => None,
+            },
+        )
+        .await
+    }
+
+    async fn put(
+        &self,
+        request: Request<v1::PutRequest>,
+    ) -> Result<Response<v1::PutResponse>, Status> {
+        self.unary(
+            request,
+            &self.methods.put,
+            Operation::Put,
+            |answer| match answer {
+                Answer::Put(answer) => Some(answer),
+                _ => None,
+            },
+        )
+        .await
+    }
+
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
+        self.unary(
+            request,
+            &self.methods.delete,
+            Operation::Delete,
+            |answer| match answer {
+                Answer::Delete(answer) => Some(answer),
+                _ => None,
+            },
+        )
+        .await
+    }
+
+    async fn write(
+        &self,
+        request: Request<v1::WriteRequest>,
+    ) -> Result<Response<v1::WriteResponse>, Status> {
+        self.unary(
+            request,
+            &self.methods.write,
+            Operation::Write,
+            |answer| match answer {
+                Answer::Write(answer) => Some(answer),
+                _ => None,
+            },
+        )
+        .await
+    }
+
+    async fn scan(
+        &self,
+        request: Request<v1::ScanRequest>,
+    ) -> Result<Response<Self::ScanStream>, Status> {
+        let call = Call::from_metadata(request.metadata())?;
+        let request = request.into_inner();
+        let counted = Counted::begin(&self.methods.scan, read_consistency(request.read.as_ref()));
+        let scan = match Scan::begin(self.router.clone(), request, call).await {
+            Ok(scan) => scan,
+            Err(fault) => return counted.end(Err(fault)).map_err(Status::from),
+        };
+        Ok(Response::new(pages(scan, counted)))
+    }
+
+    async fn pipeline(
+        &self,
+        request: Request<Streaming<v1::PipelineRequest>>,
+    ) -> Result<Response<Self::PipelineStream>, Status> {
+        let call = Call::from_metadata(request.metadata())?;
+        let answers = pipeline::answers(self.clone(), request.into_inner(), call);
+        Ok(Response::new(answers))
+    }
+}
+
+impl Kv {
+    /// The router behind the service.
+    pub(crate) fn router(&self) -> &Arc<Router> {
+        &self.router
+    }
+
+    /// How an operation on a pipeline is counted: as its method would be.
+    pub(crate) fn counted(&self, operation: &Operation) -> Counted {
+        let method = match operation {
+            Operation::Get(_) => &self.methods.get,
+            Operation::BatchGet(_) => &self.methods.batch_get,
+            Operation::Put(_) => &self.methods.put,
+            Operation::Delete(_) => &self.methods.delete,
+            Operation::Write(_) => &self.methods.write,
+            Operation::Scan(_) | Operation::FixVersion(_) => &self.methods.scan,
+        };
+        Counted::begin(method, consistency_of(operation))
+    }
+}
+
+/// The pages of a scan, read one by one as the caller takes them.
+fn pages(scan: Scan, counted: Counted) -> BoxStream<'static, Result<v1::ScanResponse, Status>> {
+    let next = |state: Option<(Scan, Counted)>| async move {
+        let (mut scan, counted) = state?;
+        match scan.next_page().await {
+            Ok(Some(page)) => Some((Ok(page), Some((scan, counted)))),
+            Ok(None) => {
+                // Counted as served; there is nothing left to say.
+                let _ = counted.end(Ok(()));
+                None
+            }
+            Err(fault) => {
+                let status = fault.to_status();
+                let _ = counted.end(Err::<(), _>(fault));
+                Some((Err(status), None))
+            }
+        }
+    };
+    stream::unfold(Some((scan, counted)), next).boxed()
+}
+
+/// One request being counted: as cancelled, when it is dropped before its end.
+pub(crate) struct Counted {
+    method: Method,
+    consistency: Consistency,
+    began: Instant,
+    ended: bool,
+    _in_flight: crate::metrics::InFlight,
+}
+
+impl Counted {
+    fn begin(method: &Method, consistency: Consistency) -> Counted {
+        let (_in_flight, began) = (method.begin(), Instant::now());
+        Counted {
+            method: method.clone(),
+            consistency,
+            began,
+            ended: false,
+            _in_flight,
+        }
+    }
+
+    pub(crate) fn end<T>(mut self, result: Result<T, Fault>) -> Result<T, Fault> {
+        self.ended = true;
+        let took = self.began.elapsed();
+        match &result {
+            Ok(_) => self.method.succeed(self.consistency, took),
+            Err(fault) => self.method.fail(fault.reason, self.consistency, took),
+        }
+        result
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.method.cancel(self.consistency, self.began.elapsed());
+        }
+    }
+}
+
+fn consistency_of(operation: &Operation) -> Consistency {
+    match operation {
+        Operation::Get(request) => read_consistency(request.read.as_ref()),
+        Operation::BatchGet(request) => read_consistency(request.read.as_ref()),
+        Operation::Scan(request) => read_consistency(request.read.as_ref()),
+        _ => Consistency::None,
+    }
+}
+
+fn read_consistency(read: Option<&v1::ReadOptions>) -> Consistency {
+    match read.map(v1::ReadOptions::consistency) {
+        Some(v1::Consistency::Session) => Consistency::Session,
+        Some(v1::Consistency::Bounded) => Consistency::Bounded,
+        Some(v1::Consistency::Any) => Consistency::Any,
+        _ => Consistency::Linearizable,
+    }
+}

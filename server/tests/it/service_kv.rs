@@ -1,0 +1,268 @@
+//! The services as a client meets them: over a socket, with statuses, streams, deadlines and health.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use coracle_proto::limits::MESSAGE_BYTES_MAX;
+use coracle_proto::reason::{Fault, Outcome, Reason};
+use coracle_proto::shard_map::{NodeId, ShardId};
+use coracle_proto::v1;
+use coracle_proto::v1::cluster_service_client::ClusterServiceClient;
+use coracle_proto::v1::cluster_service_server::ClusterServiceServer;
+use coracle_proto::v1::kv_service_client::KvServiceClient;
+use coracle_proto::v1::kv_service_server::KvServiceServer;
+use coracle_proto::v1::pipeline_request::Operation;
+use coracle_proto::v1::pipeline_response::Result as Answer;
+use coracle_server::admission::{Call, NO_FORWARD};
+use coracle_server::service::cluster::{ClusterFacts, Keyspaces};
+use coracle_server::service::health::{Health, reflection};
+use coracle_server::service::kv::Kv;
+use futures_util::future::BoxFuture;
+use futures_util::stream::{self, StreamExt};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::{Channel, Endpoint, Server};
+use tonic::{Code, Request};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
+
+use crate::service_nodes::{Nodes, get, key_on, put};
+
+struct Taken;
+
+impl Keyspaces for Taken {
+    fn create(
+        &self,
+        request: v1::CreateKeyspaceRequest,
+        _: Call,
+    ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
+        let exists = Fault::new(Reason::KeyspaceExists, request.name);
+        Box::pin(std::future::ready(Err(exists)))
+    }
+}
+
+/// Serves node one; the channel to it, and what it says of its health.
+async fn serve(nodes: &Nodes) -> (Channel, Health) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = nodes.one.router.clone();
+    let kv = KvServiceServer::new(Kv::new(router.clone()))
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let facts = ClusterFacts::new(router, Arc::new(Taken));
+    let (health, health_service) = Health::new().await;
+    let (reflection, older) = reflection();
+    let server = Server::builder()
+        .add_service(kv)
+        .add_service(ClusterServiceServer::new(facts))
+        .add_service(health_service)
+        .add_service(reflection)
+        .add_service(older);
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    (endpoint.connect().await.unwrap(), health)
+}
+
+fn with_header<T>(message: T, name: &'static str, value: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    request.metadata_mut().insert(name, value.parse().unwrap());
+    request
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unary_calls_answer_and_faults_arrive_whole() {
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut kv = KvServiceClient::new(channel);
+    for shard in [1, 4] {
+        let key = key_on(shard);
+        let written = kv.put(put(&key, "v")).await.unwrap().into_inner();
+        let found = kv.get(get(&key)).await.unwrap().into_inner();
+        assert_eq!(found.entry.unwrap().version, written.version);
+    }
+    let refused = kv.get(get("")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    assert_eq!(Fault::from_status(&refused).reason, Reason::InvalidArgument);
+    let here = with_header(get(&key_on(4)), NO_FORWARD, "1");
+    let fault = Fault::from_status(&kv.get(here).await.unwrap_err());
+    assert_eq!(
+        (fault.reason, fault.outcome),
+        (Reason::NotLeader, Outcome::NotApplied)
+    );
+    let nonsense = with_header(get("k"), "grpc-timeout", "soon");
+    assert_eq!(
+        kv.get(nonsense).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
+    let counted = nodes.one.metrics.render();
+    assert!(counted.contains(r#"coracle_requests_total{method="Put",code="OK",reason=""} 2"#));
+    assert!(
+        counted.contains(r#"code="UNAVAILABLE",reason="NOT_LEADER""#),
+        "{counted}"
+    );
+    assert!(counted.contains("coracle_requests_in_flight 0"));
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn passed_deadline_is_told_with_its_reason_and_not_as_cancelled() {
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut kv = KvServiceClient::new(channel);
+    nodes
+        .wires
+        .cut
+        .store(true, std::sync::atomic::Ordering::SeqCst);
+    let late = with_header(put(&key_on(4), "v"), "grpc-timeout", "300m");
+    let status = kv.put(late).await.unwrap_err();
+    let fault = Fault::from_status(&status);
+    assert_ne!(status.code(), Code::Cancelled, "{status}");
+    assert_eq!(fault.outcome, Outcome::Unknown, "{fault}");
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pipeline_answers_every_operation_and_ends_when_the_node_drains() {
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut kv = KvServiceClient::new(channel);
+    let operation = |id: u64| {
+        let key = format!("key-{}", id / 2);
+        let operation = match id % 2 {
+            _ if id == 77 => Some(Operation::Get(get(""))),
+            _ if id == 78 => None,
+            0 => Some(Operation::Put(put(&key, "v"))),
+            _ => Some(Operation::Get(get(&key))),
+        };
+        v1::PipelineRequest {
+            id,
+            timeout_ms: 5_000,
+            operation,
+        }
+    };
+    // Stays open: only the drain ends it.
+    let asked = stream::iter((0..2_000).map(operation)).chain(stream::pending());
+    let mut answers = kv.pipeline(asked).await.unwrap().into_inner();
+    let mut seen = vec![false; 2_000];
+    for _ in 0..2_000 {
+        let answer = answers.next().await.unwrap().unwrap();
+        assert!(
+            !std::mem::replace(&mut seen[answer.id as usize], true),
+            "answered once"
+        );
+        match (answer.id, answer.result.unwrap()) {
+            (77, Answer::Error(error)) => assert_eq!(error.reason, "INVALID_ARGUMENT"),
+            (78, Answer::Error(error)) => assert_eq!(error.reason, "UNSUPPORTED"),
+            (id, Answer::Put(put)) => assert!(id % 2 == 0 && put.applied),
+            (id, Answer::Get(_)) => assert_eq!(id % 2, 1),
+            (id, other) => panic!("{id}: {other:?}"),
+        }
+    }
+    nodes.one.draining.cancel();
+    assert!(answers.next().await.is_none());
+    assert_eq!(nodes.one.router.admission().in_flight(), (0, 0));
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scan_streams_pages_and_one_that_is_dropped_holds_nothing() {
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut kv = KvServiceClient::new(channel);
+    for number in 0..100 {
+        nodes
+            .one
+            .put(put(&format!("k{number:03}"), &"v".repeat(1_000)))
+            .await
+            .unwrap();
+    }
+    let request = v1::ScanRequest {
+        page_bytes: 16 << 10,
+        ..Default::default()
+    };
+    let pages = kv.scan(request.clone()).await.unwrap().into_inner();
+    let pages: Vec<_> = pages.map(Result::unwrap).collect().await;
+    assert!(pages.len() > 1);
+    assert_eq!(
+        pages.iter().map(|page| page.entries.len()).sum::<usize>(),
+        100
+    );
+    let mut dropped = kv.scan(request).await.unwrap().into_inner();
+    dropped.next().await.unwrap().unwrap();
+    drop(dropped);
+    let admission = nodes.one.router.admission().clone();
+    crate::service_nodes::until(|| admission.in_flight() == (0, 0)).await;
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn map_is_watched_with_its_leaders() {
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut cluster = ClusterServiceClient::new(channel);
+    let map = cluster
+        .get_map(v1::GetMapRequest {})
+        .await
+        .unwrap()
+        .into_inner()
+        .map
+        .unwrap();
+    assert!(map.epoch == 1 && map.server_time_ms > 0);
+    let names = cluster
+        .list_keyspaces(v1::ListKeyspacesRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let names: Vec<_> = names
+        .keyspaces
+        .into_iter()
+        .map(|keyspace| keyspace.name)
+        .collect();
+    assert_eq!(names, ["default", "rows", "system"]);
+
+    let watch = v1::WatchMapRequest { from_epoch: 0 };
+    let mut watched = cluster.watch_map(watch).await.unwrap().into_inner();
+    assert_eq!(watched.next().await.unwrap().unwrap().map.unwrap().epoch, 1);
+    let watch = v1::WatchMapRequest { from_epoch: 1 };
+    let mut newer = cluster.watch_map(watch).await.unwrap().into_inner();
+    let nothing = tokio::time::timeout(Duration::from_millis(50), newer.next()).await;
+    assert!(nothing.is_err(), "the caller has this map");
+    assert!(nodes.one.map.observe_leader(ShardId(3), 4, NodeId(2)));
+    for follower in [&mut watched, &mut newer] {
+        let map = follower.next().await.unwrap().unwrap().map.unwrap();
+        let shard = map.shards.iter().find(|shard| shard.id == 3).unwrap();
+        assert_eq!((map.epoch, shard.leader_node, shard.leader_term), (1, 2, 4));
+    }
+    nodes.one.draining.cancel();
+    assert!(watched.next().await.is_none());
+
+    let create = v1::CreateKeyspaceRequest {
+        name: "UPPER".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        cluster.create_keyspace(create).await.unwrap_err().code(),
+        Code::InvalidArgument
+    );
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_says_what_the_node_says() {
+    let nodes = Nodes::start().await;
+    let (channel, health) = serve(&nodes).await;
+    let mut client = HealthClient::new(channel);
+    let mut ask = async |service: &str| {
+        let request = HealthCheckRequest {
+            service: service.to_owned(),
+        };
+        client.check(request).await.unwrap().into_inner().status
+    };
+    let (serving, not_serving) = (1, 2);
+    assert_eq!((ask("").await, ask("liveness").await), (serving, serving));
+    assert_eq!(ask("readiness").await, not_serving);
+    health.set_ready(true).await;
+    assert_eq!(ask("readiness").await, serving);
+    assert_eq!(ask("coracle.v1.KvService").await, serving);
+    nodes.stop().await;
+}
