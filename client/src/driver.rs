@@ -442,37 +442,7 @@ impl<'a> Attempts<'a> {
             let address = table.address(*node);
             *node != asked && address.is_some_and(|address| follower.pool.is_usable(address))
         };
-        let failure = match fault.reason {
-            Reason::NotLeader | Reason::Draining | Reason::TooStale => Failure::NotLeader {
-                leader: leader.filter(can_be_asked),
-            },
-            Reason::StaleRoute => Failure::StaleRoute,
-            // There is a map, so the cluster has been made: the node has yet to hear of it.
-            Reason::NoQuorum
-            | Reason::OutcomeUnknown
-            | Reason::Unreachable
-            | Reason::NotInitialized => Failure::Unavailable,
-            Reason::Overloaded | Reason::WriteStalled => Failure::Overloaded,
-            Reason::ClockOutOfBound => Failure::ClockOutOfBound,
-            // It was the attempt's deadline, not yet the call's.
-            Reason::DeadlineNotApplied => Failure::TimedOut,
-            Reason::RetryWindowPassed => Failure::WindowPassed,
-            Reason::InvalidArgument
-            | Reason::TooLarge
-            | Reason::CrossEntity
-            | Reason::UnknownKeyspace
-            | Reason::KeyspaceExists
-            | Reason::UnknownShard
-            | Reason::UnknownNode
-            | Reason::VersionGone
-            | Reason::Conflict
-            | Reason::NotAllowed
-            | Reason::Unsupported
-            | Reason::AlreadyInitialized
-            | Reason::DiskFull
-            | Reason::Corruption
-            | Reason::Internal => Failure::Fatal,
-        };
+        let failure = Failure::of(fault.reason, leader.filter(can_be_asked));
         Setback {
             failure,
             fault,

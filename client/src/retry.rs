@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use coracle_proto::reason::Reason;
+
 use crate::topology::NodeId;
 
 /// Redirects that are followed at once, in a row. A leader is found in one or two; more means that
@@ -41,6 +43,41 @@ pub(crate) enum Failure {
     WindowPassed,
     /// Asking again gives the same.
     Fatal,
+}
+
+impl Failure {
+    /// What a node's refusal means; `leader` is the leader that it names, if that can be tried.
+    pub(crate) fn of(reason: Reason, leader: Option<NodeId>) -> Failure {
+        match reason {
+            Reason::NotLeader | Reason::Draining | Reason::TooStale => {
+                Failure::NotLeader { leader }
+            }
+            Reason::StaleRoute => Failure::StaleRoute,
+            Reason::NoQuorum | Reason::OutcomeUnknown | Reason::Unreachable => Failure::Unavailable,
+            // Who has a map knows that the cluster has been made: the node has yet to hear of it.
+            Reason::NotInitialized => Failure::Unavailable,
+            Reason::Overloaded | Reason::WriteStalled => Failure::Overloaded,
+            Reason::ClockOutOfBound => Failure::ClockOutOfBound,
+            // It was the attempt's deadline, not yet the call's.
+            Reason::DeadlineNotApplied => Failure::TimedOut,
+            Reason::RetryWindowPassed => Failure::WindowPassed,
+            Reason::InvalidArgument
+            | Reason::TooLarge
+            | Reason::CrossEntity
+            | Reason::UnknownKeyspace
+            | Reason::KeyspaceExists
+            | Reason::UnknownShard
+            | Reason::UnknownNode
+            | Reason::VersionGone
+            | Reason::Conflict
+            | Reason::NotAllowed
+            | Reason::Unsupported
+            | Reason::AlreadyInitialized
+            | Reason::DiskFull
+            | Reason::Corruption
+            | Reason::Internal => Failure::Fatal,
+        }
+    }
 }
 
 /// What is known of the call when an attempt has failed.
@@ -206,110 +243,90 @@ mod tests {
     }
 
     #[test]
-    fn decisions() {
-        use Decision::*;
-        let leader = Failure::NotLeader { leader: Some(NODE) };
-        let nobody = Failure::NotLeader { leader: None };
+    fn what_the_contract_calls_final_is_final() {
+        use coracle_proto::reason::Retry;
+        for reason in Reason::ALL {
+            let failure = Failure::of(*reason, None);
+            let is_final = matches!(failure, Failure::Fatal | Failure::WindowPassed);
+            // Two that are final for a caller are not for a client that has time and a map.
+            let passes = matches!(reason, Reason::DeadlineNotApplied | Reason::NotInitialized);
+            assert_eq!(
+                is_final,
+                reason.retry() == Retry::Never && !passes,
+                "{reason}"
+            );
+        }
+    }
+
+    fn check(cases: impl IntoIterator<Item = (AttemptInfo, Step)>) {
+        for (info, expected) in cases {
+            assert_eq!(decide(&info), expected, "{info:?}");
+        }
+    }
+
+    #[test]
+    fn where_to_go() {
+        let to_leader = info(Failure::NotLeader { leader: Some(NODE) });
+        let nobody = info(Failure::NotLeader { leader: None });
+        let stale = info(Failure::StaleRoute);
         let zero = Duration::ZERO;
-        let cases = [
+        let redirect = step(Decision::Redirect(NODE), zero, false);
+        let other = step(Decision::OtherReplica, 5 * MS, false);
+        let refresh = |wait| step(Decision::RefreshRoute, wait, false);
+        let in_a_row = |detours, info| AttemptInfo { detours, ..info };
+        check([
+            (to_leader, redirect),
+            (in_a_row(4, to_leader), redirect),
+            (in_a_row(5, to_leader), other),
+            (nobody, other),
+            (stale, refresh(zero)),
+            (in_a_row(5, stale), refresh(5 * MS)),
+            (info(Failure::Unavailable), other),
             (
-                "redirect at once",
-                info(leader),
-                step(Redirect(NODE), zero, false),
-            ),
-            (
-                "fifth redirect in a row",
-                AttemptInfo {
-                    detours: 4,
-                    ..info(leader)
-                },
-                step(Redirect(NODE), zero, false),
-            ),
-            (
-                "sixth waits and asks another",
-                AttemptInfo {
-                    detours: 5,
-                    ..info(leader)
-                },
-                step(OtherReplica, 5 * MS, false),
-            ),
-            (
-                "leader unknown",
-                info(nobody),
-                step(OtherReplica, 5 * MS, false),
-            ),
-            (
-                "stale route",
-                info(Failure::StaleRoute),
-                step(RefreshRoute, zero, false),
-            ),
-            (
-                "stale route again and again",
-                AttemptInfo {
-                    detours: 5,
-                    ..info(Failure::StaleRoute)
-                },
-                step(RefreshRoute, 5 * MS, false),
-            ),
-            (
-                "no quorum",
-                info(Failure::Unavailable),
-                step(OtherReplica, 5 * MS, false),
-            ),
-            (
-                "clock",
-                info(Failure::ClockOutOfBound),
-                step(FreshRequestId, 5 * MS, false),
-            ),
-            (
-                "clock, unresolved: the id must stay",
-                AttemptInfo {
-                    unresolved: true,
-                    ..info(Failure::ClockOutOfBound)
-                },
-                step(SameNode, 5 * MS, false),
-            ),
-            (
-                "superseded",
                 info(Failure::LeaderChanged),
-                step(OtherReplica, zero, false),
+                step(Decision::OtherReplica, zero, false),
             ),
             (
-                "overloaded",
                 info(Failure::Overloaded),
-                step(SameNode, 5 * MS, true),
+                step(Decision::SameNode, 5 * MS, true),
             ),
             (
-                "timed out",
                 info(Failure::TimedOut),
-                step(OtherReplica, zero, true),
+                step(Decision::OtherReplica, zero, true),
             ),
+        ]);
+    }
+
+    #[test]
+    fn a_request_id_is_only_replaced_when_nothing_is_open() {
+        let fresh = |wait| step(Decision::FreshRequestId, wait, false);
+        let open = |failure| AttemptInfo {
+            unresolved: true,
+            ..info(failure)
+        };
+        check([
+            (info(Failure::WindowPassed), fresh(Duration::ZERO)),
+            (open(Failure::WindowPassed), Step::STOP),
+            (info(Failure::ClockOutOfBound), fresh(5 * MS)),
             (
-                "window, nothing open",
-                info(Failure::WindowPassed),
-                step(FreshRequestId, zero, false),
+                open(Failure::ClockOutOfBound),
+                step(Decision::SameNode, 5 * MS, false),
             ),
+        ]);
+    }
+
+    #[test]
+    fn what_is_final_is_final_for_open_writes_too() {
+        check([
+            (info(Failure::Fatal), Step::STOP),
             (
-                "window, unresolved",
-                AttemptInfo {
-                    unresolved: true,
-                    ..info(Failure::WindowPassed)
-                },
-                Step::STOP,
-            ),
-            ("fatal", info(Failure::Fatal), Step::STOP),
-            (
-                "fatal is final for unresolved writes too",
                 AttemptInfo {
                     unresolved: true,
                     ..info(Failure::Fatal)
                 },
                 Step::STOP,
             ),
-        ];
-        for (name, info, expected) in cases {
-            assert_eq!(decide(&info), expected, "{name}");
-        }
+        ]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::reason::{Fault, Reason, Retry};
+use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::{limits, v1};
 use futures_util::Stream;
 use futures_util::stream::try_unfold;
@@ -242,14 +242,14 @@ impl Pager {
             let until = deadline.min(Instant::now() + patience);
             let (failure, fault) = match self.attempt(until).await {
                 Ok(page) => return Ok(Some(page)),
-                Err(fault) => (failure_of(&fault), fault),
+                Err(fault) => (Failure::of(fault.reason, None), fault),
             };
             self.open = None;
             let retry_after_ms = fault.retry_after_ms;
             let step = decide(&AttemptInfo {
                 failure,
                 backoffs,
-                detours: 0,
+                detours: attempts - 1,
                 unresolved: false,
                 budget: true,
                 retry_after: (retry_after_ms > 0).then(|| Duration::from_millis(retry_after_ms)),
@@ -346,14 +346,4 @@ fn silent(pipeline: &Pipeline, started: Instant) -> Fault {
     }
     let message = format!("no page from {} in time", connection.address());
     Fault::new(Reason::OutcomeUnknown, message)
-}
-
-fn failure_of(fault: &Fault) -> Failure {
-    match (fault.reason, fault.reason.retry()) {
-        (Reason::Overloaded, _) => Failure::Overloaded,
-        (Reason::OutcomeUnknown | Reason::DeadlineNotApplied, _) => Failure::TimedOut,
-        (Reason::NotInitialized, _) => Failure::Unavailable,
-        (_, Retry::Never) => Failure::Fatal,
-        (_, _) => Failure::Unavailable,
-    }
 }

@@ -71,7 +71,10 @@ async fn keep(hub: &Arc<Hub>, peer: &Arc<Peer>, lane: &Lane) {
                 if peer.ended.is_cancelled() {
                     return;
                 }
-                lane.down(&format!("the connection to node {} broke: {why}", peer.node));
+                lane.down(&format!(
+                    "the connection to node {} broke: {why}",
+                    peer.node
+                ));
                 hub.lose(peer, connection, &why);
             }
             Err(why) => {
