@@ -574,7 +574,7 @@ pub fn command() -> clap::Command {
     // A template knows braces only as its own tags.
     assert!(!groups.contains('{'), "a command's short help has a brace: {groups}");
     let template =
-        format!("{{about}}\n\n{{usage-heading}} {{usage}}\n{groups}\n{{options}}{{after-help}}\n");
+        format!("{{about}}\n\n{{usage-heading}} {{usage}}\n{groups}\nOptions:\n{{options}}{{after-help}}\n");
     Cli::command().help_template(template)
 }
 

@@ -72,11 +72,16 @@ pub async fn run(demo: Demo, output: &Output) -> Result<(), Failure> {
         _ = terminate.recv() => Err(Failure::new(Exit::Interrupted, "interrupted")),
     };
     drop(context);
+    let failed = result.as_ref().is_err_and(|failure| failure.exit != Exit::Interrupted);
+    if failed {
+        cluster.keep_logs();
+    }
     let stopping = std::time::Instant::now();
+    let dir = cluster.dir().display().to_string();
     cluster.stop().await;
-    let data = match &demo.data_dir {
-        Some(dir) => format!("the data stay in {}", dir.display()),
-        None => "the data are gone".to_owned(),
+    let data = match failed || demo.data_dir.is_some() {
+        true => format!("data and logs stay in {dir}"),
+        false => "the data are gone".to_owned(),
     };
     screen.line(&format!("  all nodes stopped in {}; {data}", duration(stopping.elapsed())));
     result

@@ -1,6 +1,7 @@
 //! `coracle server`. Owns the joint to the server crate: from flags, environment and file to its
 //! settings, and from its start to its end, by signal or by itself. Does not know what a node does.
 
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::Duration;
 
@@ -14,8 +15,9 @@ use crate::failure::{Exit, Failure};
 use crate::output::Output;
 
 /// How long a node may take to hand its leaderships over before it stops regardless. Handing over
-/// takes milliseconds a shard; service managers wait longer than this before they kill.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+/// takes milliseconds a shard: what nobody has taken over by then, nobody will (the other nodes are
+/// going too), and service managers wait longer than this before they kill.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How often a node of a demo looks whether its demo still lives.
 const PARENT_INTERVAL: Duration = Duration::from_millis(200);
@@ -153,12 +155,15 @@ fn flags(settings: &Settings) -> Vec<Flag> {
 fn start_logs(config: &Config) -> Result<(), Failure> {
     let filter = EnvFilter::try_new(&config.observability.log_filter)
         .map_err(|error| Failure::usage(format!("observability.log_filter: {error}")))?;
+    let terminal = std::io::stderr().is_terminal();
     let json = match config.observability.log_format {
         LogFormat::Json => true,
         LogFormat::Text => false,
-        LogFormat::Auto => !std::io::IsTerminal::is_terminal(&std::io::stderr()),
+        LogFormat::Auto => !terminal,
     };
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Colours are for terminals; in a file they are noise.
+    let logs = logs.with_ansi(terminal);
     match json {
         true => logs.json().init(),
         false => logs.init(),

@@ -181,6 +181,9 @@ pub fn apply(
             for request in &requests {
                 replies.push(apply_request(overlay, state, &at, request)?);
             }
+            // Even when nothing got a version: the time by which ids age must never step back, or an
+            // id that was forgotten as old would be young again under a leader whose clock is behind.
+            state.clock = state.clock.max(at.stamp);
         }
         Command::Advance => {}
         Command::Describe(descriptor) => {
@@ -241,7 +244,7 @@ fn apply_request(
         return refused(Outcome::Invalid { why });
     }
     // Also the time by which results age: were it the group clock alone, a group too full to take a
-    // write would never see it move on.
+    // write would never see it move on within the entry.
     let now_ms = physical_ms(at.stamp.max(state.clock));
     match state.dedup.admit(overlay, &request.id, now_ms)? {
         Admission::New => {}

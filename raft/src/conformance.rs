@@ -88,6 +88,14 @@ impl RaftStateMachine<TypeConfig> for Local {
     }
 }
 
+struct Deaf;
+
+impl crate::observer::Observer for Deaf {
+    fn stage(&self, _: crate::observer::Stage, _: std::time::Duration) {}
+
+    fn elected(&self) {}
+}
+
 struct Builder;
 
 impl StoreBuilder<TypeConfig, LogStore, Local, tempfile::TempDir> for Builder {
@@ -115,7 +123,8 @@ impl StoreBuilder<TypeConfig, LogStore, Local, tempfile::TempDir> for Builder {
         let store = ReplicaState::open(&*engines, &live, OpenState { create: true });
         let shared = SharedState::open(store.expect("a new store")).expect("an empty state");
         let serving = Arc::new(AtomicBool::new(true));
-        let machine = StateMachine::new(shared, exec, engines, live.clone(), serving);
+        let machine =
+            StateMachine::new(shared, exec, engines, live.clone(), serving, Arc::new(Deaf));
         Ok((dir, LogStore::new(log, replica), Local { machine, live }))
     }
 }

@@ -51,8 +51,9 @@ pub const BIRTH_AHEAD_MS_MAX: u64 = 500;
 /// A sequence that no request may have: in the age index it stands for the client's mark.
 pub const SEQUENCE_OF_MARK: u64 = u64::MAX;
 
-/// Records that one request evicts or drops at most: more than the two that it adds, so that the
-/// work always catches up, and few enough that no apply is slow.
+/// Records that one search drops or evicts at most; a request makes a few searches. More than the
+/// two records that it adds, so that the work always catches up, and few enough that no apply is
+/// slow.
 const WORK_MAX: usize = 64;
 /// How far a mark rises before results below it are looked for: one seek for so many writes.
 const DROP_STEP: u64 = 64;
@@ -250,8 +251,8 @@ impl Dedup {
         };
     }
 
-    /// The client's mark, after what this id says about it. No mark, no results: the first result
-    /// makes it.
+    /// The client's mark, after what this id says about it. Only a stored result makes one: what is
+    /// refused leaves nothing behind.
     fn raise_mark(&mut self, overlay: &mut Overlay, id: &RequestId) -> Result<Option<Mark>, Error> {
         let Some(mut mark) = self.mark(overlay, id.client)? else {
             return Ok(None);

@@ -111,6 +111,7 @@ impl Group {
             environment.engines.clone(),
             start.live.clone(),
             serving.clone(),
+            environment.observer.clone(),
         );
         let raft = Raft::new(
             start.replica.0,
@@ -128,6 +129,7 @@ impl Group {
             leadership.clone(),
             start.state.clone(),
             environment.clock.clone(),
+            environment.observer.clone(),
             stop.clone(),
         );
         let (reads, read) = Reads::new(
@@ -185,6 +187,11 @@ impl Group {
     /// About how many bytes the state takes.
     pub fn state_bytes(&self) -> u64 {
         self.state.state_bytes()
+    }
+
+    /// What a crash would have to replay into the state; 0 when everything is durable.
+    pub(crate) fn unflushed_bytes(&self) -> u64 {
+        self.state.unflushed_bytes()
     }
 
     /// Proposes a write and waits until it is applied. Exactly once: the reply to a duplicate is the
@@ -473,6 +480,21 @@ impl Group {
         &self.log
     }
 
+    async fn count_elections(&self) {
+        let mut leadership = self.leadership.clone();
+        let mut led = None;
+        loop {
+            let status = leadership.status();
+            if status.state == Standing::Leader && led != Some(status.term) {
+                led = Some(status.term);
+                self.environment.observer.elected();
+            }
+            if !leadership.changed().await {
+                return;
+            }
+        }
+    }
+
     /// Ends the embargo, and describes the group when this replica first leads it.
     async fn supervise(self: Arc<Self>) {
         let mut leadership = self.leadership.clone();
@@ -498,8 +520,9 @@ impl Group {
                 }
             }
         };
-        let both = async { tokio::join!(lift, describe) };
-        tokio::select! { () = self.stop.cancelled() => {}, _ = both => {} }
+        let count = self.count_elections();
+        let all = async { tokio::join!(lift, describe, count) };
+        tokio::select! { () = self.stop.cancelled() => {}, _ = all => {} }
     }
 }
 

@@ -25,6 +25,7 @@ use crate::group::{Group, Start};
 use crate::health::{Disk, PROBE_INTERVAL, Probe};
 use crate::leadership::Standing;
 use crate::lease::Timing;
+use crate::observer::Observer;
 use crate::snapshot::{SnapshotSlots, blocking};
 use crate::state_machine::{SharedState, store_dir};
 use crate::transport::{Answering, Transport, TransportError};
@@ -36,6 +37,9 @@ use crate::wire::Reader;
 const KEPT_ENTRIES: u64 = 10_000;
 /// How often the shared log's size is looked at.
 const COMPACT_INTERVAL: Duration = Duration::from_secs(1);
+/// A replica with unflushed state is flushed at least this often: a crash then replays no more than
+/// this, and versions beyond the history are reclaimed soon after.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(300);
 /// The local record of what a replica was created as.
 const HOME: MetaName = MetaName(0x80);
 
@@ -57,6 +61,8 @@ pub struct Options {
     pub clock: Arc<dyn Clock>,
     /// The way to other nodes.
     pub transport: Arc<dyn Transport>,
+    /// Hears where time goes.
+    pub observer: Arc<dyn Observer>,
     /// Seeds the numbers of streams and transfers; different at every start of a node.
     pub incarnation: u64,
     /// Ends everything when cancelled.
@@ -73,6 +79,7 @@ pub(crate) struct Environment {
     pub(crate) exec: Arc<dyn Exec>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) transport: Arc<dyn Transport>,
+    pub(crate) observer: Arc<dyn Observer>,
     pub(crate) slots: Arc<SnapshotSlots>,
     pub(crate) stop: CancellationToken,
     healthy: AtomicBool,
@@ -112,6 +119,7 @@ impl Host {
             exec: options.exec,
             clock: options.clock,
             transport: options.transport,
+            observer: options.observer,
             slots: Arc::default(),
             stop: options.stop,
             healthy: AtomicBool::new(true),
@@ -156,14 +164,27 @@ impl Host {
             if recovery.replicas.contains(&replica) {
                 self.open(replica).await?;
             } else {
-                tracing::info!(replica = replica.0, "removing a replica that was never in the log");
-                let dir = self.shards.join(&name);
-                let engines = self.environment.engines.clone();
-                let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir));
-                removed.await.map_err(Error::invalid)??;
+                self.remove_unknown(self.shards.join(&name)).await?;
             }
         }
         Ok(())
+    }
+
+    /// A directory that the log does not know: its creation was cut short, and it is removed, unless
+    /// something was applied to it. Then the log has lost it: it does not run, and its state stays for
+    /// whoever has to look.
+    async fn remove_unknown(&self, dir: PathBuf) -> Result<(), Error> {
+        let engines = self.environment.engines.clone();
+        let removed = blocking(&*self.environment.exec, move || {
+            let store = ReplicaState::open(&*engines, &dir, OpenState { create: false });
+            if store.is_ok_and(|store| store.applied_bytes().is_some()) {
+                tracing::error!(dir = %dir.display(), "the log has lost this replica: it does not run");
+                return Ok(());
+            }
+            tracing::info!(dir = %dir.display(), "removing a replica whose creation was cut short");
+            engines.destroy(&dir)
+        });
+        removed.await.map_err(Error::invalid)?
     }
 
     async fn open(&self, replica: ReplicaId) -> Result<(), Error> {
@@ -345,30 +366,50 @@ impl Host {
     }
 
     /// Keeps the shared log within its budget: flushes the replica that holds its oldest unflushed
-    /// entries, and lets the log free what is behind them.
+    /// entries, and lets the log free what is behind them. And flushes every replica now and then, so
+    /// that compaction learns what has left the history.
     async fn bound_log(self: Arc<Self>) {
+        let mut flushed: BTreeMap<ReplicaId, Instant> = BTreeMap::new();
         loop {
             tokio::select! {
                 () = self.environment.stop.cancelled() => return,
                 () = tokio::time::sleep(COMPACT_INTERVAL) => {}
             }
-            if self.environment.log.stats().bytes_on_disk <= self.log_bytes_target {
-                continue;
+            let groups = self.groups();
+            for _ in 0..groups.len() {
+                let bytes = self.environment.log.stats().bytes_on_disk;
+                if bytes <= self.log_bytes_target {
+                    break;
+                }
+                let Some((oldest, _)) = self.environment.log.oldest_pinner() else { break };
+                let Some(group) = groups.iter().find(|group| group.replica() == oldest) else {
+                    break;
+                };
+                // Far over the budget kept entries go too: who wants them takes a snapshot.
+                let keep = if bytes > 2 * self.log_bytes_target { 0 } else { KEPT_ENTRIES };
+                flushed.insert(oldest, Instant::now());
+                flush(group, keep).await;
             }
-            let Some((replica, bytes)) = self.environment.log.oldest_pinner() else { continue };
-            let Some(group) = self.groups().into_iter().find(|g| g.replica() == replica) else {
-                continue;
+            // One a second, so that they do not all write at once.
+            let due = |group: &&Arc<Group>| {
+                let last = flushed.get(&group.replica());
+                group.unflushed_bytes() > 0
+                    && last.is_none_or(|last| last.elapsed() > FLUSH_INTERVAL)
             };
-            // Over the budget kept entries go too: a follower that wants them takes a snapshot.
-            let over = self.environment.log.stats().bytes_on_disk > 2 * self.log_bytes_target;
-            let keep = if over { 0 } else { KEPT_ENTRIES };
-            tracing::debug!(shard = %group.shard(), bytes, keep, "flushing to free the log");
-            if let Err(error) = group.compact(keep).await {
-                tracing::warn!(shard = %group.shard(), %error, "a flush to free the log failed");
+            if let Some(group) = groups.iter().find(due) {
+                flushed.insert(group.replica(), Instant::now());
+                flush(group, KEPT_ENTRIES).await;
             }
+            flushed.retain(|replica, _| groups.iter().any(|group| group.replica() == *replica));
         }
     }
+}
 
+async fn flush(group: &Group, keep: u64) {
+    tracing::debug!(shard = %group.shard(), keep, "flushing the state, to free the log");
+    if let Err(error) = group.compact(keep).await {
+        tracing::warn!(shard = %group.shard(), %error, "a flush to free the log failed");
+    }
 }
 
 fn write_home(store: &ReplicaState, initial: &Descriptor) -> Result<(), Error> {

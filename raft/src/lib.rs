@@ -9,6 +9,7 @@ pub mod apply;
 pub mod types;
 pub mod error;
 pub mod clock;
+pub mod observer;
 mod entry;
 mod message;
 pub mod transport;

@@ -25,6 +25,7 @@ use crate::clock::{CEILING_AHEAD, Clock, HybridTime};
 use crate::command::{Command, Request, Stamped};
 use crate::error::{GroupError, Outcome};
 use crate::leadership::{Leadership, Raft};
+use crate::observer::{Observer, Stage};
 use crate::state_machine::SharedState;
 use crate::types::{Proposal, Replies, log_id, Position};
 
@@ -47,6 +48,7 @@ struct Waiting {
     request: Request,
     bytes: usize,
     deadline: Instant,
+    queued: Instant,
     answer: Answer,
 }
 
@@ -79,6 +81,7 @@ impl Proposer {
         leadership: Leadership,
         state: SharedState,
         clock: Arc<dyn Clock>,
+        observer: Arc<dyn Observer>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let handle = Self { queue: Arc::default(), wake: Arc::default() };
@@ -88,6 +91,7 @@ impl Proposer {
             leadership,
             state,
             clock,
+            observer,
             stamps: Stamps::default(),
         };
         (handle, task.run(stop))
@@ -102,7 +106,7 @@ impl Proposer {
     ) -> Result<Reply, GroupError> {
         let bytes = request.size();
         let (answer, receiver) = oneshot::channel();
-        self.push(bytes, Item::Write(Waiting { request, bytes, deadline, answer }))?;
+        self.push(bytes, Item::Write(Waiting { request, bytes, deadline, queued: Instant::now(), answer }))?;
         match tokio::time::timeout_at(deadline, receiver).await {
             Ok(Ok(result)) => result,
             // The task answers everything that it ever took; a dropped answer means that it was
@@ -154,17 +158,13 @@ struct Stamps {
     committed_ceiling: u64,
 }
 
-enum Under {
-    Entry,
-    Nothing,
-}
-
 struct Task {
     handle: Proposer,
     raft: Raft,
     leadership: Leadership,
     state: SharedState,
     clock: Arc<dyn Clock>,
+    observer: Arc<dyn Observer>,
     stamps: Stamps,
 }
 
@@ -197,7 +197,7 @@ impl Task {
     }
 
     /// Takes what waits and proposes it; the future that is returned answers when it is applied.
-    async fn step(&mut self) -> Option<futures_util::future::BoxFuture<'static, Under>> {
+    async fn step(&mut self) -> Option<futures_util::future::BoxFuture<'static, ()>> {
         let mut items = self.take();
         if items.is_empty() {
             return None;
@@ -206,7 +206,7 @@ impl Task {
             Ok(term) => term,
             Err(error) => {
                 items.into_iter().for_each(|item| refuse(item, &error));
-                return Some(Box::pin(async { Under::Nothing }));
+                return Some(Box::pin(std::future::ready(())));
             }
         };
         if matches!(items.first(), Some(Item::Fix { .. })) {
@@ -225,6 +225,7 @@ impl Task {
                     let _ = waiting.answer.send(Err(GroupError::Expired));
                 }
                 Item::Write(waiting) => {
+                    self.observer.stage(Stage::Queue, now.duration_since(waiting.queued));
                     requests.push(waiting.request);
                     answers.push(waiting.answer);
                 }
@@ -236,16 +237,18 @@ impl Task {
             let result = self.propose(term, command, 0).await;
             return Some(Box::pin(async move {
                 let _ = answer.send(applied(result).await.map(|_| ()));
-                Under::Entry
-            }));
+                }));
         }
         if requests.is_empty() {
-            return Some(Box::pin(async { Under::Nothing }));
+            return Some(Box::pin(std::future::ready(())));
         }
         let result = self.propose(term, Command::Requests(requests), 0).await;
+        self.observer.stage(Stage::Propose, now.elapsed());
+        let observer = self.observer.clone();
         Some(Box::pin(async move {
-            answer_all(answers, applied(result).await);
-            Under::Entry
+            let result = applied(result).await;
+            observer.stage(Stage::Replicate, now.elapsed());
+            answer_all(answers, result);
         }))
     }
 
@@ -317,7 +320,7 @@ impl Task {
         // Only in this term: in another one these stamps promise nothing.
         let sent = self.raft.write(proposal).with_leader(leader).responder(responder).await;
         sent.map_err(|fatal| GroupError::Unknown(fatal.to_string()))?;
-        Ok(Proposed { receiver, ceiling })
+        Ok(Proposed { receiver })
     }
 
     /// See [`Proposer::fix`]. Versions up to the committed ceiling need nothing but that later
@@ -327,24 +330,23 @@ impl Task {
         term: u64,
         version: Option<u64>,
         answer: oneshot::Sender<Result<u64, GroupError>>,
-    ) -> futures_util::future::BoxFuture<'static, Under> {
+    ) -> futures_util::future::BoxFuture<'static, ()> {
         let group = self.state.clock_and_ceiling();
         self.stamps.committed_ceiling = self.stamps.committed_ceiling.max(group.ceiling);
         let newest = self.now().max(self.stamps.last).max(group.clock);
         let version = version.unwrap_or(newest);
         if version > newest + HybridTime::BOUND {
             let _ = answer.send(Err(GroupError::ClockOutOfBound));
-            return Box::pin(async { Under::Nothing });
+            return Box::pin(std::future::ready(()));
         }
         self.stamps.last = self.stamps.last.max(version);
         if version <= self.stamps.committed_ceiling {
             let _ = answer.send(Ok(version));
-            return Box::pin(async { Under::Nothing });
+            return Box::pin(std::future::ready(()));
         }
         let result = self.propose(term, Command::Advance, version).await;
         Box::pin(async move {
             let _ = answer.send(applied(result).await.map(|_| version));
-            Under::Entry
         })
     }
 }
@@ -354,8 +356,6 @@ struct Proposed {
         crate::types::TypeConfig,
         openraft::raft::ClientWriteResult<crate::types::TypeConfig>,
     >,
-    #[allow(dead_code, reason = "shown when a proposal is traced")]
-    ceiling: u64,
 }
 
 /// Waits until the entry is applied, or until it is certain or doubtful that it is not.

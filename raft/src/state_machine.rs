@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use coracle_storage::exec::Exec;
 use coracle_storage::fs::Fs;
 use coracle_storage::state::{
-    Engines, MetaName, OpenState, Reader, ReplicaState, checkpoint,
+    Engines, FilterState, MetaName, OpenState, Reader, ReplicaState, checkpoint,
 };
 use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
@@ -28,6 +28,7 @@ use crate::entry::{
     decode_stored_membership, encode_stored_membership, get_log_id, put_log_id,
 };
 use crate::error::GroupError;
+use crate::observer::{Observer, Stage};
 use crate::snapshot::{CheckpointDir, SnapshotData, blocking};
 use crate::types::{
     Entry, LogId, Position, Replies, SnapshotMeta, StoredMembership, TypeConfig, position,
@@ -36,6 +37,8 @@ use crate::types::{
 /// Bytes of entries that one batch applies: bounds the memory of a batch and the time for which
 /// reads wait for it.
 const BATCH_BYTES_MAX: usize = 4 << 20;
+/// Dead keys that one flush removes: a few milliseconds of work; the rest waits for the next one.
+const SWEEP_KEYS_MAX: usize = 4_096;
 /// A checkpoint is sent again, rather than made anew, within so long: a follower that refuses one
 /// asks ten times a second.
 const CHECKPOINT_FRESH: Duration = Duration::from_secs(10);
@@ -67,6 +70,8 @@ pub struct ReadState {
     pub position: Position,
     /// The group clock: the highest version that is in it.
     pub clock: u64,
+    /// Versions that were superseded below it may be gone: reads below it are refused.
+    pub history_threshold: u64,
 }
 
 /// A group's clock and the highest ceiling, as replicated.
@@ -110,6 +115,11 @@ impl SharedState {
         self.0.current.read().group.descriptor.clone()
     }
 
+    /// What a crash would have to replay; 0 when everything is durable.
+    pub(crate) fn unflushed_bytes(&self) -> u64 {
+        self.0.current.read().store.as_ref().map_or(0, |store| store.engine().unflushed_bytes())
+    }
+
     pub(crate) fn state_bytes(&self) -> u64 {
         self.0.current.read().store.as_ref().map_or(0, |store| store.engine().approximate_bytes())
     }
@@ -124,6 +134,7 @@ impl SharedState {
             descriptor: current.group.descriptor.clone(),
             position: current.last_applied.as_ref().map(position).unwrap_or_default(),
             clock: current.group.clock,
+            history_threshold: current.group.history_threshold,
         })
     }
 
@@ -221,6 +232,7 @@ pub struct StateMachine {
     pub(crate) recent: Option<(Instant, SnapshotMeta, Arc<CheckpointDir>)>,
     /// Opened by the host once openraft has looked at what is there; before, nobody sends.
     serving: Arc<std::sync::atomic::AtomicBool>,
+    observer: Arc<dyn Observer>,
 }
 
 impl StateMachine {
@@ -230,9 +242,10 @@ impl StateMachine {
         engines: Arc<dyn Engines>,
         live: PathBuf,
         serving: Arc<std::sync::atomic::AtomicBool>,
+        observer: Arc<dyn Observer>,
     ) -> Self {
         let fs = engines.fs();
-        Self { shared, exec, engines, fs, live, checkpoints: 0, recent: None, serving }
+        Self { shared, exec, engines, fs, live, checkpoints: 0, recent: None, serving, observer }
     }
 
     fn meta(&self) -> SnapshotMeta {
@@ -315,7 +328,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 responders.push(responder);
             }
             let shared = self.shared.clone();
+            let began = Instant::now();
             let replies = self.run(move || shared.apply_batch(&batch)).await?;
+            self.observer.stage(Stage::Apply, began.elapsed());
             for (responder, replies) in responders.into_iter().zip(replies) {
                 if let Some(responder) = responder {
                     responder.send(replies);
@@ -330,8 +345,17 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     }
 
     async fn get_snapshot_builder(&mut self) -> DurableBuilder {
-        // The position is taken here, between batches; what is flushed later holds at least it.
-        DurableBuilder { meta: self.meta(), shared: self.shared.clone(), exec: self.exec.clone() }
+        // All is taken here, between batches; what is flushed later holds at least it.
+        let filter = {
+            let current = self.shared.0.current.read();
+            FilterState {
+                clock: current.group.clock,
+                threshold: current.group.history_threshold,
+                ..FilterState::default()
+            }
+        };
+        let (shared, exec) = (self.shared.clone(), self.exec.clone());
+        DurableBuilder { meta: self.meta(), filter, shared, exec }
     }
 
     async fn install_snapshot(
@@ -385,9 +409,11 @@ fn entry_bytes(entry: &Entry) -> usize {
     }
 }
 
-/// Makes the state durable up to a position, so that the log may be purged to there.
+/// Makes the state durable up to a position, so that the log may be purged to there, and lets
+/// compaction drop what that state no longer needs.
 pub struct DurableBuilder {
     meta: SnapshotMeta,
+    filter: FilterState,
     shared: SharedState,
     exec: Arc<dyn Exec>,
 }
@@ -401,8 +427,15 @@ impl RaftSnapshotBuilder<TypeConfig> for DurableBuilder {
         // Weak while flushing would let a swap run beneath it: the handle keeps the store open,
         // and a swap waits for it.
         let store = self.shared.store()?;
-        let flushed = blocking(&*self.exec, move || store.engine().flush()).await;
-        flushed.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        let filter = self.filter.clone();
+        let flushed = blocking(&*self.exec, move || {
+            store.flush()?;
+            // Only what is durable may decide what is dropped: a crash that replays must judge every
+            // condition as before.
+            store.filter().set(filter);
+            store.sweep(SWEEP_KEYS_MAX)
+        });
+        flushed.await.map_err(io::Error::other)?.map_err(io::Error::other)?;
         let (meta, snapshot) = (self.meta.clone(), SnapshotData::Durable);
         Ok(openraft::Snapshot { meta, snapshot })
     }

@@ -166,9 +166,10 @@ impl Admission {
         })
     }
 
-    /// Takes a request of so many bytes on, until the permit is dropped.
-    pub fn admit(self: &Arc<Self>, bytes: u64) -> Result<Permit, Fault> {
-        if self.draining.is_cancelled() {
+    /// Takes a request of so many bytes on, until the permit is dropped. A draining node takes what
+    /// other nodes pass on: until its shards have new leaders, nobody else can serve it.
+    pub fn admit(self: &Arc<Self>, bytes: u64, origin: Origin) -> Result<Permit, Fault> {
+        if origin == Origin::Client && self.draining.is_cancelled() {
             return Err(Fault::new(Reason::Draining, "this node is shutting down"));
         }
         if self.requests.fetch_add(1, Ordering::AcqRel) >= self.requests_max {
@@ -231,6 +232,10 @@ fn overloaded(limit: &str) -> Fault {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "tokio::test expands to Runtime::block_on"
+)]
 mod tests {
     use super::*;
 
@@ -293,15 +298,18 @@ mod tests {
     fn limits_hold_and_permits_give_back() {
         let draining = CancellationToken::new();
         let admission = Admission::new(2, 100, draining.clone());
-        let mut first = admission.admit(60).unwrap();
-        let refused = admission.admit(41).err().unwrap();
+        let mut first = admission.admit(60, Origin::Client).unwrap();
+        let refused = admission.admit(41, Origin::Client).err().unwrap();
         assert_eq!(
             (refused.reason, refused.retry_after_ms),
             (Reason::Overloaded, 100)
         );
         assert_eq!(admission.in_flight(), (1, 60));
-        let second = admission.admit(40).unwrap();
-        assert!(admission.admit(0).is_err(), "two are in flight");
+        let second = admission.admit(40, Origin::Client).unwrap();
+        assert!(
+            admission.admit(0, Origin::Client).is_err(),
+            "two are in flight"
+        );
         drop(second);
         assert!(first.charge(41).is_err());
         first.charge(40).unwrap();
@@ -309,6 +317,10 @@ mod tests {
         drop(first);
         assert_eq!(admission.in_flight(), (0, 0));
         draining.cancel();
-        assert_eq!(admission.admit(0).err().unwrap().reason, Reason::Draining);
+        assert_eq!(
+            admission.admit(0, Origin::Client).err().unwrap().reason,
+            Reason::Draining
+        );
+        assert!(admission.admit(0, Origin::Peer).is_ok());
     }
 }

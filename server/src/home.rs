@@ -123,13 +123,25 @@ impl Home {
         }
     }
 
-    /// The salt of the node's log; `fresh` on the first start. Durable when it returns.
+    /// The salt of the node's log; `fresh` becomes it on the first start. Durable when it returns.
     pub fn salt(&self, fresh: u64) -> Result<u64, String> {
-        if let Some(bytes) = self.read("SALT") {
+        let path = self.dir.join("SALT");
+        if self.fs.exists(&path) {
+            let bytes = read_file(&*self.fs, &path).map_err(|error| format!("{}: {error}", self.path("SALT")))?;
             let salt = bytes.try_into().map(u64::from_be_bytes);
             return salt.map_err(|_| {
                 format!("{}: damaged; without it the log cannot be read", self.path("SALT"))
             });
+        }
+        let log = self.dir.join("log");
+        let begun = self.fs.exists(&log)
+            && !self.fs.read_dir(&log).map_err(|error| error.to_string())?.is_empty();
+        if begun {
+            // Another salt would make every record of the log look torn.
+            return Err(format!(
+                "{}: gone, but the log that it belongs to is there. Put the file back, or remove the whole data directory and start it as a new node",
+                self.path("SALT")
+            ));
         }
         self.write("SALT", &fresh.to_be_bytes())?;
         Ok(fresh)

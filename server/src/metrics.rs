@@ -179,21 +179,11 @@ metrics! {
         raft_groups_without_leader: Gauge, "coracle_raft_groups_without_leader", [],
             "Groups with a replica on this node that know no leader";
         raft_elections: Counter, "coracle_raft_elections_total", [],
-            "Campaigns that replicas on this node began";
-        lease_reads: Counter, "coracle_lease_reads_total", [],
-            "Linearizable reads served under the leader's lease, without asking others";
-        raft_snapshot_sent_bytes: Counter, "coracle_raft_snapshot_sent_bytes_total", [],
-            "Bytes of snapshots sent";
-        raft_snapshot_received_bytes: Counter, "coracle_raft_snapshot_received_bytes_total", [],
-            "Bytes of snapshots received";
-        raft_peer_rtt_seconds: Family<Histogram, 1>, "coracle_raft_peer_rtt_seconds", ["peer"],
-            "A question to another node and its answer, on the control connection";
+            "Leaderships that replicas on this node won";
     }
     "Log" {
         log_fsync_duration_seconds: Histogram, "coracle_log_fsync_duration_seconds", [],
             "One sync of the Raft log";
-        log_bytes: Counter, "coracle_log_bytes_total", [],
-            "Bytes written to the Raft log";
         log_size_bytes: Gauge, "coracle_log_size_bytes", [],
             "Bytes of the Raft log on disk";
     }

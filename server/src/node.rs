@@ -220,7 +220,8 @@ fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
     v1::PeerStatus {
         node: status.known.node,
         address: status.known.peer_address,
-        connected: status.dialled.len() == crate::transport::Connection::ALL.len(),
+        // The other lanes are dialled when they are first needed.
+        connected: status.dialled.contains(&crate::transport::Connection::Control),
         silent_ms: status.silence.map_or(u64::MAX, |silence| silence.as_millis() as u64),
     }
 }

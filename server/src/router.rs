@@ -43,8 +43,8 @@ pub use ids::RequestIds;
 pub(crate) use answer::{bytes as answer_bytes, pipelined};
 use attempts::{Attempts, Next};
 pub(crate) use page::{PAGE_BYTES_MIN, PageSpec, entry_bytes};
-pub(crate) use plan::keyspace as open_keyspace;
 use plan::Plan;
+pub(crate) use plan::keyspace as open_keyspace;
 use whom::{Trail, Whom, leader_in, leads, whom};
 
 /// What a forwarded request's answer needs to come back in.
@@ -201,7 +201,7 @@ impl Router {
         operation: Option<Operation>,
         call: &Call,
     ) -> Result<(Answer, Permit), Fault> {
-        let mut permit = self.parts.admission.admit(bytes)?;
+        let mut permit = self.parts.admission.admit(bytes, call.origin)?;
         let operation = operation.ok_or_else(|| {
             let message = "an operation of no kind, or of one that this version does not know";
             Fault::new(Reason::Unsupported, message)

@@ -19,6 +19,7 @@ use std::time::Duration;
 use coracle_proto::limits::{self, SCAN_PAGE_BYTES, SCAN_PAGE_ENTRIES};
 use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::ring;
+use coracle_proto::shard_map::SYSTEM_KEYSPACE;
 use coracle_proto::token::ScanToken;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
@@ -92,7 +93,9 @@ impl Scan {
             let keyspace = open_keyspace(&map, &request.keyspace, call.origin)?;
             let spec = PageSpec::new(&map, keyspace, &request)?;
             let named = request.only_shard.is_some_and(|route| route.shard != 0);
-            Ok((named || spec.entity(keyspace).is_some(), spec))
+            // The cluster's own records are one entity by definition, outside the ring.
+            let one = named || keyspace.id == SYSTEM_KEYSPACE || spec.entity(keyspace).is_some();
+            Ok((one, spec))
         };
         let (one, spec) = match plan() {
             Err(Fault {
@@ -108,7 +111,7 @@ impl Scan {
             0 => SCAN_PAGE_BYTES,
             asked => asked.clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES),
         };
-        let permit = router.admission().admit(page_bytes as u64)?;
+        let permit = router.admission().admit(page_bytes as u64, call.origin)?;
         Ok(Scan {
             done: spec.is_over(),
             token: spec.token().clone(),

@@ -1,4 +1,5 @@
-//! Owns the crate's error enum, named by what the caller must do. Does not map errors to gRPC (see `server`).
+//! Owns the crate's error enum, named by what the caller must do. Does not map errors to gRPC (see
+//! `server`).
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,7 +35,8 @@ pub enum Error {
     /// The replica has no `create` record, or was destroyed. Create it first.
     #[error("replica {0} is unknown to this node's log")]
     UnknownReplica(ReplicaId),
-    /// The replica lost acknowledged data. Only `destroy` is left for it: rebuild it under a fresh id.
+    /// The replica lost acknowledged data. Only `destroy` is left for it: rebuild it under a fresh
+    /// id.
     #[error("replica {replica} is recovering: {why}; rebuild it from its group under a fresh id")]
     Recovering {
         /// The replica that may not serve.
@@ -74,7 +76,8 @@ pub enum Error {
         /// Its answer.
         why: String,
     },
-    /// Storage was closed, or stopped after a failed write. Whether the operation took effect is unknown.
+    /// Storage was closed, or stopped after a failed write. Whether the operation took effect is
+    /// unknown.
     #[error("storage is stopped: {why}")]
     Stopped {
         /// What stopped it.

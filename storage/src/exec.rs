@@ -1,4 +1,5 @@
-//! Owns the seam for threads, blocking work and tasks, and its real side. Does not decide what runs.
+//! Owns the seam for threads, blocking work and tasks, and its real side. Does not decide what
+//! runs.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -18,11 +19,12 @@ pub type Task = Pin<Box<dyn Future<Output = ()> + Send + 'static>>;
 /// One turn of a worker; false ends it.
 pub type Step = Box<dyn FnMut() -> bool + Send + 'static>;
 
-/// Where work runs. The simulation hands in one that runs everything on its own thread, in a seeded order.
+/// Where work runs. The simulation hands in one that runs everything on its own thread, in a seeded
+/// order.
 pub trait Exec: Send + Sync + 'static {
-    /// Starts a worker: `step` runs once after each [`Wake::wake`], one call at a time, off the async
-    /// threads. Wakes coalesce: a wake during a step causes one more step. `step` returns false when the
-    /// worker shall end; dropping every clone of the `Wake` ends it as well.
+    /// Starts a worker: `step` runs once after each [`Wake::wake`], one call at a time, off the
+    /// async threads. Wakes coalesce: a wake during a step causes one more step. `step` returns
+    /// false when the worker shall end; dropping every clone of the `Wake` ends it as well.
     fn worker(&self, name: &str, step: Step) -> Wake;
 
     /// Runs blocking work off the async threads, in a bounded pool.
@@ -65,7 +67,8 @@ pub struct RealExec {
 }
 
 impl RealExec {
-    /// Runs tasks on `runtime`, and at most `blocking_max` blocking jobs at a time: beyond it, jobs wait.
+    /// Runs tasks on `runtime`, and at most `blocking_max` blocking jobs at a time: beyond it, jobs
+    /// wait.
     pub fn new(runtime: Handle, blocking_max: usize) -> RealExec {
         assert!(
             blocking_max > 0,
@@ -79,8 +82,9 @@ impl RealExec {
         }
     }
 
-    /// Aborts all tasks, waits until they and the running blocking jobs are gone, then joins the workers.
-    /// Workers end when the last `Wake` is dropped, so close what holds one (for instance the log) before.
+    /// Aborts all tasks, waits until they and the running blocking jobs are gone, then joins the
+    /// workers. Workers end when the last `Wake` is dropped, so close what holds one (for instance
+    /// the log) before.
     pub async fn shutdown(&self) {
         let mut tasks = std::mem::take(&mut *self.tasks.lock());
         tasks.shutdown().await;

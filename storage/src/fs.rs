@@ -1,4 +1,4 @@
-//! Owns the file seam, its real side and two helpers on it. Does not know what the files mean.
+//! Owns the file seam, its real side and what is built on both. Does not know what the files mean.
 
 pub mod faulty;
 
@@ -28,8 +28,9 @@ pub struct Space {
     pub total_bytes: u64,
 }
 
-/// The directories and files that are ours. Nothing is durable before a sync: a file's bytes and length
-/// after [`File::sync`], its name (a create, rename, link or remove) after [`Fs::sync_dir`] of its directory.
+/// The directories and files that are ours. Nothing is durable before a sync: a file's bytes and
+/// length after [`File::sync`], its name (a create, rename, link or remove) after [`Fs::sync_dir`]
+/// of its directory.
 pub trait Fs: Send + Sync + 'static {
     /// Opens or creates a file.
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>>;
@@ -69,8 +70,8 @@ pub trait File: Send + Sync {
     }
     /// Cuts or extends (with zeros) to `len`.
     fn set_len(&self, len: u64) -> io::Result<()>;
-    /// Extends to at least `len` (with zeros) and reserves the room on disk, so that later writes into it
-    /// do not meet a full disk.
+    /// Extends to at least `len` (with zeros) and reserves the room on disk, so that later writes
+    /// into it do not meet a full disk.
     fn allocate(&self, len: u64) -> io::Result<()>;
 }
 
@@ -108,8 +109,9 @@ pub fn read_file(fs: &dyn Fs, path: &Path) -> io::Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Creates a directory, and the missing ones above it, so that their names are durable when it returns. A
-/// directory that is there already has its own name synced again: who made it may have died before that.
+/// Creates a directory, and the missing ones above it, so that their names are durable when it
+/// returns. A directory that is there already has its own name synced again: who made it may have
+/// died before that.
 pub fn create_dir_durable(fs: &dyn Fs, path: &Path) -> io::Result<()> {
     let missing = path.ancestors().take_while(|dir| !fs.exists(dir)).count();
     fs.create_dir_all(path)?;
@@ -126,8 +128,8 @@ pub fn create_dir_durable(fs: &dyn Fs, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Replaces a file as one step: after a crash the name holds either the old bytes or the new ones, whole.
-/// Durable when it returns.
+/// Replaces a file as one step: after a crash the name holds either the old bytes or the new ones,
+/// whole. Durable when it returns.
 pub fn write_file_atomic(fs: &dyn Fs, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let no_name = || io::Error::new(io::ErrorKind::InvalidInput, "the path has no file name");
     let dir = path.parent().ok_or_else(no_name)?;

@@ -1,4 +1,5 @@
-//! Owns the storage crate's rooms and the names that other crates use. Does not hold code of its own.
+//! Owns the storage crate's rooms and the names that other crates use. Does not hold code of its
+//! own.
 #![doc = include_str!("../README.md")]
 
 pub mod error;

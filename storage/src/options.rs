@@ -8,33 +8,44 @@ use crate::error::Error;
 /// Called once when a write or sync has failed; the node then ends the process.
 pub type OnFatal = Arc<dyn Fn(&Error) + Send + Sync>;
 
+/// Hears how long a sync took. Must not block.
+pub type OnSync = Arc<dyn Fn(std::time::Duration) + Send + Sync>;
+
 /// The settings of a node's [`crate::Log`].
 #[derive(Clone)]
 pub struct LogOptions {
-    /// Length of one segment file, reserved when it is created. 64 MiB: large enough that creating one
-    /// (an extra two syncs) is rare, small enough that freeing keeps up. A larger batch gets a larger segment.
+    /// Length of one segment file, reserved when it is created. 64 MiB: large enough that creating
+    /// one (an extra two syncs) is rare, small enough that freeing keeps up. A larger batch gets a
+    /// larger segment.
     pub segment_bytes: u64,
-    /// What all segments together may hold before live data of lagging replicas is rewritten forward so
-    /// that the oldest segment can go. Beyond it the log still accepts: the host flushes and purges
-    /// (see `oldest_pinner`), and full disks are refused above.
+    /// What all segments together may hold before live data of lagging replicas is rewritten
+    /// forward so that the oldest segment can go. Beyond it the log still accepts: the host flushes
+    /// and purges (see `oldest_pinner`), and full disks are refused above.
     pub log_bytes_target: u64,
-    /// Live bytes in the oldest segment below which it is rewritten at once, whatever the log's length.
+    /// Live bytes in the oldest segment below which it is rewritten at once, whatever the log's
+    /// length.
     pub rewrite_small_bytes: u64,
-    /// Bytes that one step of the writer rewrites at most, so that rewriting delays nobody for long.
+    /// Bytes that one step of the writer rewrites at most, so that rewriting delays nobody for
+    /// long.
     pub rewrite_step_bytes: u64,
-    /// Entries kept in memory for readers, for all replicas together. Beyond it the oldest are read from disk.
+    /// Entries kept in memory for readers, for all replicas together. Beyond it the oldest are read
+    /// from disk.
     pub cache_bytes: u64,
     /// Operations that wait for the writer. Beyond it, callers get `Overloaded`.
     pub queue_bytes: u64,
     /// One batch, that is one write and one sync. Beyond it the rest waits for the next batch.
     pub batch_bytes: u64,
-    /// The payload of one entry, or the bytes of one vote or committed record. Beyond it: `Invalid`.
+    /// The payload of one entry, or the bytes of one vote or committed record. Beyond it:
+    /// `Invalid`.
     pub entry_bytes: u64,
-    /// A number of this node that clients cannot know (0 will do in tests), written into every segment and
-    /// into every checksum: bytes that a client wrote can then never pass for records of the log.
+    /// A number of this node that clients cannot know (0 will do in tests), written into every
+    /// segment and into every checksum: bytes that a client wrote can then never pass for records
+    /// of the log.
     pub salt: u64,
     /// Called once after a failed write or sync.
     pub on_fatal: OnFatal,
+    /// Called after each sync, with the time that it took.
+    pub on_sync: OnSync,
     /// A fault put in on purpose, to prove that the crash tests can fail.
     #[doc(hidden)]
     pub sabotage: Option<Sabotage>,
@@ -65,6 +76,7 @@ impl Default for LogOptions {
             entry_bytes: 8 << 20,
             salt: 0,
             on_fatal: Arc::new(|error| tracing::error!(%error, "the log has stopped")),
+            on_sync: Arc::new(|_| {}),
             sabotage: None,
         }
     }

@@ -18,7 +18,8 @@ const FORMAT_VERSION: u8 = 1;
 /// Invariants: clock, ceiling, threshold, floor and epoch never fall; `clock ≤ ceiling`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupState {
-    /// The group clock: the version of the last judged request.
+    /// The group clock: no version that was given, and no stamp of an entry with requests, is
+    /// higher.
     pub clock: u64,
     /// The highest version that any leader may have served: the next leader stamps above it.
     pub ceiling: u64,

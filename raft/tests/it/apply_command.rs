@@ -258,7 +258,10 @@ proptest! {
     /// One byte of a real entry changed, or the entry cut: decoded to something else or refused.
     #[test]
     fn decoding_damaged_entries_never_panics(
-        entry in entries(), at in any::<prop::sample::Index>(), to in any::<u8>(), cut in any::<bool>()
+        entry in entries(),
+        at in any::<prop::sample::Index>(),
+        to in any::<u8>(),
+        cut in any::<bool>(),
     ) {
         let bytes = entry.encode();
         let at = at.index(bytes.len());

@@ -213,7 +213,7 @@ fn full_of_young_results_it_refuses_new_writes_until_they_have_aged() {
         matches!(count(&mut group, late).outcome, Outcome::Overloaded { .. }),
         "60 s: young"
     );
-    // One more millisecond. The refusals have not moved the group clock: the stamp has.
+    // One more millisecond.
     group.now_ms += 1;
     let late = RequestId {
         birth_ms: group.now_ms,
@@ -235,6 +235,30 @@ fn full_of_young_results_it_refuses_new_writes_until_they_have_aged() {
         ..first
     };
     applied_version(&count(&mut group, younger));
+}
+
+#[test]
+fn the_clock_by_which_ids_age_never_steps_back() {
+    let mut group = Group::new(SMALL);
+    for sequence in 1..=10 {
+        let id = group.id(1, sequence);
+        count(&mut group, id);
+    }
+    // Refused, so without a version; but ids have aged to its entry's stamp, and stay so under a
+    // leader whose clock is behind.
+    group.now_ms += AGE_MS_MIN;
+    let mut unborn = group.id(2, 1);
+    unborn.birth_ms += BIRTH_AHEAD_MS_MAX + 1;
+    assert_eq!(count(&mut group, unborn).outcome, Outcome::BirthBeyondClock);
+    let clock = group.store.state().clock;
+    assert_eq!(clock, group.now_ms << 16);
+    group.now_ms -= 400;
+    let behind = group.id(2, 1);
+    assert!(matches!(
+        count(&mut group, behind).outcome,
+        Outcome::Overloaded { .. }
+    ));
+    assert_eq!(group.store.state().clock, clock);
 }
 
 #[test]
@@ -307,7 +331,8 @@ fn a_mark_that_goes_hands_over_to_the_floor() {
     });
     let id = group.id(1, 1);
     count(&mut group, id);
-    // The result of sequence 1 is dropped for good: only the mark knows. What stays was born before.
+    // The result of sequence 1 is dropped for good: only the mark knows. What stays was born
+    // before.
     for sequence in [100, 300] {
         let above = RequestId {
             sequence,
@@ -441,7 +466,8 @@ fn golden_bytes_of_the_records() {
         "0108 = 010000000015a00000",
         // Result, its age, its client's mark in the age index, the mark.
         "0200000000000000c100000000000000090000000000010000 = \
-         01000000000000000100000000000000020000000100000000010000000100000001000000000000000000000001",
+         0100000000000000010000000000000002000000010000000001\
+         0000000100000001000000000000000000000001",
         "03000000000001000000000000000000c10000000000000009 = 010000000000000092",
         "03000000000001d4bf00000000000000c1ffffffffffffffff = 01",
         "0400000000000000c1 = 0100000000000000030000000000000003000000000001d4bf",

@@ -6,12 +6,13 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use coracle_raft::apply::{Outcome, Reply};
+use coracle_raft::dedup::Dedup;
 use coracle_storage::state::Key;
 use proptest::prelude::*;
 
 use crate::apply_history::{Writer, steps};
 use crate::apply_model::{BOUNDS, Model, mark, number};
-use crate::apply_store::{Entry, Store};
+use crate::apply_store::{Entry, Raw, Store};
 
 /// What must hold of the records after every batch.
 fn check_records(store: &Store, model: &Model, floor_before: u64) -> u64 {
@@ -41,10 +42,16 @@ fn check_records(store: &Store, model: &Model, floor_before: u64) -> u64 {
             "client {client} sequence {sequence} born {birth} was judged and is new again"
         );
     }
+    check_counts(&raw, dedup);
+    dedup.floor_ms
+}
 
+/// The counters are those of the records, every record has its place in the age index, and the
+/// bounds hold.
+fn check_counts(raw: &Raw, dedup: &Dedup) {
     let (mut results, mut bytes, mut marks, mut ages) = (0, 0, 0, 0);
     let oldest_ms = number(&raw[&Bytes::from_static(b"\x01\x06")], 33);
-    for (key, value) in &raw {
+    for (key, value) in raw {
         match Key::decode(key).expect("every record is of a known kind") {
             Key::Result {
                 client,
@@ -100,7 +107,6 @@ fn check_records(store: &Store, model: &Model, floor_before: u64) -> u64 {
         results <= BOUNDS.results && marks <= BOUNDS.marks,
         "the bounds hold"
     );
-    dedup.floor_ms
 }
 
 fn check_reads(store: &Store, model: &Model) {

@@ -16,6 +16,7 @@ use coracle_raft::group::Group;
 use coracle_raft::host::{Host, Options};
 use coracle_raft::leadership::Standing;
 use coracle_raft::lease::Timing;
+use coracle_raft::observer::{Observer, Stage};
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
 use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::exec::{Exec, RealExec};
@@ -72,6 +73,14 @@ impl Clock for WallClock {
     }
 }
 
+struct Deaf;
+
+impl Observer for Deaf {
+    fn stage(&self, _: Stage, _: Duration) {}
+
+    fn elected(&self) {}
+}
+
 struct Node {
     host: Arc<Host>,
     log: Log,
@@ -94,6 +103,7 @@ async fn start(id: NodeId, dir: &Path, wires: &Arc<Wires>, start: u64) -> Node {
         exec,
         clock: Arc::new(WallClock),
         transport: Arc::new(Wire { from: id, wires: wires.clone() }),
+        observer: Arc::new(Deaf),
         incarnation: start,
         stop: stop.clone(),
         on_hang: Arc::new(|| panic!("the disk hangs")),

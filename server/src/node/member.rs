@@ -13,6 +13,7 @@ use coracle_proto::shard_map::ShardId;
 use coracle_proto::v1;
 use coracle_raft::host::{Host, Options};
 use coracle_raft::lease::Timing;
+use coracle_raft::observer::{self, Observer};
 use coracle_raft::types::NodeId;
 use coracle_storage::log::{Damage, Log};
 use coracle_storage::{Error, LogOptions, ReplicaId};
@@ -25,6 +26,7 @@ use tokio::time::Instant;
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Target};
 use crate::home::Own;
+use crate::metrics::{Metrics, Stage, Stages};
 use super::{Parts, Shared};
 use crate::peers::StampClock;
 use crate::records::Records;
@@ -38,19 +40,19 @@ use crate::transport::{Inbound, PeerTransport};
 const LOG_QUEUE_BYTES: u64 = 1 << 30;
 
 /// A node in a cluster.
-pub struct Member {
+pub(crate) struct Member {
     /// Who it is.
-    pub own: Own,
+    pub(crate) own: Own,
     /// Its groups.
-    pub host: Arc<Host>,
+    pub(crate) host: Arc<Host>,
     /// Its log.
-    pub log: Log,
+    pub(crate) log: Log,
     /// Init's second half, records made true.
-    pub cluster: Arc<Cluster>,
+    pub(crate) cluster: Arc<Cluster>,
     /// The request path.
-    pub router: Arc<Router>,
+    pub(crate) router: Arc<Router>,
     /// Replicas that came up damaged: not running.
-    pub recovering: Vec<Damage>,
+    pub(crate) recovering: Vec<Damage>,
 }
 
 impl Member {
@@ -76,6 +78,10 @@ impl Member {
             exec: parts.exec.clone(),
             clock: clock.clone(),
             transport: Arc::new(shared.transport.clone()),
+            observer: Arc::new(GroupMetrics {
+                stages: shared.metrics.stages(),
+                metrics: shared.metrics.clone(),
+            }),
             incarnation: own.start_count,
             stop: shared.stop.clone(),
             on_hang: Arc::new(move || on_fatal("the log's disk hangs".to_owned())),
@@ -141,6 +147,13 @@ fn open_log(
         queue_bytes: LOG_QUEUE_BYTES,
         salt: shared.home.salt(shared.draw("log salt"))?,
         on_fatal: Arc::new(move |error: &Error| on_fatal(error.to_string())),
+        on_sync: {
+            let (metrics, stages) = (shared.metrics.clone(), shared.metrics.stages());
+            Arc::new(move |took| {
+                metrics.log_fsync_duration_seconds.observe(took.as_secs_f64());
+                stages.observe(Stage::LogSync, took);
+            })
+        },
         ..LogOptions::default()
     };
     Log::open(parts.fs.clone(), parts.exec.clone(), &dir, options)
@@ -209,6 +222,28 @@ impl Inbound for Answers {
             Kind::Done(done)
         }
         .boxed()
+    }
+}
+
+/// Counts what groups do.
+struct GroupMetrics {
+    stages: Stages,
+    metrics: Arc<Metrics>,
+}
+
+impl Observer for GroupMetrics {
+    fn stage(&self, stage: observer::Stage, took: std::time::Duration) {
+        let stage = match stage {
+            observer::Stage::Queue => Stage::Queue,
+            observer::Stage::Propose => Stage::Propose,
+            observer::Stage::Replicate => Stage::Replicate,
+            observer::Stage::Apply => Stage::Apply,
+        };
+        self.stages.observe(stage, took);
+    }
+
+    fn elected(&self) {
+        self.metrics.raft_elections.inc();
     }
 }
 

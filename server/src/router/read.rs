@@ -11,7 +11,6 @@ use std::sync::Arc;
 use bytes::Bytes;
 use coracle_proto::limits;
 use coracle_proto::reason::Fault;
-use coracle_raft::apply::HISTORY_MS;
 use coracle_raft::clock::HybridTime;
 use coracle_raft::error::GroupError;
 use coracle_raft::group::Group;
@@ -107,16 +106,13 @@ pub(crate) async fn still_there(
     version: u64,
     deadline: Instant,
 ) -> Result<(), Refusal> {
-    let clock = group.read_local(0, deadline, |state| state.clock).await?;
-    match history_begins(clock) {
-        oldest if version < oldest => Err(Refusal::Gone { oldest }),
-        _ => Ok(()),
+    let oldest = group
+        .read_local(0, deadline, |state| state.history_threshold)
+        .await?;
+    if version < oldest {
+        return Err(Refusal::Gone { oldest });
     }
-}
-
-/// The oldest version that can be read when the group clock stands here: as `apply` moves it.
-fn history_begins(clock: u64) -> u64 {
-    HybridTime::at_ms(HybridTime(clock).ms().saturating_sub(HISTORY_MS)).0
+    Ok(())
 }
 
 impl Question {
@@ -222,14 +218,5 @@ mod tests {
         };
         assert_eq!(judged(6), [false, true, true]);
         assert_eq!(judged(7), [false, true, false]);
-    }
-
-    #[test]
-    fn history_begins_a_minute_behind_the_group_clock() {
-        assert_eq!(
-            history_begins(HybridTime::at_ms(HISTORY_MS + 5).0 + 3),
-            5 << 16
-        );
-        assert_eq!(history_begins(HybridTime::at_ms(HISTORY_MS - 1).0), 0);
     }
 }

@@ -95,7 +95,7 @@ impl ClusterService for ClusterFacts {
         let request = request.into_inner();
         check(&request)?;
         self.router.current_map()?;
-        let _permit = self.router.admission().admit(0)?;
+        let _permit = self.router.admission().admit(0, call.origin)?;
         let keyspace = self.keyspaces.create(request, call).await?;
         Ok(Response::new(v1::CreateKeyspaceResponse {
             keyspace: Some(keyspace),

@@ -28,7 +28,7 @@ fn touch(metrics: &Metrics) {
     let get = metrics.method("Get");
     get.succeed(Consistency::Linearizable, Duration::from_millis(3));
     metrics.stages().drop_late(Stage::Queue);
-    metrics.raft_peer_rtt_seconds.with(["n2"]).observe(0.001);
+    metrics.log_fsync_duration_seconds.observe(0.001);
     metrics.shard_size_bytes.with(["s1"]).set(7);
     metrics.clock_offset_seconds.with(["n2"]).set(-0.25);
 }

@@ -20,6 +20,7 @@ use coracle_raft::error::GroupError;
 use coracle_raft::host::{Host, Options};
 use coracle_raft::leadership::Standing;
 use coracle_raft::lease::Timing;
+use coracle_raft::observer::{Observer, Stage};
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
 use coracle_server::admission::{Admission, Call};
 use coracle_server::map::{MapCache, MapSource};
@@ -66,6 +67,15 @@ impl Transport for Nobody {
         let error = TransportError::Unreachable("groups of one replica ask nobody".to_owned());
         Box::pin(std::future::ready(Err(error)))
     }
+}
+
+/// Nobody looks at where these groups spend their time.
+struct Deaf;
+
+impl Observer for Deaf {
+    fn stage(&self, _: Stage, _: Duration) {}
+
+    fn elected(&self) {}
 }
 
 /// The way between the nodes.
@@ -268,6 +278,7 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
         exec,
         clock: clock.clone(),
         transport: Arc::new(Nobody),
+        observer: Arc::new(Deaf),
         incarnation: 1,
         stop: stop.clone(),
         on_hang: Arc::new(|| panic!("the disk hangs")),

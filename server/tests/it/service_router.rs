@@ -7,7 +7,7 @@ use coracle_proto::reason::{Outcome, Reason, metadata};
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
-use coracle_server::admission::Call;
+use coracle_server::admission::{Call, Origin};
 use prost::Message;
 
 use crate::service_nodes::{Nodes, get, key_on, put, shard_map, until};
@@ -509,13 +509,29 @@ async fn beyond_the_limits_and_while_draining_nothing_is_taken_on() {
         }
     };
     ask().await.unwrap();
-    let permit = nodes.one.router.admission().admit(64 << 20).unwrap();
-    let mut first = nodes.one.router.admission().admit(0).unwrap();
+    let permit = nodes
+        .one
+        .router
+        .admission()
+        .admit(64 << 20, Origin::Client)
+        .unwrap();
+    let mut first = nodes
+        .one
+        .router
+        .admission()
+        .admit(0, Origin::Client)
+        .unwrap();
     assert_eq!(first.charge(1).unwrap_err().reason, Reason::Overloaded);
     drop((permit, first));
     ask().await.unwrap();
     nodes.one.draining.cancel();
     assert_eq!(ask().await.unwrap_err().reason, Reason::Draining);
+    let written = nodes.two.put(put(&key_on(1), "v")).await.unwrap();
+    assert_eq!(
+        written.served.map(|served| served.node),
+        Some(1),
+        "it still leads"
+    );
     until(|| nodes.one.router.admission().in_flight() == (0, 0)).await;
     nodes.stop().await;
 }

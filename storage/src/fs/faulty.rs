@@ -1,5 +1,5 @@
-//! Owns the hostile twin of the file seam: files in memory that know what a crash would leave of them, and
-//! faults on order. Does not touch the real file system; what one file holds is in
+//! Owns the hostile twin of the file seam: files in memory that know what a crash would leave of
+//! them, and faults on order. Does not touch the real file system; what one file holds is in
 //! `content`, what a directory holds in `names`.
 
 mod content;
@@ -24,10 +24,11 @@ pub use self::dice::Dice;
 pub enum Loss {
     /// All of it is gone.
     All,
-    /// Each write is kept, lost, or torn at 512-byte sectors; of each directory's changes a first part is kept.
+    /// Each write is kept, lost, or torn at 512-byte sectors; of each directory's changes a first
+    /// part is kept.
     Subset,
-    /// All of it is kept: the process was killed, the machine went on. It still is not durable, so a crash
-    /// of the machine after this one may take it.
+    /// All of it is kept: the process was killed, the machine went on. It still is not durable, so
+    /// a crash of the machine after this one may take it.
     Nothing,
 }
 
@@ -49,10 +50,10 @@ pub type Hook = Arc<dyn Fn(Op, &Path) + Send + Sync>;
 
 /// Files in memory with the faults of a disk. Cheap to clone; clones are the same disk.
 ///
-/// Two views are kept of everything: what running programs see, and what is durable. A sync copies from
-/// the first to the second; [`FaultyFs::crash`] makes a new disk from the second, plus whatever [`Loss`]
-/// leaves of the difference. Handles opened before the crash keep to the old disk. Without faults it serves
-/// as a file system in memory.
+/// Two views are kept of everything: what running programs see, and what is durable. A sync copies
+/// from the first to the second; [`FaultyFs::crash`] makes a new disk from the second, plus
+/// whatever [`Loss`] leaves of the difference. Handles opened before the crash keep to the old
+/// disk. Without faults it serves as a file system in memory.
 #[derive(Clone)]
 pub struct FaultyFs(Arc<Mutex<Disk>>);
 
@@ -113,8 +114,8 @@ impl FaultyFs {
         let mut after_disk = after.0.lock();
         after_disk.capacity = disk.capacity;
         if loss == Loss::Nothing {
-            // The files themselves can be shared: nothing on the dead disk changes them any more. What
-            // was not durable still is not.
+            // The files themselves can be shared: nothing on the dead disk changes them any more.
+            // What was not durable still is not.
             after_disk.names = disk.names.clone();
             after_disk.durable_names = disk.durable_names.clone();
             after_disk.changes = disk.changes.clone();
@@ -163,8 +164,8 @@ impl FaultyFs {
         self.0.lock().ops
     }
 
-    /// The operation with this number (the first is 1) fails in the middle, and everything after it fails:
-    /// the machine is gone. Take what it left with [`FaultyFs::crash`].
+    /// The operation with this number (the first is 1) fails in the middle, and everything after it
+    /// fails: the machine is gone. Take what it left with [`FaultyFs::crash`].
     pub fn crash_at(&self, op: u64) {
         self.0.lock().crash_at = Some(op);
     }
@@ -184,8 +185,9 @@ impl FaultyFs {
         self.0.lock().fail_write_in = Some(n);
     }
 
-    /// The `n`-th sync from now on fails, n ≥ 1. As on Linux, what it should have made durable stays
-    /// visible and counts as clean: a later sync that answers well does not make it durable either.
+    /// The `n`-th sync from now on fails, n ≥ 1. As on Linux, what it should have made durable
+    /// stays visible and counts as clean: a later sync that answers well does not make it durable
+    /// either.
     pub fn fail_sync(&self, n: u64) {
         self.0.lock().fail_sync_in = Some(n);
     }

@@ -25,12 +25,12 @@ pub(crate) trait Payloads {
     fn release(&mut self, key: Key);
 }
 
-/// Names of entries that have left the index may stay in the order until there are this many more of them
-/// than of the others.
+/// Names of entries that have left the index may stay in the order until there are this many more
+/// of them than of the others.
 const STALE_MAX: usize = 1024;
 
-/// First in, first out, over all replicas in the order of the log: readers follow the log's end, so what was
-/// appended first is what they need least.
+/// First in, first out, over all replicas in the order of the log: readers follow the log's end, so
+/// what was appended first is what they need least.
 pub(crate) struct Cache {
     order: VecDeque<Key>,
     bytes: u64,

@@ -1,18 +1,22 @@
 //! Owns the choice of what to free and what to copy forward. Does not touch files.
 //!
-//! A segment is free when no live record stands in it or in one before it. Segments go oldest first: the
-//! truncations and purges in a segment speak only of records in it or before it, so they need no copies.
+//! A segment is free when no live record stands in it or in one before it. Segments go oldest
+//! first: the truncations and purges in a segment speak only of records in it or before it, so they
+//! need no copies.
 //!
-//! What the index shows may not be durable yet. So a free segment takes three steps: it is free once
-//! everything queued at that moment is durable; then a batch says so (its `log_start`), so that a segment
-//! which is missing can be told from one that was freed; when that batch is durable, the file is removed.
+//! What the index shows may not be durable yet. So a free segment takes three steps: it is free
+//! once everything queued at that moment is durable; then a batch says so (its `log_start`), so
+//! that a segment which is missing can be told from one that was freed; when that batch is durable,
+//! the file is removed.
 //!
-//! Copying forward goes through the queue like any other operation. It shows what was live when it was
-//! queued, stands behind everything queued before, and never truncates on replay, so it cannot bring back
-//! what a later operation removed. The old copy is freed by the rule above, after the new one is durable.
+//! Copying forward goes through the queue like any other operation. It shows what was live when it
+//! was queued, stands behind everything queued before, and never truncates on replay, so it cannot
+//! bring back what a later operation removed. The old copy is freed by the rule above, after the
+//! new one is durable.
 //!
-//! Copying is paid by writing: callers' batches earn the bytes that copies may cost. So the log writes at most
-//! twice what callers write, and an idle log copies nothing, whatever the sizes of segments and records are.
+//! Copying is paid by writing: callers' batches earn the bytes that copies may cost. So the log
+//! writes at most twice what callers write, and an idle log copies nothing, whatever the sizes of
+//! segments and records are.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -22,8 +26,8 @@ use super::record::{Kind, ReplicaId};
 use super::segment::Segment;
 use crate::options::LogOptions;
 
-/// Copying everything forward must give back clearly more than it takes, else a log that is simply full of
-/// live data would copy itself for ever: at most a quarter of the log may be live.
+/// Copying everything forward must give back clearly more than it takes, else a log that is simply
+/// full of live data would copy itself for ever: at most a quarter of the log may be live.
 const LIVE_SHARE: u64 = 4;
 
 /// One turn after each batch: moves `log_start` and queues copies. Returns the segments to remove.

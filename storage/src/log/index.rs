@@ -1,5 +1,6 @@
-//! Owns what the log knows in memory: per replica its vote, positions and entries, where each record
-//! stands, which segments hold live data, and the payloads kept for readers. Does not touch files.
+//! Owns what the log knows in memory: per replica its vote, positions and entries, where each
+//! record stands, which segments hold live data, and the payloads kept for readers. Does not touch
+//! files.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -10,8 +11,8 @@ use super::cache::{Cache, Held, Key, Payloads};
 use super::record::{HEADER_LEN, Header, Kind, LogEntry, ReplicaId, u64_at};
 use crate::error::Error;
 
-/// A replica that lost acknowledged data: it may not vote, acknowledge or serve, until it is destroyed and
-/// rebuilt from its group under a fresh id.
+/// A replica that lost acknowledged data: it may not vote, acknowledge or serve, until it is
+/// destroyed and rebuilt from its group under a fresh id.
 #[derive(Clone, Eq, PartialEq, Debug)]
 pub struct Damage {
     /// Whose data it is.
@@ -140,7 +141,8 @@ impl<T> Stored<T> {
     }
 }
 
-/// Bytes of live records per segment. Invariant: the sum over all live records, and no segment with 0.
+/// Bytes of live records per segment. Invariant: the sum over all live records, and no segment with
+/// 0.
 #[derive(Clone, Default, Debug)]
 pub(crate) struct Live(BTreeMap<u64, u64>);
 
@@ -178,8 +180,8 @@ impl Live {
 
 /// What the log knows of one replica.
 ///
-/// Invariants: entries are consecutive from `first`; with a purge position and entries, `first` is the one
-/// after it; a replica with `damage` has no entries.
+/// Invariants: entries are consecutive from `first`; with a purge position and entries, `first` is
+/// the one after it; a replica with `damage` has no entries.
 #[derive(Debug)]
 pub(crate) struct Replica {
     /// The number of the batch that first said it, 0 while that is not written.
@@ -393,7 +395,8 @@ impl Index {
 
     pub(crate) fn set_committed(&mut self, id: ReplicaId, committed: Bytes, ticket: Ticket) {
         let stored = &mut self.known(id).committed;
-        // The record before stays live until this one is written: nobody waits for that, and it may take long.
+        // The record before stays live until this one is written: nobody waits for that, and it may
+        // take long.
         let place = stored.as_ref().and_then(|stored| stored.place);
         *stored = Some(Stored {
             value: committed,
@@ -421,8 +424,8 @@ impl Index {
         }
     }
 
-    /// A record now stands at `place`; what it replaces on disk is dead. A record that something newer has
-    /// overtaken in the meantime (another ticket) is dead at once.
+    /// A record now stands at `place`; what it replaces on disk is dead. A record that something
+    /// newer has overtaken in the meantime (another ticket) is dead at once.
     pub(crate) fn placed(&mut self, written: &Written, batch: u64) {
         let Written {
             replica: id,
@@ -486,7 +489,8 @@ impl Index {
         }
     }
 
-    /// Lets go of payloads beyond the cache's budget, oldest first, but never of one that is not written.
+    /// Lets go of payloads beyond the cache's budget, oldest first, but never of one that is not
+    /// written.
     pub(crate) fn evict(&mut self) {
         self.cache.evict(&mut self.replicas);
     }

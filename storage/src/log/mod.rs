@@ -1,17 +1,18 @@
-//! Owns the node's shared Raft log: the calls, their rules and their bounds. Does not know what Raft is, has no
-//! timer, and never waits for its writer.
+//! Owns the node's shared Raft log: the calls, their rules and their bounds. Does not know what
+//! Raft is, has no timer, and never waits for its writer.
 //!
-//! Every call that changes something shows its effect at once to every reader, queues it for the one writer,
-//! and returns; its `done` is called when it is durable. What is durable is always a prefix of what was
-//! queued, over all replicas.
+//! Every call that changes something shows its effect at once to every reader, queues it for the
+//! one writer, and returns; its `done` is called when it is durable. What is durable is always a
+//! prefix of what was queued, over all replicas.
 //!
 //! Bounds: `append` is refused with `Overloaded` (`Full` when the disk is) when more than
-//! `LogOptions::queue_bytes` wait; everything else, which is small and needed to get out of trouble, at twice
-//! that. A refusal changes nothing. Refusing is the last resort: Raft takes a refused append for a broken
-//! log, so admission above has to keep the queue far from its bound.
+//! `LogOptions::queue_bytes` wait; everything else, which is small and needed to get out of
+//! trouble, at twice that. A refusal changes nothing. Refusing is the last resort: Raft takes a
+//! refused append for a broken log, so admission above has to keep the queue far from its bound.
 //!
-//! There is no idle timer: the mark that proves the last batch durable is written by the next batch, or by
-//! [`Log::probe`], which the node calls every half second to see that its disk is well.
+//! There is no idle timer: the mark that proves the last batch durable is written by the next
+//! batch, or by [`Log::probe`], which the node calls every half second to see that its disk is
+//! well.
 
 mod cache;
 mod freeing;
@@ -126,8 +127,9 @@ enum Piece {
 impl Log {
     /// Opens the log in `dir`, creating what is missing, and starts its writer.
     ///
-    /// Everything that `Recovery` and `state` show is durable when it returns. `Format` when a newer program
-    /// wrote the log; `Io` and `Full` when the disk refuses: nothing was given up then, try again later.
+    /// Everything that `Recovery` and `state` show is durable when it returns. `Format` when a
+    /// newer program wrote the log; `Io` and `Full` when the disk refuses: nothing was given up
+    /// then, try again later.
     pub fn open(
         fs: Arc<dyn Fs>,
         exec: Arc<dyn Exec>,
@@ -163,8 +165,8 @@ impl Log {
         );
     }
 
-    /// Removes a replica with all it has, for ever. It is remembered, so that no late message revives it,
-    /// until [`Log::forget`]. Works on recovering replicas too.
+    /// Removes a replica with all it has, for ever. It is remembered, so that no late message
+    /// revives it, until [`Log::forget`]. Works on recovering replicas too.
     pub fn destroy(&self, replica: ReplicaId, done: Done) {
         self.submit(
             replica,
@@ -181,7 +183,8 @@ impl Log {
         );
     }
 
-    /// Ends the memory of a destroyed replica. Only when nothing in the cluster can name it any more.
+    /// Ends the memory of a destroyed replica. Only when nothing in the cluster can name it any
+    /// more.
     pub fn forget(&self, replica: ReplicaId, done: Done) {
         self.submit(replica, OP_BYTES, done, Urgency::Control, |state, _| {
             if !state.index.destroyed.contains_key(&replica) {
@@ -194,10 +197,11 @@ impl Log {
         });
     }
 
-    /// Appends entries. They can be read when it returns, and are durable when `done` is called with Ok.
+    /// Appends entries. They can be read when it returns, and are durable when `done` is called
+    /// with Ok.
     ///
-    /// `Invalid` when they do not follow the last entry (or the purge position), or one is too large.
-    /// `Overloaded`, or `Full` when the disk has no room, when too much waits.
+    /// `Invalid` when they do not follow the last entry (or the purge position), or one is too
+    /// large. `Overloaded`, or `Full` when the disk has no room, when too much waits.
     pub fn append(&self, replica: ReplicaId, entries: Vec<LogEntry>, done: Done) {
         let entry_bytes = |entry: &LogEntry| entry.payload.len() as u64 + OP_BYTES;
         let bytes = OP_BYTES + entries.iter().map(entry_bytes).sum::<u64>();
@@ -255,9 +259,9 @@ impl Log {
         });
     }
 
-    /// Removes all entries up to `upto_index`, and remembers its id. The index may lie beyond the last entry
-    /// (after a snapshot came); then the next append begins right behind it. At or before an earlier purge,
-    /// it changes nothing. The room on disk is given back later.
+    /// Removes all entries up to `upto_index`, and remembers its id. The index may lie beyond the
+    /// last entry (after a snapshot came); then the next append begins right behind it. At or
+    /// before an earlier purge, it changes nothing. The room on disk is given back later.
     pub fn purge(&self, replica: ReplicaId, upto_index: u64, upto_id: [u8; 16], done: Done) {
         self.submit(replica, OP_BYTES, done, Urgency::Control, |state, ticket| {
             let known = state.known(replica)?;
@@ -267,7 +271,7 @@ impl Log {
             if upto_index == u64::MAX || !known.entries.is_empty() && upto_index + 1 < known.first {
                 let first = known.first;
                 return Err(Error::invalid(format!(
-                    "a purge of replica {replica} up to {upto_index} leaves a gap before entry {first}"
+                    "a purge of replica {replica} up to {upto_index} leaves a gap before {first}"
                 )));
             }
             state.index.purge(replica, (upto_index, upto_id), ticket);
@@ -275,8 +279,9 @@ impl Log {
         });
     }
 
-    /// Remembers how far the log is committed: a hint for the next start. It rides with a later batch; nobody
-    /// waits for it. Ignored for replicas that are not known, and beyond the limit of an entry.
+    /// Remembers how far the log is committed: a hint for the next start. It rides with a later
+    /// batch; nobody waits for it. Ignored for replicas that are not known, and beyond the limit of
+    /// an entry.
     pub fn save_committed(&self, replica: ReplicaId, committed: Bytes) {
         let mut state = self.shared.state.lock();
         let fits = committed.len() as u64 <= self.shared.options.entry_bytes;
@@ -307,10 +312,11 @@ impl Log {
         })
     }
 
-    /// The entries of `range` that exist, from its first on, without holes: as many as fit in `bytes_max`, but
-    /// at least one when there is one. Reads files where the cache does not reach.
+    /// The entries of `range` that exist, from its first on, without holes: as many as fit in
+    /// `bytes_max`, but at least one when there is one. Reads files where the cache does not reach.
     ///
-    /// `Corruption` when a record does not read back as it was written; the replica is recovering then.
+    /// `Corruption` when a record does not read back as it was written; the replica is recovering
+    /// then.
     pub fn read(
         &self,
         replica: ReplicaId,
@@ -397,8 +403,8 @@ impl Log {
         }
     }
 
-    /// The replica whose entries keep the oldest segment, and how many bytes of log there are from that segment
-    /// on: the one to flush and purge first. Ties go to the one with most to give.
+    /// The replica whose entries keep the oldest segment, and how many bytes of log there are from
+    /// that segment on: the one to flush and purge first. Ties go to the one with most to give.
     pub fn oldest_pinner(&self) -> Option<(ReplicaId, u64)> {
         let state = self.shared.state.lock();
         let oldest = state.pins().min_by_key(|pin| {
@@ -412,8 +418,8 @@ impl Log {
         Some((oldest.replica, behind.map(|(_, filled)| filled.used).sum()))
     }
 
-    /// A write and a sync that carry nothing: shows that the disk is well, and marks the last batch as
-    /// durable. On an idle log it does not grow the log.
+    /// A write and a sync that carry nothing: shows that the disk is well, and marks the last batch
+    /// as durable. On an idle log it does not grow the log.
     pub fn probe(&self, done: Done) {
         self.submit(ReplicaId(0), OP_BYTES, done, Urgency::Control, |_, _| {
             Ok(Change::Probe)
@@ -426,7 +432,8 @@ impl Log {
         self.wake.wake();
     }
 
-    /// Checks and queues one operation under one lock. A refusal is answered here, on the caller's thread.
+    /// Checks and queues one operation under one lock. A refusal is answered here, on the caller's
+    /// thread.
     fn submit(
         &self,
         replica: ReplicaId,
@@ -445,7 +452,8 @@ impl Log {
             match state.admit(bytes_max, &self.shared.dir) {
                 Err(error) => Some((done, error)),
                 Ok(()) => {
-                    // A refusal leaves an unused ticket behind, which is harmless: they only have to rise.
+                    // A refusal leaves an unused ticket behind, which is harmless: they only have
+                    // to rise.
                     let ticket = state.next_ticket();
                     match apply(&mut state, ticket) {
                         Ok(change) => {

@@ -1,5 +1,5 @@
-//! Owns what callers and the writer share: the index, the operations that wait, the segments. Does not write
-//! (see `writer`).
+//! Owns what callers and the writer share: the index, the operations that wait, the segments. Does
+//! not write (see `writer`).
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
@@ -16,8 +16,8 @@ use crate::error::Error;
 use crate::fs::Fs;
 use crate::options::LogOptions;
 
-/// Called once with the outcome: from the writer's thread, in the order of the queue, with no lock held; or
-/// at once by the call itself, when that refuses.
+/// Called once with the outcome: from the writer's thread, in the order of the queue, with no lock
+/// held; or at once by the call itself, when that refuses.
 pub type Done = Box<dyn FnOnce(Result<(), Arc<Error>>) + Send>;
 
 /// What an operation asks for. The index already shows it when it is queued.
@@ -108,8 +108,8 @@ pub(crate) struct Shared {
 /// What the writer takes from the queue for one batch.
 pub(crate) struct Taken {
     pub(crate) ops: Vec<Op>,
-    /// Committed positions that ride along. Only when the queue is empty after the taking: a position must
-    /// never be on disk before the entries that it speaks of.
+    /// Committed positions that ride along. Only when the queue is empty after the taking: a
+    /// position must never be on disk before the entries that it speaks of.
     pub(crate) committed: Vec<(ReplicaId, Bytes, Ticket)>,
     pub(crate) log_start: u64,
     pub(crate) announces: bool,

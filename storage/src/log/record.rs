@@ -1,5 +1,5 @@
-//! Owns the bytes of one record: frame, checksums, chain, and what the kinds carry. Does not touch files
-//! (see `segment`). The layout is documented in `FORMAT.md` and pinned by golden bytes.
+//! Owns the bytes of one record: frame, checksums, chain, and what the kinds carry. Does not touch
+//! files (see `segment`). The layout is documented in `FORMAT.md` and pinned by golden bytes.
 
 use std::fmt;
 
@@ -21,20 +21,23 @@ impl fmt::Display for ReplicaId {
 pub struct LogEntry {
     /// Its place; entries of a replica are consecutive.
     pub index: u64,
-    /// Opaque log id (for Raft: term and index), kept beside the index so that it can be asked for alone.
+    /// Opaque log id (for Raft: term and index), kept beside the index so that it can be asked for
+    /// alone.
     pub id: [u8; 16],
-    /// What is replicated. Kept in memory as it is: a slice of a large buffer would keep the whole buffer.
+    /// What is replicated. Kept in memory as it is: a slice of a large buffer would keep the whole
+    /// buffer.
     pub payload: Bytes,
 }
 
-/// Every batch starts on a multiple of this, so a write never touches the page of an acknowledged batch:
-/// the unit in which kernels and drives rewrite, and in which they may tear.
+/// Every batch starts on a multiple of this, so a write never touches the page of an acknowledged
+/// batch: the unit in which kernels and drives rewrite, and in which they may tear.
 pub(crate) const BLOCK: u64 = 4096;
 /// Length of a record's header.
 pub(crate) const HEADER_LEN: usize = 32;
 /// Version of the record layout.
 pub(crate) const RECORD_VERSION: u8 = 1;
-/// Set in the flags of a copy forward: on replay it fills a place in the index, and never truncates.
+/// Set in the flags of a copy forward: on replay it fills a place in the index, and never
+/// truncates.
 const FLAG_REWRITTEN: u8 = 1;
 
 /// `offset`, rounded up to a block.
@@ -58,7 +61,8 @@ pub(crate) enum Kind {
     Purge = 5,
     /// How far the replica knew its log to be committed; body: opaque.
     Committed = 6,
-    /// The replica exists; header's index: number of the batch that first said so, 0 = this one; no body.
+    /// The replica exists; header's index: number of the batch that first said so, 0 = this one; no
+    /// body.
     Create = 7,
     /// The replica is gone for ever; no body.
     Destroy = 8,
@@ -134,7 +138,8 @@ pub(crate) struct BatchHead {
     pub(crate) log_start: u64,
     /// Header checksum of the last record before this batch: a batch that is missing breaks it.
     pub(crate) chain: u32,
-    /// The replicas that have records in this batch, sorted: who is at risk when its inside cannot be read.
+    /// The replicas that have records in this batch, sorted: who is at risk when its inside cannot
+    /// be read.
     pub(crate) replicas: Vec<ReplicaId>,
 }
 
@@ -194,8 +199,9 @@ pub(crate) struct Draft<'a> {
     pub(crate) body: (&'a [u8], &'a [u8]),
 }
 
-/// Appends a record to `out` and returns its header. `chain` is the header checksum of the record before
-/// it in the batch, and 0 for the batch record itself: that one must be found by itself after damage.
+/// Appends a record to `out` and returns its header. `chain` is the header checksum of the record
+/// before it in the batch, and 0 for the batch record itself: that one must be found by itself
+/// after damage.
 pub(crate) fn encode(out: &mut Vec<u8>, origin: Origin, chain: u32, draft: Draft<'_>) -> Header {
     let mut body = Hasher::new();
     body.update(draft.body.0);

@@ -1,11 +1,11 @@
-//! Owns the opening of a log: read, cut the torn tail, name what is lost, mark what is left as durable. Does
-//! not judge bytes (see `scan`).
+//! Owns the opening of a log: read, cut the torn tail, name what is lost, mark what is left as
+//! durable. Does not judge bytes (see `scan`).
 //!
-//! What recovery reads may stand in the page cache only: the process was killed before its last sync, or
-//! that sync failed. Nobody may act on it before it is durable, for a vote that is seen and then lost could
-//! be given twice. So the last batch is written again, byte for byte (a sync alone would skip pages that
-//! the kernel takes for clean), the torn bytes behind it are zeroed, all is synced, and a batch of its own
-//! marks it. Only then does `open` return.
+//! What recovery reads may stand in the page cache only: the process was killed before its last
+//! sync, or that sync failed. Nobody may act on it before it is durable, for a vote that is seen
+//! and then lost could be given twice. So the last batch is written again, byte for byte (a sync
+//! alone would skip pages that the kernel takes for clean), the torn bytes behind it are zeroed,
+//! all is synced, and a batch of its own marks it. Only then does `open` return.
 
 use std::io;
 use std::path::Path;
@@ -27,9 +27,9 @@ use crate::options::LogOptions;
 pub struct Recovery {
     /// The replicas that are whole.
     pub replicas: Vec<ReplicaId>,
-    /// The replicas that have lost acknowledged data, now or at an earlier start: to be rebuilt from their
-    /// group under a fresh id, and destroyed here. A replica of which every record is lost is in no list:
-    /// compare with the directories that hold the replicas' states.
+    /// The replicas that have lost acknowledged data, now or at an earlier start: to be rebuilt
+    /// from their group under a fresh id, and destroyed here. A replica of which every record is
+    /// lost is in no list: compare with the directories that hold the replicas' states.
     pub recovering: Vec<Damage>,
     /// The replicas that were destroyed and not yet forgotten.
     pub destroyed: Vec<ReplicaId>,
@@ -78,8 +78,11 @@ pub(crate) fn open(
         .retain(|id| found.damages.iter().all(|damage| damage.replica != *id));
     for damage in &found.damages {
         tracing::error!(
-            replica = %damage.replica, file = %damage.file.display(), offset = damage.offset,
-            why = damage.why, "the replica has lost acknowledged log data: rebuild it under a fresh id"
+            replica = %damage.replica,
+            file = %damage.file.display(),
+            offset = damage.offset,
+            why = damage.why,
+            "a replica has lost acknowledged log data: rebuild it under a fresh id"
         );
     }
     let freed = std::mem::take(&mut found.freed);

@@ -1,8 +1,9 @@
-//! Owns the way from records, in the order of the log, to the index. Does not read files (see `scan`).
+//! Owns the way from records, in the order of the log, to the index. Does not read files (see
+//! `scan`).
 //!
-//! The log may begin in the middle of a replica's life: older segments were freed after what was live in
-//! them was copied forward. So records of a replica may come before its `create`, and entries may come
-//! before the copies of older ones; only at the end everything must fit together.
+//! The log may begin in the middle of a replica's life: older segments were freed after what was
+//! live in them was copied forward. So records of a replica may come before its `create`, and
+//! entries may come before the copies of older ones; only at the end everything must fit together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -37,8 +38,8 @@ struct Life {
     damage: Option<(Damage, Place)>,
     /// By index: id (none when damaged) and place.
     entries: BTreeMap<u64, (Option<[u8; 16]>, Place)>,
-    /// Where the next appended entry must stand, when that is known. The entries in between may be missing
-    /// here, because only copies of them are left, further on.
+    /// Where the next appended entry must stand, when that is known. The entries in between may be
+    /// missing here, because only copies of them are left, further on.
     next: Option<u64>,
     /// A record that contradicts the ones before it.
     broken: Option<(Place, &'static str)>,

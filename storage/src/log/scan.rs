@@ -1,15 +1,16 @@
-//! Owns the walk over the segments at open: which bytes are records, where the log ends, and what is lost.
-//! Does not interpret records (see `replay`) and changes no file (see `recovery`).
+//! Owns the walk over the segments at open: which bytes are records, where the log ends, and what
+//! is lost. Does not interpret records (see `replay`) and changes no file (see `recovery`).
 //!
-//! The one question is: torn or lost? A crash may tear the last batch, which nobody was promised. Anything
-//! before it was synced. A batch head and a segment header are only written after everything before them is
-//! durable; so damage that is followed by one of these, found whole, is loss, and damage that is followed by
-//! neither is a torn tail.
+//! The one question is: torn or lost? A crash may tear the last batch, which nobody was promised.
+//! Anything before it was synced. A batch head and a segment header are only written after
+//! everything before them is durable; so damage that is followed by one of these, found whole, is
+//! loss, and damage that is followed by neither is a torn tail.
 //!
-//! Batches begin on block boundaries and their heads stand for themselves, without the chain. So the walk
-//! finds its way again behind any damage. What is lost is told as narrowly as can be proved: a record whose
-//! header is sound costs its replica; a batch whose head is sound costs the replicas that the head lists;
-//! anything else costs all replicas that existed before the next sound batch.
+//! Batches begin on block boundaries and their heads stand for themselves, without the chain. So
+//! the walk finds its way again behind any damage. What is lost is told as narrowly as can be
+//! proved: a record whose header is sound costs its replica; a batch whose head is sound costs the
+//! replicas that the head lists; anything else costs all replicas that existed before the next
+//! sound batch.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -41,7 +42,8 @@ pub(crate) struct Content {
     pub(crate) segment: Segment,
     pub(crate) bytes: Vec<u8>,
     pub(crate) header: HeaderRead,
-    /// The first block that could not be read, with the reason. Unreadable blocks stand as zeros in `bytes`.
+    /// The first block that could not be read, with the reason. Unreadable blocks stand as zeros in
+    /// `bytes`.
     pub(crate) unreadable: Option<(u64, io::Error)>,
 }
 
@@ -147,8 +149,8 @@ impl Content {
         Ok(None)
     }
 
-    /// Whether this is a segment that was being created when the crash came: no sound header, and nothing
-    /// was ever written behind it.
+    /// Whether this is a segment that was being created when the crash came: no sound header, and
+    /// nothing was ever written behind it.
     pub(crate) fn is_torn_creation(&self) -> bool {
         let behind = self.bytes.get(BLOCK as usize..).unwrap_or_default();
         matches!(self.header, HeaderRead::Bad(_))
@@ -316,7 +318,8 @@ impl<'a> Scan<'a> {
         Ok(())
     }
 
-    /// Whether the first batch of a segment with a damaged header follows the last one: nothing is lost then.
+    /// Whether the first batch of a segment with a damaged header follows the last one: nothing is
+    /// lost then.
     fn goes_on(&self, content: &Content, previous: Option<u64>) -> Result<bool, Error> {
         let Some((head, _)) = content.batch_at(BLOCK)? else {
             return Ok(false);
@@ -418,7 +421,8 @@ impl<'a> Scan<'a> {
         })
     }
 
-    /// The walk is over. A batch that is still suspect is torn: it is left out, and the log ends before it.
+    /// The walk is over. A batch that is still suspect is torn: it is left out, and the log ends
+    /// before it.
     pub(crate) fn finish(&mut self) {
         if let Some(suspect) = self.suspect.take() {
             self.end = suspect.batch.offset;

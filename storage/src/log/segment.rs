@@ -1,4 +1,5 @@
-//! Owns one segment file: its name, its header, creating and reading it. Does not know what records mean.
+//! Owns one segment file: its name, its header, creating and reading it. Does not know what records
+//! mean.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -60,8 +61,8 @@ impl SegmentHeader {
         block
     }
 
-    /// Reads a header. A sound header of another version is an error of its own: that file was written
-    /// by another program, and nothing in it may be judged, let alone cut.
+    /// Reads a header. A sound header of another version is an error of its own: that file was
+    /// written by another program, and nothing in it may be judged, let alone cut.
     pub(crate) fn decode(path: &Path, number: u64, block: &[u8]) -> Result<HeaderRead, Error> {
         if block.len() < BLOCK as usize {
             return Ok(HeaderRead::Bad(
@@ -128,8 +129,8 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
-    /// Creates a segment with room for `capacity` bytes. It and its name are durable when it returns.
-    /// When that fails nothing of it is left behind, as far as the disk lets us.
+    /// Creates a segment with room for `capacity` bytes. It and its name are durable when it
+    /// returns. When that fails nothing of it is left behind, as far as the disk lets us.
     pub(crate) fn create(
         fs: &dyn Fs,
         dir: &Path,

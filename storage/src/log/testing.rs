@@ -1,8 +1,10 @@
-//! Owns the crash property of the log: random histories on a hostile disk, held against a model. Used by this
-//! crate's tests and by the fault harness. Does not test damage (bit flips): that has tests of its own.
+//! Owns the crash property of the log: random histories on a hostile disk, held against a model.
+//! Used by this crate's tests and by the fault harness. Does not test damage (bit flips): that has
+//! tests of its own.
 //!
-//! The property: after any crash, the log shows the model after some first part of the submitted operations,
-//! over all replicas, that includes all acknowledged ones. Nothing else: no gap, no half, no other bytes.
+//! The property: after any crash, the log shows the model after some first part of the submitted
+//! operations, over all replicas, that includes all acknowledged ones. Nothing else: no gap, no
+//! half, no other bytes.
 
 mod model;
 
@@ -21,8 +23,8 @@ use crate::exec::{Exec, Job, Step, Task, Wake};
 use crate::fs::faulty::{Dice, FaultyFs, Loss};
 use crate::options::{LogOptions, Sabotage};
 
-/// An [`Exec`] on which nothing runs by itself: [`StepExec::run`] gives the workers their turns, on the
-/// caller's thread.
+/// An [`Exec`] on which nothing runs by itself: [`StepExec::run`] gives the workers their turns, on
+/// the caller's thread.
 #[derive(Default)]
 pub struct StepExec {
     workers: Mutex<Vec<Worker>>,
@@ -242,7 +244,8 @@ impl History {
             model.apply(change, at);
             let difference = model.difference(&observed);
             if difference.is_none() {
-                // Some operations change nothing: of all parts that explain what is seen, the longest.
+                // Some operations change nothing: of all parts that explain what is seen, the
+                // longest.
                 kept = Some(at + 1);
             }
             why = why.or(difference);

@@ -1,21 +1,23 @@
-//! Owns the one writer: group commit, the turn from one segment to the next, stopping. Does not decide what
-//! to free (see `freeing`).
+//! Owns the one writer: group commit, the turn from one segment to the next, stopping. Does not
+//! decide what to free (see `freeing`).
 //!
 //! # Group commit
 //!
-//! Callers change the index and queue an operation, both under one lock, so the order of the queue is the
-//! order in which anybody saw the changes. The writer takes everything that waits, puts it into one batch,
-//! writes it with one call, syncs once, and only then answers, in order. While it syncs, the next batch
-//! gathers: the slower the disk, the larger the batches, and the cost of a sync is shared by all replicas.
+//! Callers change the index and queue an operation, both under one lock, so the order of the queue
+//! is the order in which anybody saw the changes. The writer takes everything that waits, puts it
+//! into one batch, writes it with one call, syncs once, and only then answers, in order. While it
+//! syncs, the next batch gathers: the slower the disk, the larger the batches, and the cost of a
+//! sync is shared by all replicas.
 //!
-//! There is never more than one batch under way, so a batch's mere existence says that everything before it
-//! was synced; it also says so in words (its durable-end mark). The last batch has no batch behind it: until
-//! the next one, or the next probe, damage to it cannot be told from a torn write. That is the stated limit.
+//! There is never more than one batch under way, so a batch's mere existence says that everything
+//! before it was synced; it also says so in words (its durable-end mark). The last batch has no
+//! batch behind it: until the next one, or the next probe, damage to it cannot be told from a torn
+//! write. That is the stated limit.
 //!
-//! A failed write or sync leaves the disk in a state that nobody knows (the kernel may drop the pages and
-//! report the next sync as good). So it is never tried again: the log stops, and the process is to end.
-//! Only one failure is not final: no room for a new segment. Nothing was promised or written then, so the
-//! batch goes back to the queue until a later wake finds room.
+//! A failed write or sync leaves the disk in a state that nobody knows (the kernel may drop the
+//! pages and report the next sync as good). So it is never tried again: the log stops, and the
+//! process is to end. Only one failure is not final: no room for a new segment. Nothing was
+//! promised or written then, so the batch goes back to the queue until a later wake finds room.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -125,8 +127,8 @@ impl Writer {
         }
     }
 
-    /// The batch with which `open` ends: it marks everything before it as durable. Not to be answered, and
-    /// its failure is `open`'s.
+    /// The batch with which `open` ends: it marks everything before it as durable. Not to be
+    /// answered, and its failure is `open`'s.
     pub(crate) fn mark(&mut self) -> Result<(), Error> {
         let taken = self.shared.state.lock().take(u64::MAX);
         let mut taken = taken.expect("open has queued a probe");
@@ -135,7 +137,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Fetches what copies forward still need. Records that cannot be read are left out and returned.
+    /// Fetches what copies forward still need. Records that cannot be read are left out and
+    /// returned.
     fn read_rewrites(&self, taken: &mut Taken) -> Vec<(ReplicaId, Error)> {
         let mut unreadable = Vec::new();
         for op in &mut taken.ops {
@@ -256,8 +259,8 @@ impl Writer {
         (bytes, written, chain)
     }
 
-    /// A probe on an idle log: the last batch says nothing but that everything before it is durable, so the
-    /// same bytes go to the same place. An idle node's log does not grow.
+    /// A probe on an idle log: the last batch says nothing but that everything before it is
+    /// durable, so the same bytes go to the same place. An idle node's log does not grow.
     fn write_last_again(&mut self) -> Result<(), Error> {
         let (offset, bytes) = self.last_empty.as_ref().expect("the caller has looked");
         self.write_at(bytes, *offset)?;
@@ -275,7 +278,9 @@ impl Writer {
     fn sync(&self) -> Result<(), Error> {
         let begun = Instant::now();
         self.active.file.sync().map_err(|source| self.io(source))?;
-        self.shared.state.lock().last_sync = begun.elapsed();
+        let took = begun.elapsed();
+        self.shared.state.lock().last_sync = took;
+        (self.shared.options.on_sync)(took);
         Ok(())
     }
 
@@ -317,8 +322,8 @@ impl Writer {
         Ok(())
     }
 
-    /// The batch is durable: the index learns the places, callers their outcome, files that are not needed
-    /// any more go.
+    /// The batch is durable: the index learns the places, callers their outcome, files that are not
+    /// needed any more go.
     fn finish(&mut self, mut taken: Taken, wrote: Wrote, unreadable: Vec<(ReplicaId, Error)>) {
         let shared = self.shared.clone();
         let freed = {
@@ -381,8 +386,8 @@ impl Writer {
 struct StopOnPanic(Arc<Shared>);
 
 impl Drop for StopOnPanic {
-    /// A broken invariant has unwound the writer: nobody would ever be answered again. What was being written is
-    /// unknown; the callbacks of its batch are gone.
+    /// A broken invariant has unwound the writer: nobody would ever be answered again. What was
+    /// being written is unknown; the callbacks of its batch are gone.
     fn drop(&mut self) {
         if !std::thread::panicking() {
             return;

@@ -1,4 +1,5 @@
-//! The calls of the log: what they promise, refuse and bound. Does not crash anything (see `log_crash`).
+//! The calls of the log: what they promise, refuse and bound. Does not crash anything (see
+//! `log_crash`).
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
-//! The crash property: many random histories, and proof that it can fail. Does not test damage (see `log_damage`).
+//! The crash property: many random histories, and proof that it can fail. Does not test damage (see
+//! `log_damage`).
 
 use coracle_storage::log::testing::{HistoryReport, run_history};
 use coracle_storage::options::Sabotage;

@@ -1,5 +1,5 @@
-//! Damage to what was durable: who recovers, what is said, and that wrong data is never shown. Does not test
-//! crashes (see `log_crash`).
+//! Damage to what was durable: who recovers, what is said, and that wrong data is never shown. Does
+//! not test crashes (see `log_crash`).
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -52,8 +52,8 @@ fn a_failed_write_or_sync_stops_the_log_for_good_and_says_so_once() {
     }
 }
 
-/// After a failed sync the kernel shows the bytes and takes them for clean. A restart that saw them, and only
-/// synced, would act on what the next power cut takes away.
+/// After a failed sync the kernel shows the bytes and takes them for clean. A restart that saw
+/// them, and only synced, would act on what the next power cut takes away.
 #[test]
 fn what_a_restart_shows_survives_a_power_cut_even_after_a_failed_sync() {
     for failed_sync in [false, true] {

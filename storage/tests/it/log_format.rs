@@ -1,5 +1,5 @@
-//! The bytes of the log, pinned. `log_v1.hex` was made from FORMAT.md alone, not by this crate's code; it holds every
-//! kind of record. Does not test damage.
+//! The bytes of the log, pinned. `log_v1.hex` was made from FORMAT.md alone, not by this crate's
+//! code; it holds every kind of record. Does not test damage.
 
 use bytes::Bytes;
 use coracle_storage::fs::faulty::FaultyFs;

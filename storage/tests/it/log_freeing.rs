@@ -1,4 +1,5 @@
-//! Freeing of segments and copying forward. Does not test damage or crashes (the crash histories free as well).
+//! Freeing of segments and copying forward. Does not test damage or crashes (the crash histories
+//! free as well).
 
 use bytes::Bytes;
 use coracle_storage::LogOptions;

@@ -1,4 +1,5 @@
-//! Owns what the tests of the log share: a log on a hostile disk, stepped by hand. Does not hold tests.
+//! Owns what the tests of the log share: a log on a hostile disk, stepped by hand. Does not hold
+//! tests.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -4,6 +4,7 @@
 mod bad_input;
 mod commands;
 mod kill_all;
+mod python;
 mod stop;
 
 use std::future::Future;

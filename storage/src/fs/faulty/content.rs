@@ -1,5 +1,5 @@
-//! Owns what one file of the hostile twin holds: what is seen, what is durable, and the difference. Does not
-//! know names or faults.
+//! Owns what one file of the hostile twin holds: what is seen, what is durable, and the difference.
+//! Does not know names or faults.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -107,7 +107,8 @@ impl Inode {
         }
     }
 
-    /// After a failed sync: the kernel takes the pages for clean, though they never reached the disk.
+    /// After a failed sync: the kernel takes the pages for clean, though they never reached the
+    /// disk.
     pub(super) fn forget_pending(&mut self) {
         self.pending.clear();
     }

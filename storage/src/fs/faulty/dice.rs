@@ -1,4 +1,5 @@
-//! Owns the seeded generator of the hostile twin and of the histories that use it. Does not draw for production code.
+//! Owns the seeded generator of the hostile twin and of the histories that use it. Does not draw
+//! for production code.
 
 /// A small seeded generator (splitmix64), so that a seed means the same for ever.
 #[derive(Clone, Debug)]

@@ -1,5 +1,5 @@
-//! Owns the names of the hostile twin: directories, changes that are not durable, what a crash leaves of them.
-//! Does not know what files hold.
+//! Owns the names of the hostile twin: directories, changes that are not durable, what a crash
+//! leaves of them. Does not know what files hold.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -71,8 +71,8 @@ pub(super) fn after_crash(
     let mut names = durable.clone();
     let mut cut_off: Vec<PathBuf> = Vec::new();
     for (dir, change) in changes {
-        // Directories are journalled: what survives of one is a first part, never a later change without
-        // the earlier.
+        // Directories are journalled: what survives of one is a first part, never a later change
+        // without the earlier.
         let survives = loss == Loss::Subset && !cut_off.contains(&dir) && !dice.one_in(3);
         if survives {
             apply_change(&mut names, &change);

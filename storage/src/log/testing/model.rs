@@ -290,7 +290,8 @@ impl Model {
                 )
             };
             return Some(format!(
-                "replica {id}: vote {:?}, committed {:?}, purged {:?}, entries {:?}, not {:?}, {:?}, {:?}, {:?}",
+                "replica {id}: vote {:?}, committed {:?}, purged {:?}, entries {:?}, \
+                 not {:?}, {:?}, {:?}, {:?}",
                 seen.vote,
                 seen.committed,
                 seen.purged.map(|(purged, _)| purged),
@@ -304,7 +305,8 @@ impl Model {
         None
     }
 
-    /// Every hint that the log shows (this model) was there before, or was given before the last operation that is shown.
+    /// Every hint that the log shows (this model) was there before, or was given before the last
+    /// operation that is shown.
     pub(super) fn check_hints(
         &self,
         base: &Model,

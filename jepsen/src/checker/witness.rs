@@ -1,0 +1,368 @@
+//! The fast judge: the order that the servers say is verified, not searched for. Owns the rules for
+//! registers with conditions. Does not check what it believes, that a version is where it says: a
+//! wrong order that nobody can observe passes.
+//!
+//! Every answer carries the version that it wrote or saw, and the entry of its shard's log. That is
+//! a claim about the order of all operations on a key, and the claim must explain every answer:
+//! versions rise with the log; each read returns the newest write up to the entry that it names;
+//! each condition holds against the version right before; and no operation stands in the order
+//! before one that had completed when it began. A write of unknown outcome takes the version under
+//! which somebody saw its value; where nobody did, it may or may not have happened. The work is
+//! sorting: O(n log n).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Violation;
+use crate::history::{Action, Answer, History, Operation, Outcome, Position, Seen};
+
+const NEVER_WRITTEN: &str = "a read returns a value that was written";
+const REFUSED_IS_SEEN: &str = "a write that was refused is never seen";
+const APPLIED_ONCE: &str = "a write is applied once";
+const RISES: &str = "versions rise with the log";
+const REAL_TIME: &str = "no operation stands before one that had completed when it began";
+const NEWEST: &str = "a read returns the newest write up to its place in the log";
+const FUTURE: &str = "no read returns what was not yet written";
+const CONDITION: &str = "a condition is judged against the version right before";
+const ABSENT: &str = "an absent key was deleted, or never written";
+
+/// What a history of registers breaks; nothing, if all is well. Violations come by key.
+pub fn check(history: &History) -> Vec<Violation> {
+    let mut keys: BTreeMap<String, Vec<Operation>> = BTreeMap::new();
+    for operation in history.operations() {
+        keys.entry(operation.key.clone()).or_default().push(operation);
+    }
+    let mut found = Vec::new();
+    for (key, operations) in keys {
+        found.extend(Register::of(&key, &operations).check());
+    }
+    found
+}
+
+/// A write, as far as it is known.
+#[derive(Clone, Debug)]
+struct Write<'a> {
+    operation: &'a Operation,
+    /// Of an acknowledged write: what it was told. Of an unknown one: where it was seen.
+    version: Option<u64>,
+    /// The entry; of a write that was only seen, an entry at or behind it.
+    index: u64,
+    is_exact: bool,
+}
+
+impl Write<'_> {
+    fn is_delete(&self) -> bool {
+        self.operation.action == Action::Delete
+    }
+}
+
+/// An answer that shows the key's state at a place in the log.
+struct Look<'a> {
+    operation: &'a Operation,
+    seen: Option<&'a Seen>,
+    at: Position,
+    /// All of the log up to here was there. A condition is judged in the middle of its entry: what
+    /// else that entry holds came before it or after it.
+    upto: u64,
+}
+
+impl<'a> Look<'a> {
+    fn of(operation: &'a Operation) -> Option<Look<'a>> {
+        let (seen, at, upto) = match &operation.outcome {
+            Outcome::Ok(Answer::Read { seen, at }) => (seen, at, at.index),
+            Outcome::Ok(Answer::Mismatch { seen, at }) => (seen, at, at.index.saturating_sub(1)),
+            _ => return None,
+        };
+        Some(Look { operation, seen: seen.as_ref(), at: *at, upto })
+    }
+}
+
+struct Register<'a> {
+    key: &'a str,
+    operations: &'a [Operation],
+    looks: Vec<Look<'a>>,
+    /// By version.
+    writes: Vec<Write<'a>>,
+    /// The least index of each write and those behind it: rises, so that it can be searched.
+    least_index: Vec<u64>,
+    /// When writes began of which nobody knows whether they happened: deletes leave no value to see.
+    unknown_deletes: Vec<usize>,
+    found: Vec<Violation>,
+}
+
+impl<'a> Register<'a> {
+    fn of(key: &'a str, operations: &'a [Operation]) -> Register<'a> {
+        let unknown_delete = |operation: &&Operation| {
+            operation.action == Action::Delete && operation.outcome == Outcome::Unknown
+        };
+        Register {
+            key,
+            operations,
+            looks: operations.iter().filter_map(Look::of).collect(),
+            writes: Vec::new(),
+            least_index: Vec::new(),
+            unknown_deletes: operations.iter().filter(unknown_delete).map(|o| o.begin).collect(),
+            found: Vec::new(),
+        }
+    }
+
+    fn check(mut self) -> Vec<Violation> {
+        self.writes = self.resolve();
+        self.least_index = vec![u64::MAX; self.writes.len()];
+        let mut least = u64::MAX;
+        for (at, write) in self.writes.iter().enumerate().rev() {
+            least = least.min(write.index);
+            self.least_index[at] = least;
+        }
+        self.check_rising();
+        for look in std::mem::take(&mut self.looks) {
+            match look.seen {
+                Some(seen) => self.check_seen(&look, seen),
+                None => self.check_absent(&look),
+            }
+        }
+        self.check_conditions();
+        self.check_real_time();
+        self.found
+    }
+
+    fn violation(&mut self, rule: &'static str, why: String, calls: &[u64]) {
+        let (key, calls) = (self.key.to_owned(), calls.to_vec());
+        self.found.push(Violation { rule, key, why, calls });
+    }
+
+    /// All writes of which a version is known, by version: from their own answers, or from those
+    /// who saw their values.
+    fn resolve(&mut self) -> Vec<Write<'a>> {
+        let mut by_value: BTreeMap<&str, Write<'a>> = BTreeMap::new();
+        let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
+        let mut writes = Vec::new();
+        for operation in self.operations {
+            let (version, index) = match &operation.outcome {
+                Outcome::Ok(Answer::Written { version, at }) => (Some(*version), at.index),
+                Outcome::Unknown => (None, u64::MAX),
+                Outcome::Ok(_) | Outcome::Fail => {
+                    refused.extend(value(&operation.action).map(|value| (value, operation.call)));
+                    continue;
+                }
+            };
+            let write = Write { operation, version, index, is_exact: version.is_some() };
+            match value(&operation.action) {
+                Some(value) => {
+                    by_value.insert(value, write);
+                }
+                None if write.version.is_some() => writes.push(write),
+                None => {}
+            }
+        }
+        let mut problems = Vec::new();
+        for look in &self.looks {
+            // A retry's answer may leave the value out; its version is checked all the same.
+            let Some(seen) = look.seen.filter(|seen| !seen.value.is_empty()) else { continue };
+            let (by, value) = (look.operation, seen.value.as_str());
+            let Some(write) = by_value.get_mut(value) else {
+                problems.push(match refused.get(value) {
+                    Some(call) => (REFUSED_IS_SEEN, format!("{value:?}"), vec![*call, by.call]),
+                    None => (NEVER_WRITTEN, format!("{value:?}"), vec![by.call]),
+                });
+                continue;
+            };
+            let calls = vec![write.operation.call, by.call];
+            if write.operation.begin > by.end {
+                problems.push((FUTURE, format!("{value:?}"), calls.clone()));
+            }
+            let known = *write.version.get_or_insert(seen.version);
+            if known != seen.version {
+                let why = format!("{value:?} stands at versions {known} and {}", seen.version);
+                problems.push((APPLIED_ONCE, why, calls));
+            }
+            if !write.is_exact {
+                write.index = write.index.min(look.at.index);
+            }
+        }
+        for (rule, why, calls) in problems {
+            self.violation(rule, why, &calls);
+        }
+        writes.extend(by_value.into_values().filter(|write| write.version.is_some()));
+        writes.sort_by_key(|write| write.version);
+        writes
+    }
+
+    fn check_rising(&mut self) {
+        let mut problems = Vec::new();
+        for pair in self.writes.windows(2) {
+            let calls = [pair[0].operation.call, pair[1].operation.call];
+            if pair[0].version == pair[1].version {
+                problems.push((format!("version {:?} was given twice", pair[0].version), calls));
+            }
+        }
+        let exact: Vec<&Write<'_>> = self.writes.iter().filter(|write| write.is_exact).collect();
+        for pair in exact.windows(2) {
+            if pair[0].index > pair[1].index {
+                let why = format!(
+                    "version {:?} is in entry {}, the later {:?} in entry {}",
+                    pair[0].version, pair[0].index, pair[1].version, pair[1].index
+                );
+                problems.push((why, [pair[0].operation.call, pair[1].operation.call]));
+            }
+        }
+        for (why, calls) in problems {
+            self.violation(RISES, why, &calls);
+        }
+    }
+
+    /// The newest write that certainly stands at or before an entry.
+    fn newest_at(&self, index: u64) -> Option<&Write<'a>> {
+        let behind = self.least_index.partition_point(|least| *least <= index);
+        // The last whose least is small enough is itself the least of what follows.
+        behind.checked_sub(1).map(|at| &self.writes[at])
+    }
+
+    fn check_seen(&mut self, look: &Look<'_>, seen: &Seen) {
+        let newer = self.newest_at(look.upto);
+        let newer = newer.filter(|write| write.version > Some(seen.version));
+        if let Some(newer) = newer {
+            let why = format!(
+                "{:?} at version {} was read in entry {}, where version {:?} already stood (entry {})",
+                seen.value, seen.version, look.upto, newer.version, newer.index
+            );
+            let calls = [newer.operation.call, look.operation.call];
+            self.violation(NEWEST, why, &calls);
+        }
+        let own = self.writes.binary_search_by_key(&Some(seen.version), |write| write.version);
+        let own = own.ok().map(|at| &self.writes[at]);
+        if let Some(own) = own.filter(|own| own.is_exact && own.index > look.at.index) {
+            let why = format!(
+                "{:?} was written by entry {} and read up to entry {}",
+                seen.value, own.index, look.at.index
+            );
+            let calls = [own.operation.call, look.operation.call];
+            self.violation(FUTURE, why, &calls);
+        }
+    }
+
+    fn check_absent(&mut self, look: &Look<'_>) {
+        let Some(newest) = self.newest_at(look.upto).filter(|write| !write.is_delete()) else {
+            return;
+        };
+        let in_same_entry = |write: &Write<'_>| write.is_delete() && write.index == look.at.index;
+        if self.may_be_deleted(look.operation.end) || self.writes.iter().any(in_same_entry) {
+            return;
+        }
+        let why = format!(
+            "absent in entry {}, but version {:?} was written in entry {} and nobody deleted it",
+            look.at.index, newest.version, newest.index
+        );
+        let calls = [newest.operation.call, look.operation.call];
+        self.violation(ABSENT, why, &calls);
+    }
+
+    /// Whether a delete of unknown outcome began before this place.
+    fn may_be_deleted(&self, before: usize) -> bool {
+        self.unknown_deletes.iter().any(|begin| *begin < before)
+    }
+
+    fn check_conditions(&mut self) {
+        let mut problems = Vec::new();
+        for (at, write) in self.writes.iter().enumerate() {
+            let before = at.checked_sub(1).map(|at| &self.writes[at]);
+            let calls = |other: &Write<'_>| vec![other.operation.call, write.operation.call];
+            match (&write.operation.action, before) {
+                (Action::PutIfVersion { version, .. }, Some(before))
+                    if before.version != Some(*version) =>
+                {
+                    let why = format!(
+                        "version {:?} was to follow {version}, but follows {:?}",
+                        write.version, before.version
+                    );
+                    problems.push((why, calls(before)));
+                }
+                (Action::PutIfVersion { version, .. }, None) => {
+                    let why = format!("it was to follow {version}, but is the first write");
+                    problems.push((why, vec![write.operation.call]));
+                }
+                (Action::PutIfAbsent { .. }, Some(before))
+                    if !before.is_delete() && !self.may_be_deleted(write.operation.end) =>
+                {
+                    let why = format!("the key was there, at version {:?}", before.version);
+                    problems.push((why, calls(before)));
+                }
+                _ => {}
+            }
+        }
+        for operation in self.operations {
+            let Outcome::Ok(Answer::Mismatch { seen, .. }) = &operation.outcome else { continue };
+            let held = match &operation.action {
+                Action::PutIfVersion { version, .. } => {
+                    seen.as_ref().is_some_and(|seen| seen.version == *version)
+                }
+                Action::PutIfAbsent { .. } => seen.is_none(),
+                _ => true,
+            };
+            if held {
+                let why = "it was refused although it held".to_owned();
+                problems.push((why, vec![operation.call]));
+            }
+        }
+        for (why, calls) in problems {
+            self.violation(CONDITION, why, &calls);
+        }
+    }
+
+    /// The version at which each completed operation stands: what it wrote or saw. For an absent key
+    /// it is the newest write up to its entry: if that was not the delete, a later one was.
+    fn standings(&self) -> BTreeMap<u64, (u64, bool)> {
+        let mut standings = BTreeMap::new();
+        for write in &self.writes {
+            standings.extend(write.version.map(|version| (write.operation.call, (version, true))));
+        }
+        for look in self.operations.iter().filter_map(Look::of) {
+            let absent = || self.newest_at(look.upto).and_then(|write| write.version).unwrap_or(0);
+            let version = look.seen.map_or_else(absent, |seen| seen.version);
+            standings.insert(look.operation.call, (version, false));
+        }
+        standings
+    }
+
+    fn check_real_time(&mut self) {
+        // Begins and ends in their order; at one place there is only ever one of them.
+        let mut places: BTreeSet<(usize, bool, usize)> = BTreeSet::new();
+        for (at, operation) in self.operations.iter().enumerate() {
+            places.insert((operation.begin, false, at));
+            if operation.end != usize::MAX {
+                places.insert((operation.end, true, at));
+            }
+        }
+        let standings = self.standings();
+        let mut completed: (u64, u64) = (0, 0);
+        let mut problems = Vec::new();
+        for (_, is_end, at) in places {
+            let operation = &self.operations[at];
+            let Some(&(version, is_write)) = standings.get(&operation.call) else { continue };
+            if is_end {
+                if matches!(operation.outcome, Outcome::Ok(_)) {
+                    completed = completed.max((version, operation.call));
+                }
+                continue;
+            }
+            let (newest, by) = completed;
+            if version < newest || (is_write && version == newest) {
+                let verb = if is_write { "wrote" } else { "saw" };
+                let why = format!("it {verb} version {version}, {newest} had been answered before");
+                problems.push((why, vec![by, operation.call]));
+            }
+        }
+        for (why, calls) in problems {
+            self.violation(REAL_TIME, why, &calls);
+        }
+    }
+}
+
+/// What an action writes; a delete and a read write no value.
+fn value(action: &Action) -> Option<&str> {
+    match action {
+        Action::Put { value }
+        | Action::PutIfAbsent { value }
+        | Action::PutIfVersion { value, .. } => Some(value),
+        Action::Get | Action::Delete => None,
+    }
+}

@@ -1,0 +1,300 @@
+//! A cluster of real processes on this machine: the server's own program, real sockets, real syncs, in
+//! a scratch directory. Owns the processes and what is done to them. Does not know what for.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use coracle_client::admin::{Init, NodeStatus};
+use coracle_client::{Client, NodeId};
+use rand::RngExt;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::time::Instant;
+
+/// A start on a slow machine with slow disks.
+const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Between two looks at something that is waited for.
+const POLL: Duration = Duration::from_millis(25);
+
+/// Below what the kernel gives to outgoing connections: one of those could take a node's port while
+/// the node is down.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+
+/// Small budgets: all nodes share this machine.
+const SETTINGS: &[&str] = &[
+    "test.fault_injection=true",
+    "storage.memory_budget=128MiB",
+    "storage.log_segment_bytes=16MiB",
+    "storage.log_bytes_target=128MiB",
+    "storage.disk_reserve_bytes=64MiB",
+    "limits.request_bytes_in_flight=64MiB",
+    "observability.log_filter=warn",
+];
+
+/// The processes. Dropping it kills them and removes what they wrote.
+pub struct Cluster {
+    nodes: Vec<Process>,
+    client: Client,
+    // Last: the processes are killed before their directory goes.
+    _scratch: TempDir,
+}
+
+struct Process {
+    program: PathBuf,
+    args: Vec<String>,
+    log: PathBuf,
+    address: String,
+    child: Option<Child>,
+}
+
+impl Cluster {
+    /// Starts nodes and makes a cluster of them; returns when every shard is led.
+    pub async fn start(program: Option<&Path>, nodes: usize) -> Result<Cluster, String> {
+        let program = match program {
+            Some(program) => program.to_owned(),
+            None => beside()?,
+        };
+        let scratch = tempfile::Builder::new().prefix("coracle-jepsen-").tempdir();
+        let scratch = scratch.map_err(|error| format!("a scratch directory: {error}"))?;
+        let ports = free_ports(nodes * 3).map_err(|error| format!("free ports: {error}"))?;
+        let (clients, rest) = ports.split_at(nodes);
+        let (peers, https) = rest.split_at(nodes);
+        let join: Vec<String> = peers.iter().map(ToString::to_string).collect();
+        let process = |at: usize| {
+            let dir = scratch.path().join(format!("n{}", at + 1));
+            let mut args = vec![
+                "server".to_owned(),
+                format!("--data-dir={}", dir.display()),
+                format!("--listen={}", clients[at]),
+                format!("--peer-listen={}", peers[at]),
+                format!("--http-listen={}", https[at]),
+                format!("--join={}", join.join(",")),
+                format!("--zone=z{}", at % 3),
+                "--log-format=text".to_owned(),
+                format!("--exit-with-parent={}", std::process::id()),
+            ];
+            args.extend(SETTINGS.iter().map(|setting| format!("--set={setting}")));
+            Process {
+                program: program.clone(),
+                args,
+                log: dir.with_extension("log"),
+                address: clients[at].to_string(),
+                child: None,
+            }
+        };
+        let nodes: Vec<Process> = (0..nodes).map(process).collect();
+        let client = Client::builder()
+            .seeds(clients.iter().map(ToString::to_string))
+            .name("coracle-jepsen")
+            .connect_lazy()
+            .map_err(|error| error.to_string())?;
+        let mut cluster = Cluster { nodes, client, _scratch: scratch };
+        cluster.form().await?;
+        Ok(cluster)
+    }
+
+    async fn form(&mut self) -> Result<(), String> {
+        let deadline = Instant::now() + START_DEADLINE;
+        for at in 0..self.nodes.len() {
+            self.nodes[at].start()?;
+        }
+        for at in 0..self.nodes.len() {
+            self.wait_for(at, deadline, |_| true).await?;
+        }
+        let nodes = self.nodes.len() as u32;
+        let init = Init { nodes, shards: 0, replicas: nodes.min(3) };
+        let made = self.client.admin().init(init).await;
+        made.map_err(|error| format!("init: {error}"))?;
+        for at in 0..self.nodes.len() {
+            self.wait_for(at, deadline, is_well).await?;
+        }
+        Ok(())
+    }
+
+    /// A client of all nodes.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// How many nodes.
+    pub fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.nodes.is_empty()
+    }
+
+    /// A node's own view of itself.
+    pub async fn status(&self, at: usize) -> Result<NodeStatus, String> {
+        let admin = self.client.admin();
+        let status = admin.node_status(&self.nodes[at].address);
+        status.await.map_err(|error| format!("n{}: {error}", at + 1))
+    }
+
+    /// Which process has this node id.
+    pub async fn find(&self, node: NodeId) -> Result<usize, String> {
+        for at in 0..self.nodes.len() {
+            if self.status(at).await.is_ok_and(|status| status.node.id == node) {
+                return Ok(at);
+            }
+        }
+        Err(format!("nobody answers as n{node}"))
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, at: usize) -> Result<(), String> {
+        self.nodes[at].end();
+        Ok(())
+    }
+
+    /// SIGSTOP, or SIGCONT.
+    pub fn pause(&self, at: usize, paused: bool) -> Result<(), String> {
+        let signal = if paused { Signal::STOP } else { Signal::CONT };
+        let child = self.nodes[at].child.as_ref().ok_or("it does not run")?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or("it has no process id")?;
+        kill_process(pid, signal).map_err(|error| error.to_string())
+    }
+
+    /// Cuts a node off from all others, or heals that.
+    pub async fn cut(&self, at: usize, is_cut: bool) -> Result<(), String> {
+        let own = self.status(at).await?.node.id;
+        let others = (1..=self.nodes.len() as u64).map(NodeId).filter(|node| *node != own);
+        let cut_from: Vec<NodeId> = if is_cut { others.collect() } else { Vec::new() };
+        let admin = self.client.admin();
+        let cut = admin.inject_fault(&self.nodes[at].address, &cut_from).await;
+        cut.map_err(|error| format!("cut off n{own}: {error}"))
+    }
+
+    /// Starts a node that was killed.
+    pub fn restart(&mut self, at: usize) -> Result<(), String> {
+        self.nodes[at].start()
+    }
+
+    /// Waits until a node is back: each of its replicas knows a leader.
+    pub async fn wait_back(&mut self, at: usize) -> Result<(), String> {
+        self.wait_for(at, Instant::now() + START_DEADLINE, is_well).await
+    }
+
+    async fn wait_for(
+        &mut self,
+        at: usize,
+        deadline: Instant,
+        holds: impl Fn(&NodeStatus) -> bool,
+    ) -> Result<(), String> {
+        loop {
+            let status = self.status(at).await;
+            if status.as_ref().is_ok_and(&holds) {
+                return Ok(());
+            }
+            if let Some(why) = self.nodes[at].ended() {
+                return Err(why);
+            }
+            if Instant::now() >= deadline {
+                let last = status.map_or_else(|why| why, |status| format!("{status:?}"));
+                return Err(format!("n{} is not ready in time: {last}", at + 1));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Elections so far, of all groups: the sum of their terms.
+    pub async fn terms(&self) -> Result<u64, String> {
+        let mut terms = std::collections::BTreeMap::new();
+        for at in 0..self.nodes.len() {
+            for group in self.status(at).await?.groups {
+                let term = terms.entry(group.shard).or_insert(0);
+                *term = group.term.max(*term);
+            }
+        }
+        Ok(terms.values().sum())
+    }
+}
+
+fn is_well(status: &NodeStatus) -> bool {
+    !status.groups.is_empty() && status.groups.iter().all(|group| group.leader.is_some())
+}
+
+/// The server's program stands beside the harness.
+fn beside() -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|error| format!("this program: {error}"))?;
+    let program = own.with_file_name("coracle");
+    match program.exists() {
+        true => Ok(program),
+        false => Err(format!(
+            "{} does not exist: build it (cargo build -p coracle-cli), or name it with --program",
+            program.display()
+        )),
+    }
+}
+
+fn free_ports(count: usize) -> io::Result<Vec<SocketAddr>> {
+    let mut held = Vec::new();
+    for _ in 0..100 * count {
+        let port = rand::rng().random_range(PORTS);
+        if let Ok(listener) = TcpListener::bind((Ipv4Addr::LOCALHOST, port)) {
+            held.push(listener);
+        }
+        if held.len() == count {
+            break;
+        }
+    }
+    let mut ports = held.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
+    // Node ids are given in the order of the peers' addresses: let it be that of the processes.
+    ports.sort();
+    match ports.len() == count {
+        true => Ok(ports),
+        false => Err(io::Error::other(format!("not {count} free ports in {PORTS:?}"))),
+    }
+}
+
+impl Process {
+    fn start(&mut self) -> Result<(), String> {
+        assert!(self.child.is_none(), "a node is started when it does not run");
+        let failed = |error: io::Error| format!("{}: {error}", self.log.display());
+        let log = OpenOptions::new().create(true).append(true).open(&self.log).map_err(failed)?;
+        let err = log.try_clone().map_err(failed)?;
+        let mut command = Command::new(&self.program);
+        command.args(&self.args).stdin(Stdio::null()).stdout(log).stderr(err);
+        // What is set for a node of the user's own is not meant for these.
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("CORACLE_") {
+                command.env_remove(name);
+            }
+        }
+        let child = command.spawn();
+        let started = child.map_err(|error| format!("{}: {error}", self.program.display()))?;
+        self.child = Some(started);
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Both fail only where it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Why it ended by itself; `None` while it runs.
+    fn ended(&mut self) -> Option<String> {
+        let status = self.child.as_mut()?.try_wait().ok()??;
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
+        let tail: Vec<&str> = log.lines().rev().take(20).collect();
+        let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
+        Some(format!("{} ended ({status}):\n{tail}", self.address))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}

@@ -1,0 +1,275 @@
+//! The commands: their arguments, what they print, and how the process ends: 0 when all held, 1 when
+//! something did not, 2 when it could not be tried.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use coracle_storage::log::testing::run_history;
+use coracle_storage::options::Sabotage;
+
+use crate::measure::{failover, saturation};
+use crate::simulation::{self, Options};
+use crate::sweep::{self, REPORT_MARK, Sweep};
+use crate::trace::Detail;
+
+/// The fault harness of Coracle.
+#[derive(Debug, Parser)]
+#[command(name = "coracle-jepsen", version, max_term_width = 100)]
+pub struct Args {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What can be done.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Whole clusters in one thread, under faults that a seed decides
+    #[command(after_help = "Examples:\n  \
+        coracle-jepsen sim --seeds 1000\n  \
+        coracle-jepsen sim --seed 17 --trace")]
+    Sim(Sim),
+    /// Random crash histories of the shared log, held against a model
+    LogHistories(LogHistories),
+    /// Real processes: the leader of a shard under load is killed, again and again
+    Failover(Failover),
+    /// Real processes: as much load as goes, and no election
+    Saturation(Saturation),
+}
+
+/// See [`Command::Sim`].
+#[derive(Debug, clap::Args)]
+pub struct Sim {
+    /// One seed, in this process
+    #[arg(long, value_name = "SEED", conflicts_with = "seeds")]
+    pub seed: Option<u64>,
+    /// How many seeds
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    pub seeds: u64,
+    /// The first of them
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub from: u64,
+    /// How long faults go on, in virtual seconds
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub seconds: u64,
+    /// How many nodes (default: the seed decides, 3 or 5)
+    #[arg(long, value_name = "N")]
+    pub nodes: Option<usize>,
+    /// Processes at a time (default: one per core)
+    #[arg(long, value_name = "N")]
+    pub jobs: Option<usize>,
+    /// With --seed: print what happens
+    #[arg(long)]
+    pub trace: bool,
+    /// With --seed: print every delivered message as well
+    #[arg(long)]
+    pub messages: bool,
+    /// With --seed: print what the nodes log, for example info,coracle_raft=debug
+    #[arg(long, value_name = "FILTER")]
+    pub log: Option<String>,
+    /// With --seed: write the history, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    pub history: Option<PathBuf>,
+    /// Disks that lie about syncs: it must fail
+    #[arg(long)]
+    pub lying_disks: bool,
+    /// With --seed: print the report for another process
+    #[arg(long, hide = true)]
+    pub report: bool,
+}
+
+/// See [`Command::LogHistories`].
+#[derive(Debug, clap::Args)]
+pub struct LogHistories {
+    /// How many
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub count: u64,
+    /// The first seed
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    pub from: u64,
+    /// A fault put in on purpose: the command must then fail
+    #[arg(long, value_name = "FAULT")]
+    pub sabotage: Option<Fault>,
+}
+
+/// Faults of the log that its histories must find.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Fault {
+    /// Answers a batch before its sync.
+    AckBeforeSync,
+    /// Acknowledges votes without writing them.
+    LostVote,
+    /// Does not write truncations.
+    ForgottenTruncate,
+}
+
+/// See [`Command::Failover`].
+#[derive(Debug, clap::Args)]
+pub struct Failover {
+    /// How many times
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub kills: u32,
+    /// What is done to the leader
+    #[arg(long, value_enum, default_value_t = How::Kill)]
+    pub how: How,
+    /// How many nodes
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub nodes: usize,
+    /// Fails when the 99th percentile is longer, in milliseconds
+    #[arg(long, value_name = "MS")]
+    pub p99_ms_max: Option<u64>,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+/// What is done to a leader.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum How {
+    /// SIGKILL.
+    Kill,
+    /// SIGSTOP, and SIGCONT later.
+    Stop,
+    /// Cut off from all other nodes.
+    Cut,
+}
+
+/// See [`Command::Saturation`].
+#[derive(Debug, clap::Args)]
+pub struct Saturation {
+    /// For how long
+    #[arg(long, value_name = "N", default_value_t = 10.0)]
+    pub minutes: f64,
+    /// How many nodes
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub nodes: usize,
+    /// Writers, each with one write under way
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub writers: u32,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+/// Runs a command.
+pub fn run(args: Args) -> ExitCode {
+    let held = match args.command {
+        Command::Sim(sim) => match sim.seed {
+            Some(seed) => Ok(one_seed(seed, &sim)),
+            None => many_seeds(&sim),
+        },
+        Command::LogHistories(histories) => Ok(log_histories(&histories)),
+        Command::Failover(asked) => failover::run(&failover::Plan {
+            program: asked.program,
+            nodes: asked.nodes,
+            rounds: asked.kills,
+            how: match asked.how {
+                How::Kill => failover::How::Kill,
+                How::Stop => failover::How::Stop,
+                How::Cut => failover::How::Cut,
+            },
+            p99_max: asked.p99_ms_max.map(Duration::from_millis),
+        }),
+        Command::Saturation(asked) => saturation::run(&saturation::Plan {
+            program: asked.program,
+            nodes: asked.nodes,
+            writers: asked.writers,
+            lasts: Duration::from_secs_f64(asked.minutes * 60.0),
+        }),
+    };
+    match held {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(why) => {
+            eprintln!("coracle-jepsen: {why}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn one_seed(seed: u64, sim: &Sim) -> bool {
+    if let Some(filter) = &sim.log {
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .without_time()
+            .with_ansi(false)
+            .init();
+    }
+    let report = simulation::run(
+        seed,
+        &Options {
+            lasts: Duration::from_secs(sim.seconds),
+            nodes: sim.nodes,
+            detail: match (sim.messages, sim.trace) {
+                (true, _) => Detail::Messages,
+                (false, true) => Detail::Events,
+                (false, false) => Detail::Silent,
+            },
+            history: sim.history.clone(),
+            lying_disks: sim.lying_disks,
+        },
+    );
+    if sim.report {
+        let json = serde_json::to_string(&report).expect("a report is plain values");
+        println!("{REPORT_MARK}{json}");
+    } else {
+        println!("{}", sweep::line(&report));
+        let faults = report.faults.iter().map(|(kind, times)| format!("{kind} {times}"));
+        println!("faults: {}", faults.collect::<Vec<_>>().join(", "));
+        report.violations.iter().for_each(|violation| println!("  {violation}"));
+    }
+    report.violations.is_empty()
+}
+
+fn many_seeds(sim: &Sim) -> Result<bool, String> {
+    let program = std::env::current_exe().map_err(|error| format!("this program: {error}"))?;
+    let mut args = vec!["--seconds".to_owned(), sim.seconds.to_string()];
+    if let Some(nodes) = sim.nodes {
+        args.extend(["--nodes".to_owned(), nodes.to_string()]);
+    }
+    if sim.lying_disks {
+        args.push("--lying-disks".to_owned());
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let jobs = sim.jobs.unwrap_or(cores);
+    let sweep = Sweep { program, from: sim.from, seeds: sim.seeds, jobs, args };
+    let summary = sweep.run(|report| {
+        println!("{}", sweep::line(report));
+        for violation in &report.violations {
+            println!("  {violation}");
+        }
+        if !report.violations.is_empty() {
+            println!("  again: {}", sweep.reproduction(report.seed));
+        }
+    });
+    println!("{}", summary.text());
+    Ok(summary.failed().is_empty())
+}
+
+fn log_histories(asked: &LogHistories) -> bool {
+    let sabotage = asked.sabotage.map(|fault| match fault {
+        Fault::AckBeforeSync => Sabotage::AckBeforeSync,
+        Fault::LostVote => Sabotage::LostVote,
+        Fault::ForgottenTruncate => Sabotage::ForgottenTruncate,
+    });
+    let (mut acknowledged, mut crashes) = (0, 0);
+    for seed in asked.from..asked.from + asked.count {
+        match run_history(seed, sabotage) {
+            Ok(report) => {
+                acknowledged += report.acknowledged;
+                crashes += report.crashes;
+            }
+            Err(why) => {
+                println!("{why}");
+                println!("again: coracle-jepsen log-histories --count 1 --from {seed}");
+                println!("histories until then: {}", seed - asked.from + 1);
+                return false;
+            }
+        }
+    }
+    let count = asked.count;
+    println!("{count} histories, {acknowledged} acknowledged operations, {crashes} crashes: all held");
+    true
+}

@@ -1,0 +1,150 @@
+//! What must hold when all faults have ended: the cluster serves, everything acknowledged is there,
+//! replicas agree. Owns the bounds within which. The history is judged by its checkers.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use coracle_raft::leadership::Standing;
+
+use super::{Run, until};
+use crate::cluster::sim::Cluster;
+use crate::history::{Action, Answer, History, Kind};
+use crate::invariant::replicas_agree;
+
+/// Embargo, campaigns, and some bad luck with them.
+const LEADERS_WITHIN: Duration = Duration::from_secs(20);
+
+/// Then calls are answered; one may still meet a leader that has just changed.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
+
+/// And followers that were away have caught up, by a snapshot if need be.
+const AGREEMENT_WITHIN: Duration = Duration::from_secs(30);
+
+/// Keys that are tried to reach every shard.
+const PROBES_MAX: u64 = 128;
+
+/// Looks at a cluster whose faults have ended; takes down in the run what does not hold.
+pub(super) async fn check(run: &mut Run) {
+    if !until(LEADERS_WITHIN, || without_leader(&run.cluster).is_empty()).await {
+        let lacking = without_leader(&run.cluster).join("; ");
+        run.violations.push(format!("every group has one leader again: {lacking}"));
+        return;
+    }
+    run.watch.borrow_mut().look(&run.cluster);
+    run.trace.event(format_args!("every group has a leader"));
+    serve(run).await;
+    run.violations.extend(replicas_agree::check(&run.cluster, AGREEMENT_WITHIN).await);
+    for at in 0..run.cluster.len() {
+        if let Some(why) = run.cluster.why_stopped(at) {
+            run.violations.push(format!("n{} stopped after all faults ended: {why}", at + 1));
+        }
+        let status = run.cluster.node(at).map(|node| node.status());
+        for damaged in status.into_iter().flat_map(|status| status.recovering) {
+            run.violations.push(format!("n{} takes for damage what none was: {damaged}", at + 1));
+        }
+    }
+    let history = run.recorder.history();
+    run.violations.extend(lost(&history));
+}
+
+/// Groups that not every node takes to be led by the same one.
+fn without_leader(cluster: &Cluster) -> Vec<String> {
+    let mut leaders: BTreeMap<u64, BTreeSet<Option<u64>>> = BTreeMap::new();
+    let mut leading: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut lacking = Vec::new();
+    for at in 0..cluster.len() {
+        let Some(host) = cluster.node(at).and_then(|node| node.host()) else {
+            lacking.push(format!("n{} does not run", at + 1));
+            continue;
+        };
+        for group in host.groups() {
+            let (shard, status) = (group.shard().0, group.status());
+            if let Some(why) = &status.failed {
+                lacking.push(format!("shard {shard} on n{} has failed: {why}", at + 1));
+            }
+            leaders.entry(shard).or_default().insert(status.leader.map(|node| node.0));
+            *leading.entry(shard).or_default() += u64::from(status.state == Standing::Leader);
+        }
+    }
+    for (shard, known) in leaders {
+        if leading[&shard] != 1 || known.len() != 1 || known.contains(&None) {
+            let leading = leading[&shard];
+            lacking.push(format!("shard {shard}: {leading} lead, known leaders are {known:?}"));
+        }
+    }
+    lacking
+}
+
+/// Reads every key, and writes to every shard, as a client that comes new.
+async fn serve(run: &mut Run) {
+    let mut worker = match run.worker(run.clients + 1) {
+        Ok(worker) => worker,
+        Err(why) => return run.violations.push(why),
+    };
+    let served = tokio::time::timeout(ANSWERS_WITHIN, async {
+        while !worker.read_all().await {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let map = worker.client.admin().cached_map();
+        let mut missing: BTreeSet<u64> = map.shards.iter().map(|shard| shard.id.0).collect();
+        // The meta group holds no keys of clients.
+        missing.remove(&0);
+        for probe in 0..PROBES_MAX {
+            let (key, value) = (format!("probe-{probe}"), format!("probe-{probe}"));
+            if !worker.perform(&key, Action::Put { value }).await {
+                return missing;
+            }
+            let last = worker.recorder.last().and_then(|event| event.answer);
+            if let Some(Answer::Written { at, .. }) = last {
+                missing.remove(&at.shard);
+            }
+            if missing.is_empty() {
+                break;
+            }
+        }
+        missing
+    });
+    match served.await {
+        Ok(missing) if missing.is_empty() => {}
+        Ok(missing) => run.violations.push(format!("every shard serves again, but not {missing:?}")),
+        Err(_) => run.violations.push("every key can be read again, but not in time".to_owned()),
+    }
+    let closed = worker.client.close();
+    if tokio::time::timeout(ANSWERS_WITHIN, closed).await.is_err() {
+        run.violations.push("a client ends when it is closed".to_owned());
+    }
+}
+
+/// The acknowledged writes: key and version.
+pub(super) fn acknowledged(history: &History) -> impl Iterator<Item = (&str, u64)> {
+    history.events.iter().filter_map(|event| match (&event.kind, &event.answer) {
+        (Kind::Ok, Some(Answer::Written { version, .. })) => Some((event.key.as_str(), *version)),
+        _ => None,
+    })
+}
+
+/// Keys whose last read is older than an acknowledged write. The checkers find the same; this says it
+/// in the words in which it was promised.
+fn lost(history: &History) -> Vec<String> {
+    let mut newest: BTreeMap<&str, u64> = BTreeMap::new();
+    for (key, version) in acknowledged(history) {
+        let newest = newest.entry(key).or_default();
+        *newest = version.max(*newest);
+    }
+    let mut read: BTreeMap<&str, Option<u64>> = BTreeMap::new();
+    for event in &history.events {
+        if let (Kind::Ok, Some(Answer::Read { seen, .. })) = (event.kind, &event.answer) {
+            read.insert(&event.key, seen.as_ref().map(|seen| seen.version));
+        }
+    }
+    let mut lost = Vec::new();
+    for (key, newest) in newest {
+        if let Some(Some(version)) = read.get(key).filter(|version| **version < Some(newest)) {
+            lost.push(format!(
+                "an acknowledged write is kept: {key} was acknowledged at {newest}, and is read at \
+                 {version}"
+            ));
+        }
+    }
+    lost
+}

@@ -1,0 +1,4 @@
+//! The fault harness's own tests: checkers that are shown bad histories, and simulated clusters.
+
+mod simulation;
+mod witness;
