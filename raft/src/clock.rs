@@ -3,7 +3,13 @@
 //! Owns the arithmetic of versions (48 bits of milliseconds, 16 of counter). Does not read a clock:
 //! the node hands one in, and says when it strays from those of its peers.
 
+use std::sync::Arc;
+
+use coracle_storage::exec::Exec;
+
 use crate::error::GroupError;
+use crate::lease::Timing;
+use crate::observer::Observer;
 
 /// A leader's source of stamps.
 pub trait Clock: Send + Sync + 'static {
@@ -13,6 +19,24 @@ pub trait Clock: Send + Sync + 'static {
     /// Refuses while the clock is too far from the median of the peers' clocks: a stamp from it
     /// would carry versions and expiries away with it.
     fn check(&self) -> Result<(), GroupError>;
+}
+
+/// What a group's tasks need to know of their node.
+pub(crate) trait Circumstances: Send + Sync + 'static {
+    /// Source of stamps.
+    fn clock(&self) -> Arc<dyn Clock>;
+
+    /// Hears where time goes.
+    fn observer(&self) -> Arc<dyn Observer>;
+
+    /// Whether the log's disk finishes its syncs in time.
+    fn healthy(&self) -> bool;
+
+    /// Times of consensus.
+    fn timing(&self) -> Timing;
+
+    /// Where work runs.
+    fn exec(&self) -> Arc<dyn Exec>;
 }
 
 /// A version as time: milliseconds in the upper 48 bits, a counter in the lower 16.

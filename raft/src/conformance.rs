@@ -17,7 +17,7 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::{OptionalSend, StorageError};
 
 use crate::log_store::LogStore;
-use crate::snapshot::SnapshotData;
+use crate::snapshot::{CheckpointDir, SnapshotData};
 use crate::state_machine::{SharedState, StateMachine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership, TypeConfig};
 
@@ -80,7 +80,8 @@ impl RaftStateMachine<TypeConfig> for Local {
             let bytes = read_file(&RealFs, &from.path.join(&name))?;
             RealFs.open(&incoming.join(&name), OpenMode::CreateNew)?.write_at(&bytes, 0)?;
         }
-        self.machine.install_snapshot(meta, SnapshotData::Received(incoming)).await
+        let received = CheckpointDir::new(Arc::new(RealFs), incoming);
+        self.machine.install_snapshot(meta, SnapshotData::Received(Arc::new(received))).await
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {

@@ -22,6 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::Reply;
+use crate::clock::Circumstances;
 use crate::command::{Command, Request};
 use crate::descriptor::Descriptor;
 use crate::error::GroupError;
@@ -33,7 +34,7 @@ use crate::message::{Answer, Question};
 use crate::network::Networks;
 use crate::proposer::Proposer;
 use crate::reader::Reads;
-use crate::snapshot::Snapshots;
+use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState, StateMachine};
 use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
@@ -128,15 +129,13 @@ impl Group {
             raft.clone(),
             leadership.clone(),
             start.state.clone(),
-            environment.clock.clone(),
-            environment.observer.clone(),
+            environment.clone(),
             stop.clone(),
         );
         let (reads, read) = Reads::new(
             raft.clone(),
             start.state.clone(),
-            environment.exec.clone(),
-            timing,
+            environment.clone(),
             stop.clone(),
         );
         let group = Arc::new(Self {
@@ -271,7 +270,12 @@ impl Group {
                     None => Err(GroupError::NotLeader { leader: None }),
                 };
             }
-            if let Some(target) = crate::membership::transfer_target(&status, self.replica, to) {
+            let fresh = self.timing.heartbeat * 3;
+            if !crate::membership::has_other_voter(&status, self.replica, to) {
+                return Err(GroupError::NotLeader { leader: None });
+            }
+            let target = crate::membership::transfer_target(&status, self.replica, to, fresh);
+            if let Some(target) = target {
                 let asked = self.raft.trigger().transfer_leader(target).await;
                 asked.map_err(|_| GroupError::Stopped)?;
                 break;
@@ -347,8 +351,7 @@ impl Group {
                 Ok(Answer::Transfer(taken.map_err(|e| why(&e))?.is_ok()))
             }
             Question::SnapshotBegin { vote, transfer, meta, manifest } => {
-                let begun = self.snapshots.begin(transfer, meta, manifest).await;
-                let _ = vote;
+                let begun = self.snapshots.begin(vote, transfer, meta, manifest).await;
                 Ok(begun.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
             Question::SnapshotChunk { transfer, file, chunk, data } => {
@@ -362,10 +365,7 @@ impl Group {
     async fn install(&self, vote: Vote, transfer: u64) -> Result<Answer, String> {
         let snapshot = match self.snapshots.end(transfer).await {
             Ok(snapshot) => snapshot,
-            Err(why) => {
-                self.snapshots.forget();
-                return Ok(Answer::SnapshotRefused(why));
-            }
+            Err(why) => return Ok(Answer::SnapshotRefused(why)),
         };
         let installed = self.raft.install_full_snapshot(vote, snapshot).await;
         installed
@@ -437,7 +437,8 @@ impl Group {
         config.heartbeat(healthy);
         config.elect(healthy && !self.embargo.holds());
         if !healthy && self.status().state == Standing::Leader {
-            let target = crate::membership::transfer_target(&self.status(), self.replica, None);
+            let (status, fresh) = (self.status(), self.timing.heartbeat * 10);
+            let target = crate::membership::transfer_target(&status, self.replica, None, fresh);
             if let Some(target) = target {
                 let _ = self.raft.trigger().transfer_leader(target).await;
             }
@@ -459,7 +460,14 @@ impl Group {
         while !reached(&progress.borrow_watched()) {
             progress.changed().await.map_err(|_| GroupError::Stopped)?;
         }
-        let upto = applied.index.saturating_sub(keep);
+        // Never beyond what a flush made durable: a crash replays from there.
+        let state = self.state.clone();
+        let durable = blocking(&*self.environment.exec, move || state.durable_index()).await;
+        let durable = durable.map_err(|_| GroupError::Stopped)?.unwrap_or(0);
+        let upto = applied.index.min(durable).saturating_sub(keep);
+        if upto == 0 {
+            return Ok(());
+        }
         self.raft.trigger().purge_log(upto).await.map_err(stopped)
     }
 
@@ -472,6 +480,11 @@ impl Group {
         }
     }
 
+    /// Frees what an abandoned snapshot transfer holds.
+    pub(crate) fn forget_idle_transfer(&self) {
+        self.snapshots.forget_idle();
+    }
+
     pub(crate) fn live(&self) -> &std::path::Path {
         &self.live
     }
@@ -480,11 +493,17 @@ impl Group {
         &self.log
     }
 
-    async fn count_elections(&self) {
+    /// Counts leaderships, and says when the replica has stopped by itself: it does not come back
+    /// before a restart, and its entries stay in the log.
+    async fn follow(&self) {
         let mut leadership = self.leadership.clone();
         let mut led = None;
         loop {
             let status = leadership.status();
+            if let Some(why) = status.failed.filter(|_| !self.stop.is_cancelled()) {
+                tracing::error!(shard = %self.shard, why, "the replica has stopped by itself");
+                return;
+            }
             if status.state == Standing::Leader && led != Some(status.term) {
                 led = Some(status.term);
                 self.environment.observer.elected();
@@ -520,8 +539,7 @@ impl Group {
                 }
             }
         };
-        let count = self.count_elections();
-        let all = async { tokio::join!(lift, describe, count) };
+        let all = async { tokio::join!(lift, describe, self.follow()) };
         tokio::select! { () = self.stop.cancelled() => {}, _ = all => {} }
     }
 }

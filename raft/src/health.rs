@@ -56,6 +56,13 @@ impl Probe {
                 under_way.store(result.is_err(), Ordering::Release);
             }));
         }
+        if self.log.stats().full {
+            // No room for a segment is not a hang: what waits is tried again by the next probe, and
+            // the node's reserve refuses writes meanwhile.
+            self.since = Some(Instant::now());
+            self.log.probe(Box::new(|_| {}));
+            return Disk::Stalled;
+        }
         let waited = match (self.under_way.load(Ordering::Acquire), self.since) {
             (true, Some(since)) => since.elapsed(),
             _ => Duration::ZERO,

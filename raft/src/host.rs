@@ -14,12 +14,12 @@ use coracle_storage::exec::Exec;
 use coracle_storage::log::{Log, Recovery};
 use coracle_storage::state::{Engines, MetaName, OpenState, ReplicaState, checkpoint};
 use coracle_storage::{Error, ReplicaId};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::clock::Clock;
+use crate::clock::{Circumstances, Clock};
 use crate::descriptor::Descriptor;
 use crate::group::{Group, Start};
 use crate::health::{Disk, PROBE_INTERVAL, Probe};
@@ -37,6 +37,8 @@ use crate::wire::Reader;
 const KEPT_ENTRIES: u64 = 10_000;
 /// How often the shared log's size is looked at.
 const COMPACT_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two flushes of one replica that free the log.
+const FLUSH_PAUSE: Duration = Duration::from_secs(5);
 /// A replica with unflushed state is flushed at least this often: a crash then replays no more than
 /// this, and versions beyond the history are reclaimed soon after.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(300);
@@ -86,12 +88,29 @@ pub(crate) struct Environment {
     numbers: AtomicU64,
 }
 
-impl Environment {
-    /// Whether the log's disk finishes its syncs in time.
-    pub(crate) fn healthy(&self) -> bool {
+impl Circumstances for Environment {
+    fn clock(&self) -> Arc<dyn Clock> {
+        self.clock.clone()
+    }
+
+    fn observer(&self) -> Arc<dyn Observer> {
+        self.observer.clone()
+    }
+
+    fn healthy(&self) -> bool {
         self.healthy.load(Ordering::Acquire)
     }
 
+    fn timing(&self) -> Timing {
+        self.timing
+    }
+
+    fn exec(&self) -> Arc<dyn Exec> {
+        self.exec.clone()
+    }
+}
+
+impl Environment {
     /// A range of numbers that no group of this start, and no earlier start, has used.
     pub(crate) fn next_number(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed) << 24
@@ -107,6 +126,8 @@ pub struct Host {
     /// One creation, opening or destruction at a time.
     changing: tokio::sync::Mutex<()>,
     on_hang: Arc<dyn Fn() + Send + Sync>,
+    /// Replicas that did not open, and why.
+    failed: Mutex<Vec<String>>,
 }
 
 impl Host {
@@ -132,6 +153,7 @@ impl Host {
             groups: RwLock::default(),
             changing: tokio::sync::Mutex::default(),
             on_hang: options.on_hang,
+            failed: Mutex::default(),
         });
         let exec = host.environment.exec.clone();
         exec.spawn("health", Box::pin(host.clone().watch_health()));
@@ -162,7 +184,11 @@ impl Host {
                 continue;
             }
             if recovery.replicas.contains(&replica) {
-                self.open(replica).await?;
+                if let Err(error) = self.open(replica).await {
+                    // The node serves its other replicas.
+                    tracing::error!(replica = replica.0, %error, "a replica does not run");
+                    self.failed.lock().push(format!("replica {}: {error}", replica.0));
+                }
             } else {
                 self.remove_unknown(self.shards.join(&name)).await?;
             }
@@ -290,6 +316,11 @@ impl Host {
         self.groups.read().get(&shard).cloned()
     }
 
+    /// Replicas that are on this node and did not open, and why.
+    pub fn failed(&self) -> Vec<String> {
+        self.failed.lock().clone()
+    }
+
     /// All groups, by shard.
     pub fn groups(&self) -> Vec<Arc<Group>> {
         self.groups.read().values().cloned().collect()
@@ -356,11 +387,20 @@ impl Host {
                 return;
             }
             let well = disk == Disk::Well;
-            if self.environment.healthy.swap(well, Ordering::AcqRel) != well {
+            let changed = self.environment.healthy.swap(well, Ordering::AcqRel) != well;
+            if changed {
                 tracing::warn!(well, "the log's disk changed");
-                for group in self.groups() {
-                    group.set_healthy(well).await;
-                }
+            }
+            // While it stalls again and again: a leadership that could not be handed over at first
+            // can be once the follower has caught up. Beside this task, which must see a hang.
+            if changed || !well {
+                let groups = self.groups();
+                let set = async move {
+                    for group in groups {
+                        group.set_healthy(well).await;
+                    }
+                };
+                self.environment.exec.spawn("set healthy", Box::pin(set));
             }
         }
     }
@@ -376,13 +416,20 @@ impl Host {
                 () = tokio::time::sleep(COMPACT_INTERVAL) => {}
             }
             let groups = self.groups();
+            groups.iter().for_each(|group| group.forget_idle_transfer());
             for _ in 0..groups.len() {
                 let bytes = self.environment.log.stats().bytes_on_disk;
                 if bytes <= self.log_bytes_target {
                     break;
                 }
                 let Some((oldest, _)) = self.environment.log.oldest_pinner() else { break };
+                // Flushed a moment ago: its purge is under way, or what it keeps is all there is.
+                let lately = |at: &Instant| at.elapsed() < FLUSH_PAUSE;
+                if flushed.get(&oldest).is_some_and(lately) {
+                    break;
+                }
                 let Some(group) = groups.iter().find(|group| group.replica() == oldest) else {
+                    tracing::error!(replica = oldest.0, "a replica that does not run holds the log");
                     break;
                 };
                 // Far over the budget kept entries go too: who wants them takes a snapshot.

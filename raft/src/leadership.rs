@@ -4,11 +4,12 @@
 //! refused by openraft, because it names the term.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::type_config::alias::WatchReceiverOf;
-use openraft::RaftMetrics;
+use openraft::{Instant as _, RaftMetrics};
 
 use crate::error::GroupError;
 use crate::state_machine::StateMachine;
@@ -29,6 +30,8 @@ pub struct Member {
     pub role: Role,
     /// On the leader: how far it is known to hold the log.
     pub matched: Option<Position>,
+    /// On the leader: when it last answered a heartbeat.
+    pub heard: Option<Duration>,
 }
 
 /// What a replica is at the moment.
@@ -100,9 +103,10 @@ impl Leadership {
             let replication = metrics.replication.as_ref()?;
             replication.get(id)?.as_ref().map(position)
         };
+        let heard = |id: &u64| Some(metrics.heartbeat.as_ref()?.get(id)?.as_ref()?.elapsed());
         let member = |(id, place): (&u64, &crate::types::Place)| {
             let role = if voters.contains(id) { Role::Voter } else { Role::Learner };
-            (*id, Member { node: place.node, role, matched: matched(id) })
+            (*id, Member { node: place.node, role, matched: matched(id), heard: heard(id) })
         };
         GroupStatus {
             state: match (&metrics.running_state, metrics.state) {

@@ -2,17 +2,30 @@
 //!
 //! Owns the choice of a transfer's target and the order of campaigns. Does not change members.
 
+use std::time::Duration;
+
 use coracle_storage::ReplicaId;
 
 use crate::leadership::GroupStatus;
 use crate::types::{NodeId, Role};
 
+/// Whether there is anybody to hand leadership to, now or later.
+pub(crate) fn has_other_voter(status: &GroupStatus, own: ReplicaId, to: Option<NodeId>) -> bool {
+    let wanted = |node| to.is_none_or(|to| node == to);
+    status
+        .members
+        .iter()
+        .any(|(id, member)| *id != own.0 && member.role == Role::Voter && wanted(member.node))
+}
+
 /// The voter to which leadership can go now: on `to`, or any. It holds the leader's whole log, so it
-/// neither refuses nor keeps the group waiting.
+/// neither refuses nor keeps the group waiting, and it was heard within `fresh`: a transfer to a dead
+/// one leaves the group without a leader until its timeouts. The one heard last is taken.
 pub(crate) fn transfer_target(
     status: &GroupStatus,
     own: ReplicaId,
     to: Option<NodeId>,
+    fresh: Duration,
 ) -> Option<u64> {
     let last = status.last_index?;
     let eligible = status.members.iter().filter(|(id, member)| {
@@ -20,8 +33,9 @@ pub(crate) fn transfer_target(
             && member.role == Role::Voter
             && to.is_none_or(|node| member.node == node)
             && member.matched.is_some_and(|matched| matched.index >= last)
+            && member.heard.is_some_and(|heard| heard <= fresh)
     });
-    eligible.map(|(id, _)| *id).next()
+    eligible.min_by_key(|(_, member)| member.heard).map(|(id, _)| *id)
 }
 
 /// The place of a replica among the voters that may follow a lost leader; `None` for others.
@@ -48,6 +62,7 @@ mod tests {
             node: NodeId(n as u64 + 1),
             role: Role::Voter,
             matched: matched[n].map(|index| Position { term: 1, index }),
+            heard: Some(Duration::from_millis(10 * (3 - n as u64))),
         };
         GroupStatus {
             state: Standing::Leader,
@@ -67,10 +82,15 @@ mod tests {
     #[test]
     fn only_a_voter_with_the_whole_log_takes_over() {
         let own = ReplicaId(10);
-        let status = status([Some(7), Some(6), Some(7)]);
-        assert_eq!(transfer_target(&status, own, None), Some(12));
-        assert_eq!(transfer_target(&status, own, Some(NodeId(2))), None);
-        assert_eq!(transfer_target(&status, own, Some(NodeId(3))), Some(12));
+        let fresh = Duration::from_millis(300);
+        let behind = status([Some(7), Some(6), Some(7)]);
+        assert_eq!(transfer_target(&behind, own, None, fresh), Some(12));
+        assert_eq!(transfer_target(&behind, own, Some(NodeId(2)), fresh), None);
+        assert_eq!(transfer_target(&behind, own, Some(NodeId(3)), fresh), Some(12));
+        let mut silent = status([Some(7), Some(7), Some(7)]);
+        assert_eq!(transfer_target(&silent, own, None, fresh), Some(12), "heard last");
+        silent.members.get_mut(&12).expect("a member").heard = Some(Duration::from_secs(2));
+        assert_eq!(transfer_target(&silent, own, None, fresh), Some(11), "12 may be dead");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::Reply;
-use crate::clock::{CEILING_AHEAD, Clock, HybridTime};
+use crate::clock::{CEILING_AHEAD, Circumstances, Clock, HybridTime};
 use crate::command::{Command, Request, Stamped};
 use crate::error::{GroupError, Outcome};
 use crate::leadership::{Leadership, Raft};
@@ -80,8 +80,7 @@ impl Proposer {
         raft: Raft,
         leadership: Leadership,
         state: SharedState,
-        clock: Arc<dyn Clock>,
-        observer: Arc<dyn Observer>,
+        environment: Arc<dyn Circumstances>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let handle = Self { queue: Arc::default(), wake: Arc::default() };
@@ -90,8 +89,9 @@ impl Proposer {
             raft,
             leadership,
             state,
-            clock,
-            observer,
+            clock: environment.clock(),
+            observer: environment.observer(),
+            environment,
             stamps: Stamps::default(),
         };
         (handle, task.run(stop))
@@ -165,6 +165,7 @@ struct Task {
     state: SharedState,
     clock: Arc<dyn Clock>,
     observer: Arc<dyn Observer>,
+    environment: Arc<dyn Circumstances>,
     stamps: Stamps,
 }
 
@@ -281,6 +282,11 @@ impl Task {
     /// The term in which this replica leads and may stamp: it has applied its term's first entry,
     /// so it knows every ceiling and version of the terms before.
     async fn ready(&mut self) -> Result<u64, GroupError> {
+        if !self.environment.healthy() {
+            // Entries would renew the followers' leases and pile up before the disk: leadership is
+            // to go where a disk works.
+            return Err(GroupError::NotLeader { leader: None });
+        }
         let term = self.leadership.leads()?;
         if self.state.applied().term < term {
             // Elected just now: the first entry is under way.
@@ -335,7 +341,9 @@ impl Task {
         self.stamps.committed_ceiling = self.stamps.committed_ceiling.max(group.ceiling);
         let newest = self.now().max(self.stamps.last).max(group.clock);
         let version = version.unwrap_or(newest);
-        if version > newest + HybridTime::BOUND {
+        // Measured from this node's clock, not from what earlier readers fixed: else repeated
+        // questions would carry the group's clock away.
+        if version > newest.max(self.now() + HybridTime::BOUND) {
             let _ = answer.send(Err(GroupError::ClockOutOfBound));
             return Box::pin(std::future::ready(()));
         }

@@ -17,9 +17,9 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::clock::Circumstances;
 use crate::error::GroupError;
 use crate::leadership::Raft;
-use crate::lease::Timing;
 use crate::state_machine::{ReadState, SharedState};
 
 /// Reads that may wait for one group: each holds a closure of about a kilobyte. Beyond it the
@@ -59,12 +59,12 @@ impl Reads {
     pub(crate) fn new(
         raft: Raft,
         state: SharedState,
-        exec: Arc<dyn Exec>,
-        timing: Timing,
+        environment: Arc<dyn Circumstances>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let exec = environment.exec();
         let handle = Self { queue: Arc::default(), wake: Arc::default(), state, exec };
-        (handle.clone(), run(handle, raft, timing, stop))
+        (handle.clone(), run(handle, raft, environment, stop))
     }
 
     /// Reads a state that holds everything acknowledged before this call began.
@@ -115,7 +115,12 @@ impl Reads {
     }
 }
 
-async fn run(reads: Reads, raft: Raft, timing: Timing, stop: CancellationToken) {
+async fn run(
+    reads: Reads,
+    raft: Raft,
+    environment: Arc<dyn Circumstances>,
+    stop: CancellationToken,
+) {
     let mut under_way = FuturesUnordered::new();
     loop {
         let room = under_way.len() < BATCHES_UNDER_WAY_MAX;
@@ -128,7 +133,7 @@ async fn run(reads: Reads, raft: Raft, timing: Timing, stop: CancellationToken) 
         if under_way.len() < BATCHES_UNDER_WAY_MAX {
             let batch = std::mem::take(&mut reads.queue.lock().waiting);
             if !batch.is_empty() {
-                under_way.push(serve(batch, &reads, &raft, timing));
+                under_way.push(serve(batch, &reads, &raft, &*environment));
             }
         }
     }
@@ -143,7 +148,19 @@ async fn run(reads: Reads, raft: Raft, timing: Timing, stop: CancellationToken) 
 }
 
 /// One batch: everything in it arrived before its read point is asked for.
-async fn serve(batch: Vec<Waiting>, reads: &Reads, raft: &Raft, timing: Timing) {
+async fn serve(
+    batch: Vec<Waiting>,
+    reads: &Reads,
+    raft: &Raft,
+    environment: &dyn Circumstances,
+) {
+    if !environment.healthy() {
+        // A stale lease would be renewed by heartbeats that a stalled disk must not send.
+        let error = GroupError::NotLeader { leader: None };
+        batch.into_iter().for_each(|read| (read.look)(Err(error.clone())));
+        return;
+    }
+    let timing = environment.timing();
     let option = LinearizerOption::new(Some(timing.read_lease()), true)
         .with_wait_timeout(timing.lease());
     let point = match raft.get_read_linearizer(option).await {

@@ -5,7 +5,7 @@
 //! machine's.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -59,13 +59,30 @@ pub(crate) enum SnapshotData {
     /// A checkpoint on this node, removed with its last handle.
     Checkpoint(Arc<CheckpointDir>),
     /// Received, verified and synced; waits for its swap.
-    Received(PathBuf),
+    Received(Arc<CheckpointDir>),
 }
 
-/// A directory that lives as long as somebody sends from it.
+/// A directory that lives as long as somebody sends from it, receives into it, or waits to install
+/// it; one that was swapped in is gone under this name.
 pub(crate) struct CheckpointDir {
     pub(crate) fs: Arc<dyn Fs>,
     pub(crate) path: PathBuf,
+    /// Made by the first who sends it: reading a whole shard is not repeated for every attempt.
+    manifest: OnceLock<Manifest>,
+}
+
+impl CheckpointDir {
+    pub(crate) fn new(fs: Arc<dyn Fs>, path: PathBuf) -> Self {
+        Self { fs, path, manifest: OnceLock::new() }
+    }
+
+    fn manifest(&self) -> Result<Manifest, coracle_storage::Error> {
+        if let Some(manifest) = self.manifest.get() {
+            return Ok(manifest.clone());
+        }
+        let manifest = Manifest::of(&*self.fs, &self.path)?;
+        Ok(self.manifest.get_or_init(|| manifest).clone())
+    }
 }
 
 impl std::fmt::Debug for CheckpointDir {
@@ -76,7 +93,9 @@ impl std::fmt::Debug for CheckpointDir {
 
 impl Drop for CheckpointDir {
     fn drop(&mut self) {
-        if let Err(error) = self.fs.remove_dir_all(&self.path) {
+        if self.fs.exists(&self.path)
+            && let Err(error) = self.fs.remove_dir_all(&self.path)
+        {
             tracing::warn!(%error, path = %self.path.display(), "a checkpoint was not removed");
         }
     }
@@ -89,16 +108,20 @@ pub(crate) struct Snapshots {
     fs: Arc<dyn Fs>,
     exec: Arc<dyn Exec>,
     slots: Arc<SnapshotSlots>,
-    /// Where a received snapshot is put together: beside the live store.
-    incoming: PathBuf,
+    /// Received snapshots are put together beside it, each under a name of its own: one that waits
+    /// for its install is not touched by the next.
+    live: PathBuf,
+    received: AtomicU64,
     transfers: AtomicU64,
     receiving: Mutex<Option<Receiving>>,
 }
 
 struct Receiving {
+    vote: Vote,
     transfer: u64,
     meta: SnapshotMeta,
     incoming: Arc<Incoming>,
+    dir: Arc<CheckpointDir>,
     heard: Instant,
     _slot: OwnedSemaphorePermit,
 }
@@ -111,13 +134,12 @@ impl Snapshots {
         live: &Path,
         first_transfer: u64,
     ) -> Self {
-        let mut incoming = live.as_os_str().to_os_string();
-        incoming.push(".incoming");
         Self {
             fs,
             exec,
             slots,
-            incoming: incoming.into(),
+            live: live.to_owned(),
+            received: AtomicU64::new(0),
             transfers: AtomicU64::new(first_transfer),
             receiving: Mutex::default(),
         }
@@ -137,7 +159,7 @@ impl Snapshots {
         let _slot = self.slots.send.try_acquire().map_err(|_| "all send slots are taken")?;
         let transfer = self.transfers.fetch_add(1, Ordering::Relaxed);
         let source = checkpoint.clone();
-        let manifest = blocking(&*self.exec, move || Manifest::of(&*source.fs, &source.path))
+        let manifest = blocking(&*self.exec, move || source.manifest())
             .await?
             .map_err(|error| error.to_string())?;
         let begin = Question::SnapshotBegin {
@@ -196,32 +218,39 @@ impl Snapshots {
         }
     }
 
-    /// Begins to receive. A transfer under way that still moves keeps its place.
+    /// Begins to receive. A transfer under way gives way to one of the same or a newer leader, which
+    /// sends one at a time: it has given the older one up.
     pub(crate) async fn begin(
         &self,
+        vote: Vote,
         transfer: u64,
         meta: SnapshotMeta,
         manifest: Bytes,
     ) -> Result<(), String> {
         let slot = {
             let mut receiving = self.receiving.lock();
-            if receiving.as_ref().is_some_and(|other| other.heard.elapsed() < TRANSFER_IDLE_MAX) {
+            if receiving.as_ref().is_some_and(|other| !(vote >= other.vote)) {
                 return Err("another snapshot is being received".to_owned());
             }
             *receiving = None;
             self.slots.receive.clone().try_acquire_owned()
         };
         let slot = slot.map_err(|_| "all receive slots are taken")?;
-        let (fs, dir) = (self.fs.clone(), self.incoming.clone());
+        let mut path = self.live.as_os_str().to_os_string();
+        path.push(format!(".incoming-{}", self.received.fetch_add(1, Ordering::Relaxed)));
+        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), path.into()));
+        let (fs, into) = (self.fs.clone(), dir.clone());
         let incoming = blocking(&*self.exec, move || {
-            let manifest = Manifest::decode(&dir, &manifest)?;
-            Incoming::begin(fs, &dir, manifest)
+            let manifest = Manifest::decode(&into.path, &manifest)?;
+            Incoming::begin(fs, &into.path, manifest)
         });
         let incoming = incoming.await?.map_err(|error| error.to_string())?;
         *self.receiving.lock() = Some(Receiving {
+            vote,
             transfer,
             meta,
             incoming: Arc::new(incoming),
+            dir,
             heard: Instant::now(),
             _slot: slot,
         });
@@ -258,16 +287,19 @@ impl Snapshots {
             }
             receiving.take().expect("it was there under the same lock")
         };
-        let Receiving { meta, incoming, .. } = receiving;
+        let Receiving { meta, incoming, dir, .. } = receiving;
         let incoming = Arc::into_inner(incoming).ok_or("chunks are still being written")?;
         let finished = blocking(&*self.exec, move || incoming.finish()).await?;
         finished.map_err(|error| error.to_string())?;
-        Ok(Snapshot { meta, snapshot: SnapshotData::Received(self.incoming.clone()) })
+        Ok(Snapshot { meta, snapshot: SnapshotData::Received(dir) })
     }
 
-    /// Gives up a transfer, so that the next one need not wait for it.
-    pub(crate) fn forget(&self) {
-        *self.receiving.lock() = None;
+    /// Gives up a transfer of which nothing was heard for too long, and frees its slot.
+    pub(crate) fn forget_idle(&self) {
+        let mut receiving = self.receiving.lock();
+        if receiving.as_ref().is_some_and(|other| other.heard.elapsed() >= TRANSFER_IDLE_MAX) {
+            *receiving = None;
+        }
     }
 }
 

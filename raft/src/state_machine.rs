@@ -6,14 +6,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use coracle_storage::exec::Exec;
 use coracle_storage::fs::Fs;
 use coracle_storage::state::{
-    Engines, FilterState, MetaName, OpenState, Reader, ReplicaState, checkpoint,
+    Engine, Engines, FilterState, MetaName, OpenState, Reader, ReplicaState, checkpoint,
 };
 use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
@@ -48,8 +48,19 @@ const CHECKPOINT_FRESH: Duration = Duration::from_secs(10);
 pub(crate) struct SharedState(Arc<Shared>);
 
 struct Shared {
+    /// What reads and apply work on, paired: held over the store's writes, so only by blocking work.
     current: RwLock<Current>,
+    /// The same as of the last batch, for async tasks: never held over a write.
+    seen: RwLock<Seen>,
     applied: watch::Sender<Position>,
+}
+
+struct Seen {
+    clock: u64,
+    ceiling: u64,
+    descriptor: Option<Descriptor>,
+    /// Weak: a look at figures must not keep a store open that is to be swapped.
+    engine: Weak<dyn Engine>,
 }
 
 struct Current {
@@ -85,8 +96,9 @@ impl SharedState {
     pub(crate) fn open(store: ReplicaState) -> io::Result<Self> {
         let current = Current::load(store)?;
         let at = current.last_applied.as_ref().map(position).unwrap_or_default();
-        let shared = Shared { current: RwLock::new(current), applied: watch::Sender::new(at) };
-        Ok(Self(Arc::new(shared)))
+        let seen = RwLock::new(current.seen());
+        let applied = watch::Sender::new(at);
+        Ok(Self(Arc::new(Shared { current: RwLock::new(current), seen, applied })))
     }
 
     pub(crate) fn applied(&self) -> Position {
@@ -107,21 +119,31 @@ impl SharedState {
     }
 
     pub(crate) fn clock_and_ceiling(&self) -> ClockAndCeiling {
-        let current = self.0.current.read();
-        ClockAndCeiling { clock: current.group.clock, ceiling: current.group.ceiling }
+        let seen = self.0.seen.read();
+        ClockAndCeiling { clock: seen.clock, ceiling: seen.ceiling }
     }
 
     pub(crate) fn descriptor(&self) -> Option<Descriptor> {
-        self.0.current.read().group.descriptor.clone()
+        self.0.seen.read().descriptor.clone()
     }
 
     /// What a crash would have to replay; 0 when everything is durable.
     pub(crate) fn unflushed_bytes(&self) -> u64 {
-        self.0.current.read().store.as_ref().map_or(0, |store| store.engine().unflushed_bytes())
+        self.engine().map_or(0, |engine| engine.unflushed_bytes())
     }
 
     pub(crate) fn state_bytes(&self) -> u64 {
-        self.0.current.read().store.as_ref().map_or(0, |store| store.engine().approximate_bytes())
+        self.engine().map_or(0, |engine| engine.approximate_bytes())
+    }
+
+    fn engine(&self) -> Option<Arc<dyn Engine>> {
+        self.0.seen.read().engine.upgrade()
+    }
+
+    /// Up to which index the state survives a crash. Blocks while a batch is written.
+    pub(crate) fn durable_index(&self) -> Option<u64> {
+        let applied = self.store().ok()?.applied_bytes()?;
+        applied_from(applied).ok().flatten().map(|id| id.index())
     }
 
     /// A view of the state together with the descriptor that holds for it.
@@ -186,6 +208,7 @@ impl SharedState {
             current.group = group;
             current.membership = membership;
             current.last_applied = Some(last);
+            *self.0.seen.write() = current.seen();
         }
         self.0.applied.send_replace(position(&last));
         Ok(replies)
@@ -193,6 +216,16 @@ impl SharedState {
 }
 
 impl Current {
+    fn seen(&self) -> Seen {
+        let store = self.store.as_ref().expect("looked at only while a store is there");
+        Seen {
+            clock: self.group.clock,
+            ceiling: self.group.ceiling,
+            descriptor: self.group.descriptor.clone(),
+            engine: Arc::downgrade(store.engine()),
+        }
+    }
+
     fn load(store: ReplicaState) -> io::Result<Self> {
         let group = GroupState::load(&store.overlay()).map_err(io::Error::other)?;
         let last_applied = match store.meta(MetaName::APPLIED).map_err(io::Error::other)? {
@@ -284,7 +317,7 @@ impl StateMachine {
             store.engine().checkpoint(&target).map_err(io::Error::other)
         })
         .await?;
-        let dir = Arc::new(CheckpointDir { fs: self.fs.clone(), path });
+        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), path));
         self.recent = Some((Instant::now(), meta.clone(), dir.clone()));
         Ok((meta, dir))
     }
@@ -293,9 +326,10 @@ impl StateMachine {
     async fn close_store(&self) {
         let store = self.shared.0.current.write().store.take();
         let Some(store) = store else { return };
-        let engine = Arc::downgrade(store.engine());
+        let open = store.engine().open_marker();
         drop(store);
-        while engine.strong_count() > 0 {
+        // Those who still hold it are looks and flushes, which end.
+        while open.strong_count() > 0 {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
@@ -355,7 +389,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             }
         };
         let (shared, exec) = (self.shared.clone(), self.exec.clone());
-        DurableBuilder { meta: self.meta(), filter, shared, exec }
+        // Senders keep their own handle; this one would pin what compaction wants to drop, and be
+        // sent again although the log is about to be purged beyond it.
+        self.recent = None;
+        DurableBuilder { meta: self.meta(), filter, store: shared.store(), exec }
     }
 
     async fn install_snapshot(
@@ -363,15 +400,16 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         meta: &SnapshotMeta,
         snapshot: SnapshotData,
     ) -> Result<(), io::Error> {
-        let SnapshotData::Received(received) = snapshot else {
+        let SnapshotData::Received(received) = &snapshot else {
             return Err(io::Error::other("only a received snapshot is installed"));
         };
         self.recent = None;
         self.close_store().await;
         let (engines, fs, live) = (self.engines.clone(), self.fs.clone(), self.live.clone());
+        let received = received.clone();
         let current = self
             .run(move || {
-                checkpoint::swap_in(&*fs, &received, &live).map_err(io::Error::other)?;
+                checkpoint::swap_in(&*fs, &received.path, &live).map_err(io::Error::other)?;
                 let store = ReplicaState::open(&*engines, &live, OpenState { create: false });
                 Current::load(store.map_err(io::Error::other)?)
             })
@@ -381,7 +419,9 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             "a snapshot's files hold exactly the state of the position that it names"
         );
         let at = current.last_applied.as_ref().map(position).unwrap_or_default();
+        let seen = current.seen();
         *self.shared.0.current.write() = current;
+        *self.shared.0.seen.write() = seen;
         self.shared.0.applied.send_replace(at);
         Ok(())
     }
@@ -393,7 +433,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             return Ok(None);
         }
         if !self.serving.load(std::sync::atomic::Ordering::Acquire) {
-            // openraft asks at start, only for the position: what was loaded is durable.
+            // openraft asks at start, only for the position, and may purge up to it. It has just
+            // applied committed entries again: only a flush makes them durable.
+            let store = self.shared.store()?;
+            self.run(move || store.flush().map(drop).map_err(io::Error::other)).await?;
             let (meta, snapshot) = (self.meta(), SnapshotData::Durable);
             return Ok(Some(openraft::Snapshot { meta, snapshot }));
         }
@@ -414,7 +457,8 @@ fn entry_bytes(entry: &Entry) -> usize {
 pub struct DurableBuilder {
     meta: SnapshotMeta,
     filter: FilterState,
-    shared: SharedState,
+    /// Taken in the state machine's turn: a swap that comes later waits for it.
+    store: io::Result<ReplicaState>,
     exec: Arc<dyn Exec>,
 }
 
@@ -424,9 +468,8 @@ impl RaftSnapshotBuilder<TypeConfig> for DurableBuilder {
     async fn build_snapshot(
         &mut self,
     ) -> Result<openraft::alias::SnapshotOf<TypeConfig, SnapshotData>, io::Error> {
-        // Weak while flushing would let a swap run beneath it: the handle keeps the store open,
-        // and a swap waits for it.
-        let store = self.shared.store()?;
+        let closed = || Err(io::Error::other("the snapshot was built before"));
+        let store = std::mem::replace(&mut self.store, closed())?;
         let filter = self.filter.clone();
         let flushed = blocking(&*self.exec, move || {
             store.flush()?;

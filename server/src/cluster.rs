@@ -85,6 +85,8 @@ pub trait Membership: Send + Sync + 'static {
     fn plan(&self) -> Option<Bytes>;
     /// Keeps the plan of an init.
     fn keep_plan(&self, plan: &[u8]) -> Result<(), String>;
+    /// Forgets the plan: another init was first.
+    fn drop_plan(&self);
 }
 
 /// What init was asked for.
@@ -164,17 +166,20 @@ async fn adopt_all(
     deadline: Instant,
 ) -> Result<(), InitError> {
     let own = commands.own().peer_address;
-    // This node last: as long as it has no identity, the same init can be run again.
-    let (here, others): (Vec<_>, Vec<_>) =
-        plan.nodes.iter().partition(|node| node.peer_address == own);
-    for node in others.into_iter().chain(here) {
+    // In the order of the addresses, the same on whichever node init runs: of two inits at once the
+    // first adoption decides, and the other one stops before it has touched anything.
+    let mut nodes: Vec<_> = plan.nodes.iter().collect();
+    nodes.sort_by(|a, b| a.peer_address.cmp(&b.peer_address));
+    for (n, node) in nodes.into_iter().enumerate() {
         let adopt = peer::Adopt {
             cluster_id: plan.cluster_id.clone(),
             node: node.id,
             hash_seed: plan.hash_seed,
         };
         if node.peer_address == own {
-            membership.adopt(&adopt).map_err(InitError::Failed)?;
+            if let Err(error) = membership.adopt(&adopt) {
+                return Err(refused_adoption(membership, n, error));
+            }
             continue;
         }
         let target = Target::Address(node.peer_address.clone());
@@ -182,12 +187,20 @@ async fn adopt_all(
             let kind = Kind::Adopt(adopt.clone());
             match commands.command(target.clone(), kind, COMMAND_TIMEOUT).await {
                 Ok(done) if done.error.is_empty() => break,
-                Ok(done) => return Err(InitError::Failed(done.error)),
+                Ok(done) => return Err(refused_adoption(membership, n, done.error)),
                 Err(why) => pause(deadline, &format!("for {}: {why}", node.peer_address)).await?,
             }
         }
     }
     Ok(())
+}
+
+/// When the very first node refuses, it is in another cluster: this plan comes to nothing.
+fn refused_adoption(membership: &dyn Membership, n: usize, error: String) -> InitError {
+    if n == 0 {
+        membership.drop_plan();
+    }
+    InitError::Failed(error)
 }
 
 impl Cluster {

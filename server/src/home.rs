@@ -207,4 +207,10 @@ impl Membership for Home {
     fn keep_plan(&self, plan: &[u8]) -> Result<(), String> {
         self.write("INIT", plan)
     }
+
+    fn drop_plan(&self) {
+        if let Err(error) = self.fs.remove_file(&self.dir.join("INIT")) {
+            tracing::warn!(%error, "the plan of a refused init was not removed");
+        }
+    }
 }

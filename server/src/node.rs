@@ -213,7 +213,7 @@ fn damages(member: &Member) -> Vec<String> {
         let file = damage.file.display();
         format!("replica {}: {file} at {}: {}", damage.replica.0, damage.offset, damage.why)
     };
-    member.recovering.iter().map(one).collect()
+    member.recovering.iter().map(one).chain(member.host.failed()).collect()
 }
 
 fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
@@ -484,7 +484,13 @@ impl Shared {
             {
                 kept = map.epoch().0;
                 let (home, map) = (self.home.clone(), map.to_proto());
-                self.parts.exec.blocking(Box::new(move || home.keep_map(&map)));
+                let (done, kept) = tokio::sync::oneshot::channel();
+                self.parts.exec.blocking(Box::new(move || {
+                    home.keep_map(&map);
+                    let _ = done.send(());
+                }));
+                // One at a time, so that the newest is the last.
+                let _ = kept.await;
             }
             tokio::select! {
                 () = self.stop.cancelled() => return,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::Bytes;
 
@@ -59,6 +59,10 @@ pub trait Engine: Send + Sync + 'static {
 
     /// What compaction may drop.
     fn filter(&self) -> &Arc<Filter>;
+
+    /// Cannot be upgraded any more once the store is closed: its last handle and its last view are
+    /// dropped, and nothing of it runs in the background. Only then may its directory be replaced.
+    fn open_marker(&self) -> Weak<()>;
 }
 
 /// A consistent view of a store.

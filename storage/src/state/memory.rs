@@ -58,6 +58,7 @@ impl Engines for MapEngines {
                 unflushed_bytes: 0,
                 failed: None,
             }),
+            open: Arc::default(),
         });
         open.insert(dir.to_path_buf(), Arc::downgrade(&engine));
         Ok(engine)
@@ -94,6 +95,8 @@ struct MapEngine {
     dir: PathBuf,
     filter: Arc<Filter>,
     inner: Mutex<Inner>,
+    /// Views are copies and touch no file, so the engine alone keeps the store open.
+    open: Arc<()>,
 }
 
 struct Inner {
@@ -213,6 +216,10 @@ impl Engine for MapEngine {
 
     fn filter(&self) -> &Arc<Filter> {
         &self.filter
+    }
+
+    fn open_marker(&self) -> Weak<()> {
+        Arc::downgrade(&self.open)
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::ffi::CStr;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
@@ -28,7 +28,7 @@ use crate::state::checkpoint;
 use crate::state::engine::{self, Engine, Engines, OpenState, View};
 use crate::state::filter::{Filter, Pass, Verdict};
 use crate::state::image::{self, Entries};
-use crate::state::rocks_view::{self, RocksView, map_error};
+use crate::state::rocks_view::{self, OpenDb, RocksView, map_error};
 
 /// Entries of an image are written in batches of about this size.
 const LOAD_BATCH_BYTES: u64 = 1 << 20;
@@ -101,7 +101,7 @@ impl RocksEngines {
         write_options.disable_wal(true);
         write_options.set_protection_bytes_per_key(PROTECTION_BYTES as usize);
         Ok(RocksEngine {
-            db: Arc::new(db),
+            db: Arc::new(OpenDb::new(db)),
             dir: dir.to_path_buf(),
             fs: self.fs.clone(),
             filter,
@@ -185,7 +185,7 @@ impl Engines for RocksEngines {
 }
 
 struct RocksEngine {
-    db: Arc<DB>,
+    db: Arc<OpenDb>,
     dir: PathBuf,
     fs: Arc<dyn Fs>,
     filter: Arc<Filter>,
@@ -391,6 +391,10 @@ impl Engine for RocksEngine {
 
     fn filter(&self) -> &Arc<Filter> {
         &self.filter
+    }
+
+    fn open_marker(&self) -> Weak<()> {
+        self.db.marker()
     }
 }
 

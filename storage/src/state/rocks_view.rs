@@ -3,10 +3,10 @@
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
@@ -51,6 +51,31 @@ fn copy(key: &[u8], value: &[u8]) -> (Bytes, Bytes) {
     (Bytes::copy_from_slice(key), Bytes::copy_from_slice(value))
 }
 
+/// A database with a marker that goes only after it: the fields are dropped in this order.
+pub(crate) struct OpenDb {
+    db: DB,
+    open: Arc<()>,
+}
+
+impl OpenDb {
+    pub(crate) fn new(db: DB) -> OpenDb {
+        OpenDb { db, open: Arc::new(()) }
+    }
+
+    /// See [`crate::state::Engine::open_marker`].
+    pub(crate) fn marker(&self) -> Weak<()> {
+        Arc::downgrade(&self.open)
+    }
+}
+
+impl Deref for OpenDb {
+    type Target = DB;
+
+    fn deref(&self) -> &DB {
+        &self.db
+    }
+}
+
 /// A snapshot that owns its database.
 ///
 /// The binding's snapshot borrows the database, and a struct cannot hold both. A future can: the
@@ -62,11 +87,11 @@ pub(crate) struct RocksView {
     handed_out: Arc<Mutex<Option<ReadOptions>>>,
     /// For gets, which may share one set of options.
     options: ReadOptions,
-    db: Arc<DB>,
+    db: Arc<OpenDb>,
 }
 
 impl RocksView {
-    pub(crate) fn new(db: Arc<DB>) -> RocksView {
+    pub(crate) fn new(db: Arc<OpenDb>) -> RocksView {
         let handed_out = Arc::new(Mutex::new(None));
         let mut holder: Pin<Box<dyn Future<Output = ()> + Send>> =
             Box::pin(hold(db.clone(), handed_out.clone()));
@@ -86,7 +111,7 @@ impl RocksView {
     }
 }
 
-async fn hold(db: Arc<DB>, handed_out: Arc<Mutex<Option<ReadOptions>>>) {
+async fn hold(db: Arc<OpenDb>, handed_out: Arc<Mutex<Option<ReadOptions>>>) {
     let snapshot = db.snapshot();
     loop {
         let mut options = ReadOptions::default();
