@@ -46,7 +46,12 @@ pub struct Failure {
 impl Failure {
     /// With a code of its own.
     pub fn new(exit: Exit, what: impl Into<String>) -> Failure {
-        Failure { exit, what: what.into(), next: None, details: None }
+        Failure {
+            exit,
+            what: what.into(),
+            next: None,
+            details: None,
+        }
     }
 
     /// Of no special kind.
@@ -73,7 +78,10 @@ impl Failure {
 
     /// A file could not be used: what was tried, which one.
     pub fn io(what: &str, path: impl AsRef<std::path::Path>, error: &std::io::Error) -> Failure {
-        Failure::failed(format!("cannot {what} {}: {error}", path.as_ref().display()))
+        Failure::failed(format!(
+            "cannot {what} {}: {error}",
+            path.as_ref().display()
+        ))
     }
 
     /// A call to the cluster failed.
@@ -118,7 +126,9 @@ fn next_of(error: &Error) -> Option<&'static str> {
             "coracle status shows which nodes answer; --timeout waits longer"
         }
         (_, ErrorKind::Overloaded) => "try again later, or with less at a time",
-        (_, ErrorKind::DiskFull) => "coracle node ls -o wide shows the disks; make room or delete keys",
+        (_, ErrorKind::DiskFull) => {
+            "coracle node ls -o wide shows the disks; make room or delete keys"
+        }
         (_, ErrorKind::CrossEntity) => "coracle keyspace ls shows the entity rule",
         _ => return None,
     })

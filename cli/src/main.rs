@@ -15,7 +15,9 @@ use coracle_cli::{data, demo, export, import, server};
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
-    let parsed = command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = command()
+        .try_get_matches()
+        .and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
         Err(error) => {
@@ -25,7 +27,10 @@ fn main() -> ExitCode {
         }
     };
     let output = Output::new(&cli.global);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             output.failure(&Failure::failed(format!("cannot start: {error}")));
@@ -77,9 +82,7 @@ async fn dispatch(cli: Cli, output: &Output) -> Result<(), Failure> {
 }
 
 /// Ctrl-C ends the command. A write that was under way may or may not have been applied.
-async fn interruptible(
-    command: impl Future<Output = Result<(), Failure>>,
-) -> Result<(), Failure> {
+async fn interruptible(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     tokio::select! {
         result = command => result,
         _ = tokio::signal::ctrl_c() => Err(Failure::new(Exit::Interrupted, "interrupted")),

@@ -19,6 +19,10 @@ pub struct Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: key {}, calls {:?}: {}", self.rule, self.key, self.calls, self.why)
+        write!(
+            f,
+            "{}: key {}, calls {:?}: {}",
+            self.rule, self.key, self.calls, self.why
+        )
     }
 }

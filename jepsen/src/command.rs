@@ -216,9 +216,15 @@ fn one_seed(seed: u64, sim: &Sim) -> bool {
         println!("{REPORT_MARK}{json}");
     } else {
         println!("{}", sweep::line(&report));
-        let faults = report.faults.iter().map(|(kind, times)| format!("{kind} {times}"));
+        let faults = report
+            .faults
+            .iter()
+            .map(|(kind, times)| format!("{kind} {times}"));
         println!("faults: {}", faults.collect::<Vec<_>>().join(", "));
-        report.violations.iter().for_each(|violation| println!("  {violation}"));
+        report
+            .violations
+            .iter()
+            .for_each(|violation| println!("  {violation}"));
     }
     report.violations.is_empty()
 }
@@ -234,7 +240,13 @@ fn many_seeds(sim: &Sim) -> Result<bool, String> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = sim.jobs.unwrap_or(cores);
-    let sweep = Sweep { program, from: sim.from, seeds: sim.seeds, jobs, args };
+    let sweep = Sweep {
+        program,
+        from: sim.from,
+        seeds: sim.seeds,
+        jobs,
+        args,
+    };
     let summary = sweep.run(|report| {
         println!("{}", sweep::line(report));
         for violation in &report.violations {
@@ -270,6 +282,8 @@ fn log_histories(asked: &LogHistories) -> bool {
         }
     }
     let count = asked.count;
-    println!("{count} histories, {acknowledged} acknowledged operations, {crashes} crashes: all held");
+    println!(
+        "{count} histories, {acknowledged} acknowledged operations, {crashes} crashes: all held"
+    );
     true
 }

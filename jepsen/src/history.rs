@@ -181,7 +181,8 @@ impl History {
                 continue;
             }
             let place = places.get(&event.call);
-            let place = *place.unwrap_or_else(|| panic!("call {} ends, but never began", event.call));
+            let place =
+                *place.unwrap_or_else(|| panic!("call {} ends, but never began", event.call));
             let operation = &mut operations[place];
             (operation.end, operation.outcome) = match (event.kind, &event.answer) {
                 (Kind::Ok, Some(answer)) => (at, Outcome::Ok(answer.clone())),
@@ -240,7 +241,11 @@ impl Recorder {
 
     /// It failed; `may_have_happened` makes it unknown.
     pub fn failed(&self, time_us: u64, call: u64, may_have_happened: bool, error: String) {
-        let kind = if may_have_happened { Kind::Info } else { Kind::Fail };
+        let kind = if may_have_happened {
+            Kind::Info
+        } else {
+            Kind::Fail
+        };
         self.end(time_us, call, kind, None, Some(error));
     }
 
@@ -254,7 +259,13 @@ impl Recorder {
     ) {
         let mut history = self.0.lock();
         let begun = history.events[call as usize].clone();
-        history.events.push(Event { time_us, kind, answer, error, ..begun });
+        history.events.push(Event {
+            time_us,
+            kind,
+            answer,
+            error,
+            ..begun
+        });
     }
 
     /// The newest event.

@@ -46,7 +46,10 @@ pub struct Watch {
 impl Default for Watch {
     fn default() -> Watch {
         Watch {
-            invariants: vec![Box::<CommittedIsFinal>::default(), Box::<OnlyForward>::default()],
+            invariants: vec![
+                Box::<CommittedIsFinal>::default(),
+                Box::<OnlyForward>::default(),
+            ],
             broken: Vec::new(),
             elections: OneLeaderPerTerm::default(),
         }
@@ -57,7 +60,9 @@ impl Watch {
     /// Looks at every replica of every node that runs.
     pub fn look(&mut self, cluster: &Cluster) {
         for node in 0..cluster.len() {
-            let Some(host) = cluster.node(node).and_then(|node| node.host()) else { continue };
+            let Some(host) = cluster.node(node).and_then(|node| node.host()) else {
+                continue;
+            };
             for group in host.groups() {
                 self.look_at(&look(node, &group));
             }
@@ -65,12 +70,16 @@ impl Watch {
     }
 
     fn look_at(&mut self, look: &Look) {
-        let invariants = self.invariants.iter_mut().map(|invariant| &mut **invariant as _);
+        let invariants = self
+            .invariants
+            .iter_mut()
+            .map(|invariant| &mut **invariant as _);
         let all: Vec<&mut dyn Invariant> = invariants.chain([&mut self.elections as _]).collect();
         for invariant in all {
             if let Some(why) = invariant.look(look) {
                 let sentence = invariant.sentence();
-                self.broken.push(format!("{sentence}: shard {}: {why}", look.shard));
+                self.broken
+                    .push(format!("{sentence}: shard {}: {why}", look.shard));
             }
         }
     }
@@ -92,5 +101,10 @@ impl Watch {
 }
 
 fn look(node: usize, group: &Group) -> Look {
-    Look { node, shard: group.shard().0, replica: group.replica().0, status: group.status() }
+    Look {
+        node,
+        shard: group.shard().0,
+        replica: group.replica().0,
+        status: group.status(),
+    }
 }

@@ -89,8 +89,11 @@ impl Group {
     ) -> Result<Arc<Self>, Error> {
         let timing = environment.timing;
         let stop = environment.stop.child_token();
-        let embargo =
-            if start.restarted { Embargo::after_restart(&timing) } else { Embargo::none() };
+        let embargo = if start.restarted {
+            Embargo::after_restart(&timing)
+        } else {
+            Embargo::none()
+        };
         let sessions = environment.next_number();
         let snapshots = Arc::new(Snapshots::new(
             environment.engines.fs(),
@@ -159,7 +162,10 @@ impl Group {
         environment.exec.spawn("propose", Box::pin(propose));
         environment.exec.spawn("read", Box::pin(read));
         let supervised = group.clone();
-        environment.exec.spawn("group", Box::pin(async move { supervised.supervise().await }));
+        environment.exec.spawn(
+            "group",
+            Box::pin(async move { supervised.supervise().await }),
+        );
         Ok(group)
     }
 
@@ -233,7 +239,9 @@ impl Group {
         look: impl FnOnce(&ReadState) -> T + Send + 'static,
     ) -> Result<T, GroupError> {
         // The leader's core takes messages in order: behind every entry that was stamped before.
-        let last = self.raft.with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
+        let last = self
+            .raft
+            .with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
         let last = last.await.map_err(|_| GroupError::Stopped)?;
         let applied = self.state.wait_for_index(last.unwrap_or(0));
         if tokio::time::timeout_at(deadline, applied).await.is_err() {
@@ -248,8 +256,10 @@ impl Group {
         if initialized.map_err(|_| GroupError::Stopped)? {
             return Ok(());
         }
-        let members: BTreeMap<u64, Place> =
-            members.into_iter().map(|(replica, node)| (replica, Place { node })).collect();
+        let members: BTreeMap<u64, Place> = members
+            .into_iter()
+            .map(|(replica, node)| (replica, Place { node }))
+            .collect();
         let formed = self.raft.initialize(members).await;
         formed.map_err(|error| GroupError::Storage(format!("group {}: {error}", self.shard)))
     }
@@ -292,7 +302,10 @@ impl Group {
             if let (false, Some(leader)) = (status.state == Standing::Leader, status.leader) {
                 return Ok(leader);
             }
-            if !matches!(tokio::time::timeout_at(deadline, leadership.changed()).await, Ok(true)) {
+            if !matches!(
+                tokio::time::timeout_at(deadline, leadership.changed()).await,
+                Ok(true)
+            ) {
                 return Err(GroupError::TooStale);
             }
         }
@@ -312,14 +325,18 @@ impl Group {
             Err(error) => return failed(error.to_string()),
         };
         match question {
-            Question::Append { session, first, request } => {
-                self.append(from, session, first, request)
-            }
+            Question::Append {
+                session,
+                first,
+                request,
+            } => self.append(from, session, first, request),
             other => {
                 let group = self.clone();
                 Box::pin(async move {
                     let answer = group.answer_one(other).await;
-                    answer.map(|answer| answer.encode()).map_err(TransportError::Unreachable)
+                    answer
+                        .map(|answer| answer.encode())
+                        .map_err(TransportError::Unreachable)
                 })
             }
         }
@@ -331,18 +348,25 @@ impl Group {
             Question::Append { .. } => unreachable!("appends go through their session"),
             Question::Heartbeat(request) => {
                 let (previous, last) = (request.prev_log_id, request.prev_log_id);
-                let answer = self.raft.append_entries(request).await.map_err(|e| why(&e))?;
+                let answer = self
+                    .raft
+                    .append_entries(request)
+                    .await
+                    .map_err(|e| why(&e))?;
                 Ok(Answer::Append(answer.into_stream_result(previous, last)))
             }
             Question::Vote { .. } if self.embargo.holds() => {
                 Err("the node has just restarted and gives no vote yet".to_owned())
             }
-            Question::Vote { pre: true, request } => {
-                Ok(Answer::Vote(self.raft.pre_vote(request).await.map_err(|e| why(&e))?))
-            }
-            Question::Vote { pre: false, request } => {
-                Ok(Answer::Vote(self.raft.vote(request).await.map_err(|e| why(&e))?))
-            }
+            Question::Vote { pre: true, request } => Ok(Answer::Vote(
+                self.raft.pre_vote(request).await.map_err(|e| why(&e))?,
+            )),
+            Question::Vote {
+                pre: false,
+                request,
+            } => Ok(Answer::Vote(
+                self.raft.vote(request).await.map_err(|e| why(&e))?,
+            )),
             Question::Transfer(request) => {
                 if self.embargo.holds() || !self.environment.healthy() {
                     return Ok(Answer::Transfer(false));
@@ -350,11 +374,21 @@ impl Group {
                 let taken = self.raft.handle_transfer_leader(request).await;
                 Ok(Answer::Transfer(taken.map_err(|e| why(&e))?.is_ok()))
             }
-            Question::SnapshotBegin { vote, transfer, meta, manifest } => {
+            Question::SnapshotBegin {
+                vote,
+                transfer,
+                meta,
+                manifest,
+            } => {
                 let begun = self.snapshots.begin(vote, transfer, meta, manifest).await;
                 Ok(begun.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
-            Question::SnapshotChunk { transfer, file, chunk, data } => {
+            Question::SnapshotChunk {
+                transfer,
+                file,
+                chunk,
+                data,
+            } => {
                 let taken = self.snapshots.chunk(transfer, file, chunk, data).await;
                 Ok(taken.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
@@ -397,7 +431,9 @@ impl Group {
         Box::pin(async move {
             match receiver.await {
                 Ok(result) => Ok(Answer::Append(result).encode()),
-                Err(_) => Err(TransportError::Unreachable("the stream of appends ended".into())),
+                Err(_) => Err(TransportError::Unreachable(
+                    "the stream of appends ended".into(),
+                )),
             }
         })
     }
@@ -410,7 +446,9 @@ impl Group {
         if status.leader != Some(node) {
             return;
         }
-        let Some(rank) = crate::membership::campaign_rank(&status, self.replica) else { return };
+        let Some(rank) = crate::membership::campaign_rank(&status, self.replica) else {
+            return;
+        };
         let group = self.clone();
         let campaign = async move {
             let wait = group.timing.lease() + group.timing.heartbeat * rank / 2;
@@ -448,12 +486,16 @@ impl Group {
     /// Makes the state durable and frees the log behind it, but for the last `keep` entries, which
     /// a follower that was away for a moment may still want.
     pub(crate) async fn compact(&self, keep: u64) -> Result<(), GroupError> {
-        let Some(applied) = self.status().applied else { return Ok(()) };
+        let Some(applied) = self.status().applied else {
+            return Ok(());
+        };
         let stopped = |_| GroupError::Stopped;
         self.raft.trigger().snapshot().await.map_err(stopped)?;
         let mut progress = self.raft.metrics();
         let reached = |metrics: &openraft::RaftMetrics<TypeConfig>| {
-            metrics.snapshot.is_some_and(|id| id.index() >= applied.index)
+            metrics
+                .snapshot
+                .is_some_and(|id| id.index() >= applied.index)
                 || metrics.running_state.is_err()
         };
         use openraft::async_runtime::watch::WatchReceiver;
@@ -568,7 +610,10 @@ async fn serve_session(
             result = results.next() => result,
         };
         let Some(Ok(result)) = result else { return };
-        let answer = answers.lock().pop_front().expect("one answer waits for every request");
+        let answer = answers
+            .lock()
+            .pop_front()
+            .expect("one answer waits for every request");
         // The asking connection may have broken meanwhile.
         let _ = answer.send(result);
     }

@@ -169,10 +169,13 @@ impl Host {
         let (engines, shards) = (self.environment.engines.clone(), self.shards.clone());
         let settle = move || {
             let fs = engines.fs();
-            fs.create_dir_all(&shards).map_err(|error| Error::io(&shards, error))?;
+            fs.create_dir_all(&shards)
+                .map_err(|error| Error::io(&shards, error))?;
             checkpoint::settle(&*fs, &shards)
         };
-        let names = blocking(&*self.environment.exec, settle).await.map_err(Error::invalid)??;
+        let names = blocking(&*self.environment.exec, settle)
+            .await
+            .map_err(Error::invalid)??;
         let damaged: Vec<ReplicaId> = recovery.recovering.iter().map(|d| d.replica).collect();
         for name in names {
             let id = u64::from_str_radix(&name, 16).map(ReplicaId);
@@ -187,7 +190,9 @@ impl Host {
                 if let Err(error) = self.open(replica).await {
                     // The node serves its other replicas.
                     tracing::error!(replica = replica.0, %error, "a replica does not run");
-                    self.failed.lock().push(format!("replica {}: {error}", replica.0));
+                    self.failed
+                        .lock()
+                        .push(format!("replica {}: {error}", replica.0));
                 }
             } else {
                 self.remove_unknown(self.shards.join(&name)).await?;
@@ -223,7 +228,9 @@ impl Host {
             Ok::<_, Error>((home, state))
         });
         let (initial, state) = opened.await.map_err(Error::invalid)??;
-        self.start(replica, live, state, initial, true).await.map(drop)
+        self.start(replica, live, state, initial, true)
+            .await
+            .map(drop)
     }
 
     /// Creates a replica on this node, or finds the one that is there. Durable when it returns.
@@ -244,8 +251,11 @@ impl Host {
             )));
         }
         let live = store_dir(&self.shards, replica.0);
-        let (engines, dir, home) =
-            (self.environment.engines.clone(), live.clone(), initial.clone());
+        let (engines, dir, home) = (
+            self.environment.engines.clone(),
+            live.clone(),
+            initial.clone(),
+        );
         let made = blocking(&*self.environment.exec, move || {
             engines.destroy(&dir)?;
             let store = ReplicaState::open(&*engines, &dir, OpenState { create: true })?;
@@ -278,20 +288,35 @@ impl Host {
         restarted: bool,
     ) -> Result<Arc<Group>, Error> {
         let shard = ShardId(initial.shard);
-        let start = Start { shard, replica, live, state, initial, restarted };
+        let start = Start {
+            shard,
+            replica,
+            live,
+            state,
+            initial,
+            restarted,
+        };
         let group = Group::start(start, self.environment.clone()).await?;
         let before = self.groups.write().insert(shard, group.clone());
-        assert!(before.is_none(), "a node holds at most one replica of a shard");
+        assert!(
+            before.is_none(),
+            "a node holds at most one replica of a shard"
+        );
         Ok(group)
     }
 
     /// Stops a replica and removes all of it. Its id is remembered and never comes back.
     pub async fn destroy(&self, shard: ShardId) -> Result<(), Error> {
         let _changing = self.changing.lock().await;
-        let Some(group) = self.groups.write().remove(&shard) else { return Ok(()) };
+        let Some(group) = self.groups.write().remove(&shard) else {
+            return Ok(());
+        };
         group.shutdown().await;
-        let (replica, live, log) =
-            (group.replica(), group.live().to_path_buf(), group.log().clone());
+        let (replica, live, log) = (
+            group.replica(),
+            group.live().to_path_buf(),
+            group.log().clone(),
+        );
         drop(group);
         let (done, destroyed) = oneshot::channel();
         log.destroy(
@@ -339,12 +364,14 @@ impl Host {
         to_replica: ReplicaId,
         question: Bytes,
     ) -> Answering {
-        match self.group(shard).filter(|group| group.replica() == to_replica) {
+        match self
+            .group(shard)
+            .filter(|group| group.replica() == to_replica)
+        {
             Some(group) => group.answer(from, question),
-            None => Box::pin(std::future::ready(Err(TransportError::Unreachable(format!(
-                "replica {} of {shard} is not on this node",
-                to_replica.0
-            ))))),
+            None => Box::pin(std::future::ready(Err(TransportError::Unreachable(
+                format!("replica {} of {shard} is not on this node", to_replica.0),
+            )))),
         }
     }
 
@@ -422,18 +449,27 @@ impl Host {
                 if bytes <= self.log_bytes_target {
                     break;
                 }
-                let Some((oldest, _)) = self.environment.log.oldest_pinner() else { break };
+                let Some((oldest, _)) = self.environment.log.oldest_pinner() else {
+                    break;
+                };
                 // Flushed a moment ago: its purge is under way, or what it keeps is all there is.
                 let lately = |at: &Instant| at.elapsed() < FLUSH_PAUSE;
                 if flushed.get(&oldest).is_some_and(lately) {
                     break;
                 }
                 let Some(group) = groups.iter().find(|group| group.replica() == oldest) else {
-                    tracing::error!(replica = oldest.0, "a replica that does not run holds the log");
+                    tracing::error!(
+                        replica = oldest.0,
+                        "a replica that does not run holds the log"
+                    );
                     break;
                 };
                 // Far over the budget kept entries go too: who wants them takes a snapshot.
-                let keep = if bytes > 2 * self.log_bytes_target { 0 } else { KEPT_ENTRIES };
+                let keep = if bytes > 2 * self.log_bytes_target {
+                    0
+                } else {
+                    KEPT_ENTRIES
+                };
                 flushed.insert(oldest, Instant::now());
                 flush(group, keep).await;
             }
@@ -474,7 +510,9 @@ fn read_home(store: &ReplicaState, dir: &Path) -> Result<Descriptor, Error> {
     let bytes = store.meta(HOME)?;
     let mut bytes = bytes.ok_or_else(|| damaged("the store does not say what it belongs to"))?;
     if bytes.try_get_u8() != Ok(1) {
-        return Err(damaged("the record of what the store belongs to has an unknown format"));
+        return Err(damaged(
+            "the record of what the store belongs to has an unknown format",
+        ));
     }
     let mut reader = Reader::new(bytes);
     Descriptor::get(&mut reader).map_err(|error| damaged(&error.to_string()))

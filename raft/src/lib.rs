@@ -1,30 +1,30 @@
 #![doc = include_str!("../README.md")]
 
-mod wire;
-pub mod runtime;
-pub mod descriptor;
+pub mod apply;
+pub mod clock;
 pub mod command;
 pub mod dedup;
-pub mod apply;
-pub mod types;
-pub mod error;
-pub mod clock;
-pub mod observer;
+pub mod descriptor;
 mod entry;
-mod message;
-pub mod transport;
-mod log_store;
-mod snapshot;
-pub mod state_machine;
-mod network;
+pub mod error;
+pub mod group;
+pub mod health;
+pub mod host;
 pub mod leadership;
 pub mod lease;
-pub mod health;
+mod log_store;
 mod membership;
+mod message;
+mod network;
+pub mod observer;
 mod proposer;
 pub mod reader;
-pub mod group;
-pub mod host;
+pub mod runtime;
+mod snapshot;
+pub mod state_machine;
+pub mod transport;
+pub mod types;
+mod wire;
 
 #[cfg(test)]
 mod conformance;

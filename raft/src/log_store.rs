@@ -16,9 +16,7 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::oneshot;
 
-use crate::entry::{
-    decode_payload, encode_payload, get_log_id, get_vote, put_log_id, put_vote,
-};
+use crate::entry::{decode_payload, encode_payload, get_log_id, get_vote, put_log_id, put_vote};
 use crate::types::{Entry, LogId, TypeConfig, Vote, id_bytes, id_from_bytes};
 use crate::wire::{Malformed, Reader};
 
@@ -40,7 +38,10 @@ impl LogStore {
     }
 
     fn read(&self, range: std::ops::Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
-        let entries = self.log.read(self.replica, range, bytes_max).map_err(io::Error::other)?;
+        let entries = self
+            .log
+            .read(self.replica, range, bytes_max)
+            .map_err(io::Error::other)?;
         entries.into_iter().map(entry_from_log).collect()
     }
 
@@ -106,7 +107,10 @@ impl RaftLogReader<TypeConfig> for LogStore {
                 let range = range.filter(|range| !range.is_empty())?;
                 match store.read(range.clone(), READ_BYTES_MAX) {
                     Ok(entries) => {
-                        assert!(!entries.is_empty(), "a range that exists reads at least one entry");
+                        assert!(
+                            !entries.is_empty(),
+                            "a range that exists reads at least one entry"
+                        );
                         let next = range.start + entries.len() as u64;
                         let items = entries.into_iter().map(Ok).collect::<Vec<_>>();
                         Some((items, Some(next..range.end)))
@@ -144,7 +148,9 @@ impl RaftLogReader<TypeConfig> for LogStore {
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
         let state = self.log.state(self.replica).map_err(io::Error::other)?;
-        let Some(bytes) = state.vote else { return Ok(None) };
+        let Some(bytes) = state.vote else {
+            return Ok(None);
+        };
         let mut reader = Reader::new(bytes);
         let vote = get_vote(&mut reader).map_err(malformed)?;
         reader.end().map_err(malformed)?;
@@ -158,8 +164,14 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
         let state = self.log.state(self.replica).map_err(io::Error::other)?;
         let last_purged_log_id = state.purged.map(|(_, id)| id_from_bytes(&id));
-        let last_log_id = state.last.map(|(_, id)| id_from_bytes(&id)).or(last_purged_log_id);
-        Ok(LogState { last_purged_log_id, last_log_id })
+        let last_log_id = state
+            .last
+            .map(|(_, id)| id_from_bytes(&id))
+            .or(last_purged_log_id);
+        Ok(LogState {
+            last_purged_log_id,
+            last_log_id,
+        })
     }
 
     async fn get_log_reader(&mut self) -> Self {
@@ -183,7 +195,9 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         let state = self.log.state(self.replica).map_err(io::Error::other)?;
-        let Some(bytes) = state.committed else { return Ok(None) };
+        let Some(bytes) = state.committed else {
+            return Ok(None);
+        };
         let mut reader = Reader::new(bytes);
         let committed = get_log_id(&mut reader).map_err(malformed)?;
         reader.end().map_err(malformed)?;
@@ -213,7 +227,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let (done, receiver) = awaited();
-        self.log.truncate_after(self.replica, last.map(|id| id.index()), done);
+        self.log
+            .truncate_after(self.replica, last.map(|id| id.index()), done);
         durable(receiver).await
     }
 
@@ -225,7 +240,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 tracing::error!(%error, "a purge was not recorded");
             }
         });
-        self.log.purge(self.replica, upto.index(), id_bytes(&upto), done);
+        self.log
+            .purge(self.replica, upto.index(), id_bytes(&upto), done);
         Ok(())
     }
 }

@@ -63,7 +63,12 @@ impl Reads {
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let exec = environment.exec();
-        let handle = Self { queue: Arc::default(), wake: Arc::default(), state, exec };
+        let handle = Self {
+            queue: Arc::default(),
+            wake: Arc::default(),
+            state,
+            exec,
+        };
         (handle.clone(), run(handle, raft, environment, stop))
     }
 
@@ -83,7 +88,9 @@ impl Reads {
                 return Err(GroupError::Stopped);
             }
             if queue.waiting.len() >= READS_WAITING_MAX {
-                return Err(GroupError::Overloaded { retry_after: Duration::from_millis(50) });
+                return Err(GroupError::Overloaded {
+                    retry_after: Duration::from_millis(50),
+                });
             }
             queue.waiting.push(Waiting { deadline, look });
         }
@@ -148,26 +155,25 @@ async fn run(
 }
 
 /// One batch: everything in it arrived before its read point is asked for.
-async fn serve(
-    batch: Vec<Waiting>,
-    reads: &Reads,
-    raft: &Raft,
-    environment: &dyn Circumstances,
-) {
+async fn serve(batch: Vec<Waiting>, reads: &Reads, raft: &Raft, environment: &dyn Circumstances) {
     if !environment.healthy() {
         // A stale lease would be renewed by heartbeats that a stalled disk must not send.
         let error = GroupError::NotLeader { leader: None };
-        batch.into_iter().for_each(|read| (read.look)(Err(error.clone())));
+        batch
+            .into_iter()
+            .for_each(|read| (read.look)(Err(error.clone())));
         return;
     }
     let timing = environment.timing();
-    let option = LinearizerOption::new(Some(timing.read_lease()), true)
-        .with_wait_timeout(timing.lease());
+    let option =
+        LinearizerOption::new(Some(timing.read_lease()), true).with_wait_timeout(timing.lease());
     let point = match raft.get_read_linearizer(option).await {
         Ok(linearizer) => linearizer.read_log_id().index(),
         Err(error) => {
             let error = refusal(error);
-            batch.into_iter().for_each(|read| (read.look)(Err(error.clone())));
+            batch
+                .into_iter()
+                .for_each(|read| (read.look)(Err(error.clone())));
             return;
         }
     };
@@ -175,7 +181,9 @@ async fn serve(
     let deadline = last_deadline.expect("a batch holds at least one read");
     let applied = reads.state.wait_for_index(point);
     if tokio::time::timeout_at(deadline, applied).await.is_err() {
-        batch.into_iter().for_each(|read| (read.look)(Err(GroupError::TooStale)));
+        batch
+            .into_iter()
+            .for_each(|read| (read.look)(Err(GroupError::TooStale)));
         return;
     }
     let mut looks = batch.into_iter().map(|read| read.look);
@@ -197,14 +205,13 @@ fn look_at(state: &SharedState, exec: &dyn Exec, looks: Vec<Look>) {
 }
 
 fn refusal(
-    error: RaftError<
-        crate::types::TypeConfig,
-        LinearizableReadError<crate::types::TypeConfig>,
-    >,
+    error: RaftError<crate::types::TypeConfig, LinearizableReadError<crate::types::TypeConfig>>,
 ) -> GroupError {
     match error {
         RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)) => {
-            GroupError::NotLeader { leader: forward.leader_node.map(|place| place.node) }
+            GroupError::NotLeader {
+                leader: forward.leader_node.map(|place| place.node),
+            }
         }
         RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)) => {
             GroupError::NotLeader { leader: None }

@@ -134,7 +134,9 @@ pub async fn gather(
         None => {
             let nodes = first_nodes(commands, options.nodes, deadline).await?;
             let plan = first_map(nodes, &options, random);
-            membership.keep_plan(&plan.encode_to_vec()).map_err(InitError::Failed)?;
+            membership
+                .keep_plan(&plan.encode_to_vec())
+                .map_err(InitError::Failed)?;
             plan
         }
     };
@@ -185,7 +187,10 @@ async fn adopt_all(
         let target = Target::Address(node.peer_address.clone());
         loop {
             let kind = Kind::Adopt(adopt.clone());
-            match commands.command(target.clone(), kind, COMMAND_TIMEOUT).await {
+            match commands
+                .command(target.clone(), kind, COMMAND_TIMEOUT)
+                .await
+            {
                 Ok(done) if done.error.is_empty() => break,
                 Ok(done) => return Err(refused_adoption(membership, n, done.error)),
                 Err(why) => pause(deadline, &format!("for {}: {why}", node.peer_address)).await?,
@@ -212,14 +217,20 @@ impl Cluster {
         options: InitOptions,
         deadline: Instant,
     ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
-        if self.map.current().is_some_and(|map| map.epoch().0 > plan.epoch) {
+        if self
+            .map
+            .current()
+            .is_some_and(|map| map.epoch().0 > plan.epoch)
+        {
             return Err(InitError::Already);
         }
         self.form_meta(plan, deadline).await?;
         self.write_first(plan, deadline).await?;
         loop {
             let map = self.map.current();
-            let formed = map.as_ref().is_some_and(|map| map.all_shards().all(|s| !s.forming));
+            let formed = map
+                .as_ref()
+                .is_some_and(|map| map.all_shards().all(|s| !s.forming));
             if let (true, Some(map)) = (formed, map) {
                 return Ok((map.to_proto(), warnings(plan, &options)));
             }
@@ -230,10 +241,14 @@ impl Cluster {
     /// Makes the meta group's replicas; the first of them forms it.
     async fn form_meta(&self, plan: &v1::ShardMap, deadline: Instant) -> Result<(), InitError> {
         let meta = plan.shards.iter().find(|shard| shard.id == META_SHARD.0);
-        let meta = meta.ok_or_else(|| InitError::Failed("the plan has no meta group".to_owned()))?;
+        let meta =
+            meta.ok_or_else(|| InitError::Failed("the plan has no meta group".to_owned()))?;
         // The one that initializes comes last, so that the others can already vote.
         let first = meta.replicas.first().map(|replica| replica.id);
-        let later = meta.replicas.iter().filter(|replica| Some(replica.id) != first);
+        let later = meta
+            .replicas
+            .iter()
+            .filter(|replica| Some(replica.id) != first);
         for replica in later.chain(meta.replicas.first()) {
             let create = create_command(meta, replica, Some(replica.id) == first);
             while let Err(why) = self.tell_create(replica.node, create.clone()).await {
@@ -246,7 +261,10 @@ impl Cluster {
     async fn write_first(&self, plan: &v1::ShardMap, deadline: Instant) -> Result<(), InitError> {
         let bytes = Bytes::from(plan.encode_to_vec());
         loop {
-            let leader = self.host.group(META_SHARD).and_then(|group| group.status().leader);
+            let leader = self
+                .host
+                .group(META_SHARD)
+                .and_then(|group| group.status().leader);
             let why = match (leader, self.membership.identity()) {
                 (Some(leader), Some((_, own))) if leader == own => {
                     match self.take_first_map(bytes.clone()).await {
@@ -256,7 +274,9 @@ impl Cluster {
                 }
                 (Some(leader), _) => {
                     let kind = Kind::FirstMap(bytes.clone());
-                    let asked = self.commands.command(Target::Node(leader), kind, COMMAND_TIMEOUT);
+                    let asked = self
+                        .commands
+                        .command(Target::Node(leader), kind, COMMAND_TIMEOUT);
                     match asked.await {
                         Ok(done) if done.error.is_empty() => return Ok(()),
                         Ok(done) => done.error,
@@ -276,7 +296,10 @@ impl Cluster {
         let ids = peer::IdCounters {
             next_node: next(&mut map.nodes.iter().map(|node| node.id)),
             next_replica: next(
-                &mut map.shards.iter().flat_map(|s| s.replicas.iter().map(|replica| replica.id)),
+                &mut map
+                    .shards
+                    .iter()
+                    .flat_map(|s| s.replicas.iter().map(|replica| replica.id)),
             ),
             next_shard: next(&mut map.shards.iter().map(|shard| shard.id)),
             next_keyspace: DEFAULT_KEYSPACE.0 + 1,
@@ -299,31 +322,49 @@ impl Cluster {
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
         match result {
-            Ok(body) => peer::CommandDone { body, ..Default::default() },
-            Err(error) => peer::CommandDone { error, ..Default::default() },
+            Ok(body) => peer::CommandDone {
+                body,
+                ..Default::default()
+            },
+            Err(error) => peer::CommandDone {
+                error,
+                ..Default::default()
+            },
         }
     }
 
     async fn create(&self, create: peer::CreateReplica) -> Result<(), String> {
         let shard = v1::Shard::decode(create.descriptor).map_err(|error| error.to_string())?;
         let arc = (shard.id != META_SHARD.0).then_some((shard.start, shard.end));
-        let initial = Descriptor { shard: shard.id, arc, epoch: shard.epoch };
+        let initial = Descriptor {
+            shard: shard.id,
+            arc,
+            epoch: shard.epoch,
+        };
         if !initial.is_valid() {
             return Err(format!("the descriptor of s{} makes no sense", shard.id));
         }
         let group = self.host.create(ReplicaId(create.replica), initial).await;
         let group = group.map_err(|error| error.to_string())?;
         if create.initialize {
-            let members: BTreeMap<u64, NodeId> =
-                shard.replicas.iter().map(|r| (r.id, NodeId(r.node))).collect();
-            group.initialize(members).await.map_err(|error| error.to_string())?;
+            let members: BTreeMap<u64, NodeId> = shard
+                .replicas
+                .iter()
+                .map(|r| (r.id, NodeId(r.node)))
+                .collect();
+            group
+                .initialize(members)
+                .await
+                .map_err(|error| error.to_string())?;
         }
         Ok(())
     }
 
     fn take_map(&self, bytes: Bytes) -> Result<(), String> {
         let map = v1::ShardMap::decode(bytes).map_err(|error| error.to_string())?;
-        self.map.update_from_proto(&map).map_err(|error| error.to_string())
+        self.map
+            .update_from_proto(&map)
+            .map_err(|error| error.to_string())
     }
 
     /// Lets a node in: it gets a new id. A repeated question gets the same one.
@@ -332,7 +373,11 @@ impl Cluster {
             return refused("the question does not say who asks".to_owned());
         };
         let changed = self.records.change(|map, ids| {
-            if map.nodes.iter().any(|node| node.join_nonce == from.start_count) {
+            if map
+                .nodes
+                .iter()
+                .any(|node| node.join_nonce == from.start_count)
+            {
                 return Ok(false);
             }
             map.nodes.push(v1::Node {
@@ -350,14 +395,21 @@ impl Cluster {
         });
         match changed.await {
             Ok(snapshot) => {
-                let entry = snapshot.map.nodes.iter().find(|n| n.join_nonce == from.start_count);
+                let entry = snapshot
+                    .map
+                    .nodes
+                    .iter()
+                    .find(|n| n.join_nonce == from.start_count);
                 let adopt = peer::Adopt {
                     cluster_id: snapshot.map.cluster_id.clone(),
                     node: entry.expect("just found or added").id,
                     hash_seed: snapshot.map.hash_seed,
                 };
                 let body = adopt.encode_to_vec().into();
-                peer::CommandDone { body, ..Default::default() }
+                peer::CommandDone {
+                    body,
+                    ..Default::default()
+                }
             }
             Err(error) => done(Err(error), self),
         }
@@ -377,7 +429,9 @@ impl Cluster {
             let answer = match leader {
                 Some(leader) if Some(leader) != own => {
                     let kind = Kind::CreateKeyspace(body.clone());
-                    self.commands.command(Target::Node(leader), kind, COMMAND_TIMEOUT).await
+                    self.commands
+                        .command(Target::Node(leader), kind, COMMAND_TIMEOUT)
+                        .await
                 }
                 _ => Ok(self.create_keyspace_here(request.clone()).await),
             };
@@ -400,7 +454,11 @@ impl Cluster {
         let validate_only = request.validate_only;
         let mut created = None;
         let changed = self.records.change(|map, ids| {
-            if map.keyspaces.iter().any(|keyspace| keyspace.name == request.name) {
+            if map
+                .keyspaces
+                .iter()
+                .any(|keyspace| keyspace.name == request.name)
+            {
                 return Err("KEYSPACE_EXISTS".to_owned());
             }
             let history = if request.has_history || request.history_ms > 0 {
@@ -424,8 +482,13 @@ impl Cluster {
         });
         match changed.await {
             Ok(_) => {
-                let body = created.expect("set by the change that was taken").encode_to_vec();
-                peer::CommandDone { body: body.into(), ..Default::default() }
+                let body = created
+                    .expect("set by the change that was taken")
+                    .encode_to_vec();
+                peer::CommandDone {
+                    body: body.into(),
+                    ..Default::default()
+                }
             }
             Err(RecordsError::Refused(reason)) => peer::CommandDone {
                 error: format!("a keyspace named {} exists", request.name),
@@ -438,7 +501,10 @@ impl Cluster {
 
     /// The meta group's leader, as this node's replica or its map knows it.
     pub fn meta_leader(&self) -> Option<NodeId> {
-        let here = self.host.group(META_SHARD).and_then(|group| group.status().leader);
+        let here = self
+            .host
+            .group(META_SHARD)
+            .and_then(|group| group.status().leader);
         here.or_else(|| self.map.current()?.shard(META_SHARD)?.leader)
     }
 
@@ -450,7 +516,9 @@ impl Cluster {
                 () = tokio::time::sleep(RECONCILE_INTERVAL) => {}
             }
             self.learn_leaders();
-            let Some(snapshot) = self.records.local().await else { continue };
+            let Some(snapshot) = self.records.local().await else {
+                continue;
+            };
             if let Err(error) = self.map.update_from_proto(&snapshot.map) {
                 tracing::error!(%error, "the cluster's map is not one");
                 continue;
@@ -484,7 +552,10 @@ impl Cluster {
         let mut whole = BTreeSet::new();
         for shard in forming {
             let first = shard.replicas.first().map(|replica| replica.id);
-            let later = shard.replicas.iter().filter(|replica| Some(replica.id) != first);
+            let later = shard
+                .replicas
+                .iter()
+                .filter(|replica| Some(replica.id) != first);
             let mut all = true;
             for replica in later.chain(shard.replicas.first()) {
                 if self.made.lock().contains(&replica.id) {
@@ -505,7 +576,11 @@ impl Cluster {
         }
         let formed = self.records.change(|map, _| {
             let mut changed = false;
-            for shard in map.shards.iter_mut().filter(|shard| whole.contains(&shard.id)) {
+            for shard in map
+                .shards
+                .iter_mut()
+                .filter(|shard| whole.contains(&shard.id))
+            {
                 changed |= std::mem::replace(&mut shard.forming, false);
             }
             Ok(changed)
@@ -516,12 +591,23 @@ impl Cluster {
     }
 
     async fn tell_create(&self, node: u64, create: peer::CreateReplica) -> Result<(), String> {
-        if self.membership.identity().is_some_and(|(_, own)| own.0 == node) {
+        if self
+            .membership
+            .identity()
+            .is_some_and(|(_, own)| own.0 == node)
+        {
             return self.create(create).await;
         }
         let target = Target::Node(NodeId(node));
-        let answer = self.commands.command(target, Kind::Create(create), COMMAND_TIMEOUT).await?;
-        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
+        let answer = self
+            .commands
+            .command(target, Kind::Create(create), COMMAND_TIMEOUT)
+            .await?;
+        if answer.error.is_empty() {
+            Ok(())
+        } else {
+            Err(answer.error)
+        }
     }
 
     /// Nodes that came back at other addresses are entered under them.
@@ -562,12 +648,16 @@ impl Cluster {
         let behind: Vec<u64> = {
             let told = self.told.lock();
             let nodes = map.nodes.iter().map(|node| node.id);
-            nodes.filter(|id| Some(*id) != own && told.get(id) != Some(&map.epoch)).collect()
+            nodes
+                .filter(|id| Some(*id) != own && told.get(id) != Some(&map.epoch))
+                .collect()
         };
         let bytes = Bytes::from(map.encode_to_vec());
         let tell = behind.into_iter().map(|id| {
             let kind = Kind::Map(bytes.clone());
-            let asked = self.commands.command(Target::Node(NodeId(id)), kind, RECONCILE_INTERVAL);
+            let asked = self
+                .commands
+                .command(Target::Node(NodeId(id)), kind, RECONCILE_INTERVAL);
             async move {
                 if asked.await.is_ok_and(|done| done.error.is_empty()) {
                     self.told.lock().insert(id, map.epoch);
@@ -586,10 +676,16 @@ pub async fn join_when_alone(
     stop: CancellationToken,
 ) {
     while membership.identity().is_none() {
-        let own = peer::KnownNode { node: 0, start_count: nonce, ..commands.own() };
+        let own = peer::KnownNode {
+            node: 0,
+            start_count: nonce,
+            ..commands.own()
+        };
         let members = commands.known().into_iter().filter(|node| node.node != 0);
         for member in members.collect::<Vec<_>>() {
-            let kind = Kind::Join(peer::Join { from: Some(own.clone()) });
+            let kind = Kind::Join(peer::Join {
+                from: Some(own.clone()),
+            });
             let target = Target::Address(member.peer_address);
             let answer = commands.command(target, kind, COMMAND_TIMEOUT).await;
             let Ok(answer) = answer else { continue };
@@ -632,7 +728,10 @@ async fn pause(deadline: Instant, what: &str) -> Result<(), InitError> {
 }
 
 fn refused(error: String) -> peer::CommandDone {
-    peer::CommandDone { error, ..Default::default() }
+    peer::CommandDone {
+        error,
+        ..Default::default()
+    }
 }
 
 fn done(result: Result<(), RecordsError>, cluster: &Cluster) -> peer::CommandDone {
@@ -665,8 +764,16 @@ fn first_map(
     options: &InitOptions,
     (cluster_id, hash_seed): (String, u64),
 ) -> v1::ShardMap {
-    let shards = if options.shards == 0 { SHARDS_DEFAULT } else { options.shards };
-    let replicas = if options.replicas == 0 { REPLICAS_DEFAULT } else { options.replicas };
+    let shards = if options.shards == 0 {
+        SHARDS_DEFAULT
+    } else {
+        options.shards
+    };
+    let replicas = if options.replicas == 0 {
+        REPLICAS_DEFAULT
+    } else {
+        options.replicas
+    };
     let nodes: Vec<v1::Node> = nodes
         .into_iter()
         .zip(1..)
@@ -683,28 +790,39 @@ fn first_map(
         .collect();
     let candidates: Vec<Candidate> = nodes
         .iter()
-        .map(|node| Candidate { node: NodeId(node.id), zone: node.zone.clone() })
+        .map(|node| Candidate {
+            node: NodeId(node.id),
+            zone: node.zone.clone(),
+        })
         .collect();
     let mut next_replica = 0;
     let placed = place(&candidates, shards as usize + 1, replicas as usize);
     let arcs = std::iter::once(None).chain(equal_arcs(shards).into_iter().map(Some));
-    let shards = placed.into_iter().zip(arcs).zip(0..).map(|((on, arc), id)| v1::Shard {
-        id: ShardId(id).0,
-        start: arc.map_or(0, |arc| arc.start().0),
-        end: arc.map_or(0, |arc| arc.end()),
-        epoch: 1,
-        replicas: on
-            .into_iter()
-            .map(|node| {
-                next_replica += 1;
-                let role = v1::ReplicaRole::Voter.into();
-                v1::Replica { id: next_replica, node: node.0, role }
-            })
-            .collect(),
-        leader_node: 0,
-        leader_term: 0,
-        forming: true,
-    });
+    let shards = placed
+        .into_iter()
+        .zip(arcs)
+        .zip(0..)
+        .map(|((on, arc), id)| v1::Shard {
+            id: ShardId(id).0,
+            start: arc.map_or(0, |arc| arc.start().0),
+            end: arc.map_or(0, |arc| arc.end()),
+            epoch: 1,
+            replicas: on
+                .into_iter()
+                .map(|node| {
+                    next_replica += 1;
+                    let role = v1::ReplicaRole::Voter.into();
+                    v1::Replica {
+                        id: next_replica,
+                        node: node.0,
+                        role,
+                    }
+                })
+                .collect(),
+            leader_node: 0,
+            leader_term: 0,
+            forming: true,
+        });
     v1::ShardMap {
         cluster_id,
         hash_seed,
@@ -724,7 +842,11 @@ fn first_map(
 }
 
 fn warnings(plan: &v1::ShardMap, options: &InitOptions) -> Vec<String> {
-    let wanted = if options.replicas == 0 { REPLICAS_DEFAULT } else { options.replicas };
+    let wanted = if options.replicas == 0 {
+        REPLICAS_DEFAULT
+    } else {
+        options.replicas
+    };
     let have = plan.nodes.len() as u32;
     if have >= wanted {
         return Vec::new();

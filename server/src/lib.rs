@@ -1,25 +1,25 @@
 //! Names the rooms of a node, in the order in which they use each other. Holds no code.
 #![doc = include_str!("../README.md")]
 
-pub mod config;
-pub mod metrics;
-pub mod clock;
-pub mod identity;
-pub mod net;
-pub mod transport;
-pub mod http;
-pub mod map;
-pub mod fault;
 pub mod admission;
-pub mod router;
-pub mod scan;
+pub mod clock;
+pub mod cluster;
+pub mod config;
+pub mod fault;
+pub mod home;
+pub mod http;
+pub mod identity;
+pub mod map;
+pub mod metrics;
+pub mod net;
+pub mod node;
+pub mod peers;
 pub mod placement;
 pub mod records;
-pub mod cluster;
-pub mod home;
-pub mod peers;
-pub mod service;
-pub mod node;
+pub mod router;
 pub mod run;
+pub mod scan;
+pub mod service;
+pub mod transport;
 
 pub use run::{RunningNode, StartError, machine_memory_bytes, run};

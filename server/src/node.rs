@@ -8,8 +8,8 @@ mod front;
 mod gauges;
 mod member;
 
-use std::path::Path;
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -110,7 +110,10 @@ impl Shared {
     async fn started(&self) -> Arc<Member> {
         let mut members = self.member.subscribe();
         let started = members.wait_for(Option::is_some).await;
-        started.expect("the sender lives in self").clone().expect("waited for")
+        started
+            .expect("the sender lives in self")
+            .clone()
+            .expect("waited for")
     }
 
     pub(crate) fn commands(&self) -> Arc<dyn Commands> {
@@ -123,7 +126,6 @@ impl Shared {
         tracing::trace!(what, drawn, "a number was drawn");
         drawn
     }
-
 }
 
 #[tonic::async_trait]
@@ -135,13 +137,16 @@ impl Operator for Shared {
     ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
         let random = {
             let mut rng = self.rng.lock();
-            (ClusterId::generate(&mut *rng).as_str().to_owned(), rng.random())
+            (
+                ClusterId::generate(&mut *rng).as_str().to_owned(),
+                rng.random(),
+            )
         };
         let commands = self.commands();
         let plan = cluster::gather(&*commands, &*self.home, options, random, deadline).await?;
         let member = tokio::time::timeout_at(deadline, self.started()).await;
-        let member = member
-            .map_err(|_| InitError::TimedOut("for this node to start".to_owned()))?;
+        let member =
+            member.map_err(|_| InitError::TimedOut("for this node to start".to_owned()))?;
         member.cluster.found(&plan, options, deadline).await
     }
 
@@ -168,13 +173,27 @@ impl Operator for Shared {
                 http_address: known.http_address,
                 join_nonce: 0,
             }),
-            cluster_id: self.home.own().map(|own| own.cluster_id).unwrap_or_default(),
+            cluster_id: self
+                .home
+                .own()
+                .map(|own| own.cluster_id)
+                .unwrap_or_default(),
             start_count: known.start_count,
-            groups: member.as_ref().map(|member| groups(member)).unwrap_or_default(),
-            peers: self.transport.status().into_iter().map(peer_status).collect(),
+            groups: member
+                .as_ref()
+                .map(|member| groups(member))
+                .unwrap_or_default(),
+            peers: self
+                .transport
+                .status()
+                .into_iter()
+                .map(peer_status)
+                .collect(),
             disk_free_bytes: space.map_or(0, |space| space.free_bytes),
             disk_total_bytes: space.map_or(0, |space| space.total_bytes),
-            log_bytes: member.as_ref().map_or(0, |member| member.log.stats().bytes_on_disk),
+            log_bytes: member
+                .as_ref()
+                .map_or(0, |member| member.log.stats().bytes_on_disk),
             recovering: member.iter().flat_map(|member| damages(member)).collect(),
             uptime_ms: self.began.elapsed().as_millis() as u64,
             draining: self.draining.is_cancelled(),
@@ -211,9 +230,17 @@ fn groups(member: &Member) -> Vec<v1::GroupStatus> {
 fn damages(member: &Member) -> Vec<String> {
     let one = |damage: &coracle_storage::log::Damage| {
         let file = damage.file.display();
-        format!("replica {}: {file} at {}: {}", damage.replica.0, damage.offset, damage.why)
+        format!(
+            "replica {}: {file} at {}: {}",
+            damage.replica.0, damage.offset, damage.why
+        )
     };
-    member.recovering.iter().map(one).chain(member.host.failed()).collect()
+    member
+        .recovering
+        .iter()
+        .map(one)
+        .chain(member.host.failed())
+        .collect()
 }
 
 fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
@@ -221,8 +248,12 @@ fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
         node: status.known.node,
         address: status.known.peer_address,
         // The other lanes are dialled when they are first needed.
-        connected: status.dialled.contains(&crate::transport::Connection::Control),
-        silent_ms: status.silence.map_or(u64::MAX, |silence| silence.as_millis() as u64),
+        connected: status
+            .dialled
+            .contains(&crate::transport::Connection::Control),
+        silent_ms: status
+            .silence
+            .map_or(u64::MAX, |silence| silence.as_millis() as u64),
     }
 }
 
@@ -282,7 +313,12 @@ impl Node {
             map,
             metrics: Metrics::new(&Build {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
-                engine: if config.test.in_memory { "memory" } else { "rocksdb" }.to_owned(),
+                engine: if config.test.in_memory {
+                    "memory"
+                } else {
+                    "rocksdb"
+                }
+                .to_owned(),
                 ..Build::default()
             }),
             neighbours: neighbours.clone(),
@@ -306,7 +342,9 @@ impl Node {
         if let Some(member) = &already {
             shared.member.send_replace(Some(member.clone()));
         }
-        shared.transport.start(peer, Arc::new(Answers(shared.clone())), neighbours);
+        shared
+            .transport
+            .start(peer, Arc::new(Answers(shared.clone())), neighbours);
         for seed in &config.cluster.join {
             let seed = seed.to_string();
             if seed != addresses.peer {
@@ -357,18 +395,18 @@ impl Node {
 }
 
 fn advertised(bound: &str, advertise: &Option<crate::config::Address>) -> String {
-    advertise.as_ref().map_or_else(|| bound.to_owned(), ToString::to_string)
+    advertise
+        .as_ref()
+        .map_or_else(|| bound.to_owned(), ToString::to_string)
 }
 
-fn settings(
-    home: &Home,
-    config: &Config,
-    addresses: &Addresses,
-    rng: &mut StdRng,
-) -> Settings {
+fn settings(home: &Home, config: &Config, addresses: &Addresses, rng: &mut StdRng) -> Settings {
     let own = home.own();
     Settings {
-        cluster_id: own.as_ref().map(|own| own.cluster_id.clone()).unwrap_or_default(),
+        cluster_id: own
+            .as_ref()
+            .map(|own| own.cluster_id.clone())
+            .unwrap_or_default(),
         own: KnownNode {
             node: own.as_ref().map_or(0, |own| own.node.0),
             peer_address: addresses.peer.clone(),
@@ -398,9 +436,13 @@ impl Shared {
                 member
             }
         };
-        self.metrics.identify(&member.own.node.to_string(), &self.parts.config.node.zone);
+        self.metrics
+            .identify(&member.own.node.to_string(), &self.parts.config.node.zone);
         let keeping = self.clone();
-        self.parts.exec.spawn("keep map", Box::pin(async move { keeping.keep_maps().await }));
+        self.parts.exec.spawn(
+            "keep map",
+            Box::pin(async move { keeping.keep_maps().await }),
+        );
         health.set_ready(true).await;
         let (v1, v1alpha) = reflection();
         let keyspaces = Arc::new(KeyspacesOfCluster(member.cluster.clone()));
@@ -443,7 +485,8 @@ impl Shared {
             .add_service(v1alpha)
             .add_service(AdminServiceServer::new(Admin(self.clone())));
         // Every other method says what to do, instead of that it does not exist.
-        let refuse = async || tonic::Status::from(not_initialized()).into_http::<axum::body::Body>();
+        let refuse =
+            async || tonic::Status::from(not_initialized()).into_http::<axum::body::Body>();
         let routes = Routes::from(routes.into_axum_router().fallback(refuse));
         let served = front.serve(routes, ended.clone());
         self.parts.exec.spawn("alone", Box::pin(served));
@@ -525,12 +568,21 @@ impl Probe for NodeHealth {
             Check {
                 name: "joined",
                 ok: member.is_some(),
-                detail: self.0.home.own().map_or("no cluster yet".to_owned(), |own| own.cluster_id),
+                detail: self
+                    .0
+                    .home
+                    .own()
+                    .map_or("no cluster yet".to_owned(), |own| own.cluster_id),
             },
             Check {
                 name: "disk",
                 ok: !full,
-                detail: if full { "under its reserve" } else { "has room" }.to_owned(),
+                detail: if full {
+                    "under its reserve"
+                } else {
+                    "has room"
+                }
+                .to_owned(),
             },
             Check {
                 name: "serving",

@@ -12,12 +12,18 @@ pub fn run(command: Config, output: &Output) -> Result<(), Failure> {
     match command {
         Config::Check { file, settings } => {
             if file.is_some() && settings.config.is_some() && file != settings.config {
-                return Err(Failure::usage("name one file, not one as FILE and another as --config"));
+                return Err(Failure::usage(
+                    "name one file, not one as FILE and another as --config",
+                ));
             }
             load(&settings, file.as_deref())?;
             output.line("the settings are sound")
         }
-        Config::Show { origin, diff_default, settings } => {
+        Config::Show {
+            origin,
+            diff_default,
+            settings,
+        } => {
             let config = load(&settings, None)?;
             output.data(config.show(origin, diff_default).as_bytes())
         }

@@ -27,10 +27,17 @@ struct ShownView {
 }
 
 const COLUMNS: &[Column<ContextView>] = &[
-    Column::text("CURRENT", |context| if context.current { "*" } else { "" }.to_owned()),
+    Column::text("CURRENT", |context| {
+        if context.current { "*" } else { "" }.to_owned()
+    }),
     Column::text("NAME", |context| context.name.clone()),
     Column::text("NODES", |context| context.endpoints.join(",")),
-    Column::text("KEYSPACE", |context| context.keyspace.clone().unwrap_or_else(|| "default".to_owned())),
+    Column::text("KEYSPACE", |context| {
+        context
+            .keyspace
+            .clone()
+            .unwrap_or_else(|| "default".to_owned())
+    }),
 ];
 
 /// Runs it.
@@ -67,8 +74,18 @@ pub fn run(command: Context, global: &Global, output: &Output) -> Result<(), Fai
             contexts.save(&path)?;
             output.line(&format!("commands mean {name} now"))
         }
-        Context::Add { name, nodes, keyspace } => {
-            contexts.contexts.insert(name.clone(), Entry { endpoints: nodes, keyspace });
+        Context::Add {
+            name,
+            nodes,
+            keyspace,
+        } => {
+            contexts.contexts.insert(
+                name.clone(),
+                Entry {
+                    endpoints: nodes,
+                    keyspace,
+                },
+            );
             let is_first = contexts.current.is_none();
             if is_first {
                 contexts.choose(&name);
@@ -98,7 +115,9 @@ fn known(contexts: &Contexts, name: &str) -> Result<(), Failure> {
 }
 
 fn views(contexts: Contexts) -> Vec<ContextView> {
-    let Contexts { current, contexts, .. } = contexts;
+    let Contexts {
+        current, contexts, ..
+    } = contexts;
     let view = |(name, entry): (String, Entry)| ContextView {
         current: current.as_deref() == Some(&name),
         name,

@@ -42,9 +42,18 @@ pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<
             let views: Vec<KeyspaceView> = keyspaces.into_iter().map(view).collect();
             output.list("KeyspaceList", COLUMNS, &views)
         }
-        Keyspace::Create { name, entity, history, dry_run } => {
-            let new =
-                NewKeyspace { name, entity_rule: entity, history, validate_only: dry_run };
+        Keyspace::Create {
+            name,
+            entity,
+            history,
+            dry_run,
+        } => {
+            let new = NewKeyspace {
+                name,
+                entity_rule: entity,
+                history,
+                validate_only: dry_run,
+            };
             let what = format!("make keyspace {:?}", new.name);
             let made = admin.create_keyspace(new).await;
             let view = view(made.map_err(|error| Failure::call(what, &error))?);
@@ -52,7 +61,9 @@ pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<
                 true => format!("keyspace {} can be made", view.name),
                 false => {
                     let KeyspaceView { name, entity, .. } = &view;
-                    format!("keyspace {name} made (entity {entity}). Next: coracle put K V -k {name}")
+                    format!(
+                        "keyspace {name} made (entity {entity}). Next: coracle put K V -k {name}"
+                    )
                 }
             })
         }

@@ -18,8 +18,8 @@ pub fn completion(shell: Shell, output: &Output) -> Result<(), Failure> {
 /// Prints the manual's first page, or writes all of them.
 pub fn man(dir: Option<&Path>, output: &Output) -> Result<(), Failure> {
     if let Some(dir) = dir {
-        let written = std::fs::create_dir_all(dir)
-            .and_then(|()| clap_mangen::generate_to(command(), dir));
+        let written =
+            std::fs::create_dir_all(dir).and_then(|()| clap_mangen::generate_to(command(), dir));
         written.map_err(|error| Failure::io("write the pages to", dir, &error))?;
         return output.line(&format!("pages written: man {}/coracle.1", dir.display()));
     }

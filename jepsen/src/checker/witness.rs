@@ -29,7 +29,9 @@ const ABSENT: &str = "an absent key was deleted, or never written";
 pub fn check(history: &History) -> Vec<Violation> {
     let mut keys: BTreeMap<String, Vec<Operation>> = BTreeMap::new();
     for operation in history.operations() {
-        keys.entry(operation.key.clone()).or_default().push(operation);
+        keys.entry(operation.key.clone())
+            .or_default()
+            .push(operation);
     }
     let mut found = Vec::new();
     for (key, operations) in keys {
@@ -72,7 +74,12 @@ impl<'a> Look<'a> {
             Outcome::Ok(Answer::Mismatch { seen, at }) => (seen, at, at.index.saturating_sub(1)),
             _ => return None,
         };
-        Some(Look { operation, seen: seen.as_ref(), at: *at, upto })
+        Some(Look {
+            operation,
+            seen: seen.as_ref(),
+            at: *at,
+            upto,
+        })
     }
 }
 
@@ -100,7 +107,11 @@ impl<'a> Register<'a> {
             looks: operations.iter().filter_map(Look::of).collect(),
             writes: Vec::new(),
             least_index: Vec::new(),
-            unknown_deletes: operations.iter().filter(unknown_delete).map(|o| o.begin).collect(),
+            unknown_deletes: operations
+                .iter()
+                .filter(unknown_delete)
+                .map(|o| o.begin)
+                .collect(),
             found: Vec::new(),
         }
     }
@@ -127,7 +138,12 @@ impl<'a> Register<'a> {
 
     fn violation(&mut self, rule: &'static str, why: String, calls: &[u64]) {
         let (key, calls) = (self.key.to_owned(), calls.to_vec());
-        self.found.push(Violation { rule, key, why, calls });
+        self.found.push(Violation {
+            rule,
+            key,
+            why,
+            calls,
+        });
     }
 
     /// All writes of which a version is known, by version: from their own answers, or from those
@@ -145,7 +161,12 @@ impl<'a> Register<'a> {
                     continue;
                 }
             };
-            let write = Write { operation, version, index, is_exact: version.is_some() };
+            let write = Write {
+                operation,
+                version,
+                index,
+                is_exact: version.is_some(),
+            };
             match value(&operation.action) {
                 Some(value) => {
                     by_value.insert(value, write);
@@ -157,7 +178,9 @@ impl<'a> Register<'a> {
         let mut problems = Vec::new();
         for look in &self.looks {
             // A retry's answer may leave the value out; its version is checked all the same.
-            let Some(seen) = look.seen.filter(|seen| !seen.value.is_empty()) else { continue };
+            let Some(seen) = look.seen.filter(|seen| !seen.value.is_empty()) else {
+                continue;
+            };
             let (by, value) = (look.operation, seen.value.as_str());
             let Some(write) = by_value.get_mut(value) else {
                 problems.push(match refused.get(value) {
@@ -182,7 +205,11 @@ impl<'a> Register<'a> {
         for (rule, why, calls) in problems {
             self.violation(rule, why, &calls);
         }
-        writes.extend(by_value.into_values().filter(|write| write.version.is_some()));
+        writes.extend(
+            by_value
+                .into_values()
+                .filter(|write| write.version.is_some()),
+        );
         writes.sort_by_key(|write| write.version);
         writes
     }
@@ -192,7 +219,10 @@ impl<'a> Register<'a> {
         for pair in self.writes.windows(2) {
             let calls = [pair[0].operation.call, pair[1].operation.call];
             if pair[0].version == pair[1].version {
-                problems.push((format!("version {:?} was given twice", pair[0].version), calls));
+                problems.push((
+                    format!("version {:?} was given twice", pair[0].version),
+                    calls,
+                ));
             }
         }
         let exact: Vec<&Write<'_>> = self.writes.iter().filter(|write| write.is_exact).collect();
@@ -228,7 +258,9 @@ impl<'a> Register<'a> {
             let calls = [newer.operation.call, look.operation.call];
             self.violation(NEWEST, why, &calls);
         }
-        let own = self.writes.binary_search_by_key(&Some(seen.version), |write| write.version);
+        let own = self
+            .writes
+            .binary_search_by_key(&Some(seen.version), |write| write.version);
         let own = own.ok().map(|at| &self.writes[at]);
         if let Some(own) = own.filter(|own| own.is_exact && own.index > look.at.index) {
             let why = format!(
@@ -290,7 +322,9 @@ impl<'a> Register<'a> {
             }
         }
         for operation in self.operations {
-            let Outcome::Ok(Answer::Mismatch { seen, .. }) = &operation.outcome else { continue };
+            let Outcome::Ok(Answer::Mismatch { seen, .. }) = &operation.outcome else {
+                continue;
+            };
             let held = match &operation.action {
                 Action::PutIfVersion { version, .. } => {
                     seen.as_ref().is_some_and(|seen| seen.version == *version)
@@ -313,10 +347,18 @@ impl<'a> Register<'a> {
     fn standings(&self) -> BTreeMap<u64, (u64, bool)> {
         let mut standings = BTreeMap::new();
         for write in &self.writes {
-            standings.extend(write.version.map(|version| (write.operation.call, (version, true))));
+            standings.extend(
+                write
+                    .version
+                    .map(|version| (write.operation.call, (version, true))),
+            );
         }
         for look in self.operations.iter().filter_map(Look::of) {
-            let absent = || self.newest_at(look.upto).and_then(|write| write.version).unwrap_or(0);
+            let absent = || {
+                self.newest_at(look.upto)
+                    .and_then(|write| write.version)
+                    .unwrap_or(0)
+            };
             let version = look.seen.map_or_else(absent, |seen| seen.version);
             standings.insert(look.operation.call, (version, false));
         }
@@ -337,7 +379,9 @@ impl<'a> Register<'a> {
         let mut problems = Vec::new();
         for (_, is_end, at) in places {
             let operation = &self.operations[at];
-            let Some(&(version, is_write)) = standings.get(&operation.call) else { continue };
+            let Some(&(version, is_write)) = standings.get(&operation.call) else {
+                continue;
+            };
             if is_end {
                 if matches!(operation.outcome, Outcome::Ok(_)) {
                     completed = completed.max((version, operation.call));

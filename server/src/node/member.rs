@@ -23,11 +23,11 @@ use parking_lot::Mutex;
 use peer::cluster_command::Kind;
 use tokio::time::Instant;
 
+use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Target};
 use crate::home::Own;
 use crate::metrics::{Metrics, Stage, Stages};
-use super::{Parts, Shared};
 use crate::peers::StampClock;
 use crate::records::Records;
 use crate::router::{self, Forwarder, RequestIds, Router};
@@ -86,10 +86,15 @@ impl Member {
             stop: shared.stop.clone(),
             on_hang: Arc::new(move || on_fatal("the log's disk hangs".to_owned())),
         });
-        host.open_all(&recovery).await.map_err(|error| error.to_string())?;
+        host.open_all(&recovery)
+            .await
+            .map_err(|error| error.to_string())?;
         shared.neighbours.set_host(host.clone());
-        let records =
-            Arc::new(Records::new(host.clone(), clock.clone(), shared.draw("records client")));
+        let records = Arc::new(Records::new(
+            host.clone(),
+            clock.clone(),
+            shared.draw("records client"),
+        ));
         let cluster = Arc::new(Cluster {
             host: host.clone(),
             records,
@@ -115,12 +120,26 @@ impl Member {
                 shared.draining.clone(),
             ),
             metrics: shared.metrics.clone(),
-            slow: parts.config.observability.slow_request.unwrap_or(std::time::Duration::MAX),
+            slow: parts
+                .config
+                .observability
+                .slow_request
+                .unwrap_or(std::time::Duration::MAX),
         });
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
-        parts.exec.spawn("reconcile", Box::pin(async move { reconciled.reconcile(stop).await }));
+        parts.exec.spawn(
+            "reconcile",
+            Box::pin(async move { reconciled.reconcile(stop).await }),
+        );
         let recovering = recovery.recovering;
-        Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
+        Ok(Arc::new(Self {
+            own,
+            host,
+            log,
+            cluster,
+            router,
+            recovering,
+        }))
     }
 }
 
@@ -150,7 +169,9 @@ fn open_log(
         on_sync: {
             let (metrics, stages) = (shared.metrics.clone(), shared.metrics.stages());
             Arc::new(move |took| {
-                metrics.log_fsync_duration_seconds.observe(took.as_secs_f64());
+                metrics
+                    .log_fsync_duration_seconds
+                    .observe(took.as_secs_f64());
                 stages.observe(Stage::LogSync, took);
             })
         },
@@ -165,12 +186,20 @@ fn open_log(
 fn check_log_is_there(parts: &Parts, dir: &Path, start_count: u64) -> Result<(), String> {
     let shards = parts.config.node.data_dir.join("shards");
     let replicas = if parts.fs.exists(&shards) {
-        parts.fs.read_dir(&shards).map_err(|error| format!("{}: {error}", shards.display()))?.len()
+        parts
+            .fs
+            .read_dir(&shards)
+            .map_err(|error| format!("{}: {error}", shards.display()))?
+            .len()
     } else {
         0
     };
     let empty = !parts.fs.exists(dir)
-        || parts.fs.read_dir(dir).map_err(|error| format!("{}: {error}", dir.display()))?.is_empty();
+        || parts
+            .fs
+            .read_dir(dir)
+            .map_err(|error| format!("{}: {error}", dir.display()))?
+            .is_empty();
     if start_count > 1 && replicas > 0 && empty {
         return Err(format!(
             "{}: the log is gone, but {replicas} replicas are there: their votes and entries are lost. Put the directory back, or remove the whole data directory and start it as a new node",
@@ -194,7 +223,9 @@ impl Inbound for Answers {
         };
         let (shard, replica) = (ShardId(question.shard), ReplicaId(question.to_replica));
         let answer = member.host.answer(from, shard, replica, question.body);
-        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
+        answer
+            .map(|answer| answer.map_err(|error| error.to_string()))
+            .boxed()
     }
 
     fn forward(&self, from: NodeId, body: Bytes) -> BoxFuture<'static, Result<Bytes, String>> {
@@ -212,7 +243,10 @@ impl Inbound for Answers {
                 (None, Kind::Adopt(adopt)) => {
                     use crate::cluster::Membership as _;
                     let error = shared.home.adopt(&adopt).err().unwrap_or_default();
-                    peer::CommandDone { error, ..Default::default() }
+                    peer::CommandDone {
+                        error,
+                        ..Default::default()
+                    }
                 }
                 (None, _) => peer::CommandDone {
                     error: "this node is still starting".to_owned(),
@@ -257,7 +291,9 @@ impl Forwarder for ForwardOverTransport {
         timeout: std::time::Duration,
     ) -> BoxFuture<'static, Result<Bytes, String>> {
         let answer = self.0.forward(to, body, timeout);
-        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
+        answer
+            .map(|answer| answer.map_err(|error| error.to_string()))
+            .boxed()
     }
 }
 

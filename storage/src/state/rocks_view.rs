@@ -59,7 +59,10 @@ pub(crate) struct OpenDb {
 
 impl OpenDb {
     pub(crate) fn new(db: DB) -> OpenDb {
-        OpenDb { db, open: Arc::new(()) }
+        OpenDb {
+            db,
+            open: Arc::new(()),
+        }
     }
 
     /// See [`crate::state::Engine::open_marker`].

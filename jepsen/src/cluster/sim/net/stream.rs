@@ -20,7 +20,12 @@ pub(super) struct SimStream {
 
 impl SimStream {
     pub(super) fn new(net: SimNet, connection: u64, side: usize) -> SimStream {
-        SimStream { net, connection, side, arrival: None }
+        SimStream {
+            net,
+            connection,
+            side,
+            arrival: None,
+        }
     }
 }
 
@@ -35,8 +40,9 @@ impl AsyncRead for SimStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         loop {
-            let pulled =
-                self.net.pull(self.connection, self.side, buffer.remaining(), context);
+            let pulled = self
+                .net
+                .pull(self.connection, self.side, buffer.remaining(), context);
             match pulled {
                 Pull::Bytes(bytes) => {
                     buffer.put_slice(&bytes);
@@ -46,8 +52,9 @@ impl AsyncRead for SimStream {
                 Pull::Broken => return Poll::Ready(Err(broken())),
                 Pull::Wait => return Poll::Pending,
                 Pull::Until(arrives) => {
-                    let arrival =
-                        self.arrival.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(arrives)));
+                    let arrival = self
+                        .arrival
+                        .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(arrives)));
                     if arrival.deadline() != arrives {
                         arrival.as_mut().reset(arrives);
                     }
