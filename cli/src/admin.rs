@@ -35,20 +35,15 @@ impl Picture {
     /// Asks every node, all at once.
     pub async fn take(client: &Client) -> Result<Picture, Failure> {
         let admin = client.admin();
-        let map = admin
-            .map()
-            .await
-            .map_err(|error| Failure::call("read the shard map", &error))?;
+        let map = admin.map().await.map_err(|error| Failure::call("read the shard map", &error))?;
         let asked = map.nodes.iter().map(|node| {
             let admin = admin.clone();
             async move {
                 let status = admin.node_status(&node.address);
                 let status = tokio::time::timeout(STATUS_TIMEOUT, status).await;
                 // Another node may have got the address of one that is gone.
-                let status = status
-                    .ok()
-                    .and_then(Result::ok)
-                    .filter(|found| found.node.id == node.id);
+                let status =
+                    status.ok().and_then(Result::ok).filter(|found| found.node.id == node.id);
                 status.map(|status| (node.id, status))
             }
         });

@@ -44,13 +44,7 @@ pub struct Global {
     #[arg(long, global = true, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
     /// How results look
-    #[arg(
-        short,
-        long,
-        global = true,
-        value_name = "FORMAT",
-        default_value = "table"
-    )]
+    #[arg(short, long, global = true, value_name = "FORMAT", default_value = "table")]
     pub output: Format,
     /// Leave the headings of tables out
     #[arg(long, global = true)]
@@ -222,12 +216,7 @@ pub struct Put {
     #[arg(long, value_name = "VERSION", group = "condition")]
     pub if_version: Option<u64>,
     /// Only when the key's value is this one
-    #[arg(
-        long,
-        value_name = "VALUE",
-        group = "condition",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "VALUE", group = "condition", allow_hyphen_values = true)]
     pub if_value: Option<String>,
 }
 
@@ -253,12 +242,7 @@ pub struct Delete {
     #[arg(long, value_name = "VERSION", group = "condition")]
     pub if_version: Option<u64>,
     /// Only when the key's value is this one
-    #[arg(
-        long,
-        value_name = "VALUE",
-        group = "condition",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "VALUE", group = "condition", allow_hyphen_values = true)]
     pub if_value: Option<String>,
 }
 
@@ -537,12 +521,7 @@ pub struct Demo {
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..=9))]
     pub nodes: u8,
     /// Zones, dealt out in turn
-    #[arg(
-        long,
-        value_name = "A,B",
-        value_delimiter = ',',
-        default_value = "a,b,c"
-    )]
+    #[arg(long, value_name = "A,B", value_delimiter = ',', default_value = "a,b,c")]
     pub zones: Vec<String>,
     /// Keep the data here
     #[arg(long, value_name = "DIR", conflicts_with = "in_memory")]
@@ -571,18 +550,9 @@ pub enum Script {
 /// Help lists the commands under these headings.
 const GROUPS: &[(&str, &[&str])] = &[
     ("Try it", &["demo"]),
-    (
-        "Key-value",
-        &["put", "get", "delete", "scan", "import", "export"],
-    ),
-    (
-        "Cluster",
-        &["server", "init", "status", "node", "shard", "keyspace"],
-    ),
-    (
-        "Utility",
-        &["config", "context", "completion", "man", "help"],
-    ),
+    ("Key-value", &["put", "get", "delete", "scan", "import", "export"]),
+    ("Cluster", &["server", "init", "status", "node", "shard", "keyspace"]),
+    ("Utility", &["config", "context", "completion", "man", "help"]),
 ];
 
 /// The whole command line with its grouped help.
@@ -590,28 +560,19 @@ pub fn command() -> clap::Command {
     let mut command = Cli::command();
     // Adds `help`, which is a command like the others in the list below.
     command.build();
-    let width = GROUPS
-        .iter()
-        .flat_map(|(_, names)| *names)
-        .map(|name| name.len())
-        .max();
+    let width = GROUPS.iter().flat_map(|(_, names)| *names).map(|name| name.len()).max();
     let width = width.unwrap_or(0);
     let mut groups = String::new();
     for (heading, names) in GROUPS {
         groups.push_str(&format!("\n{heading}:\n"));
         for name in *names {
-            let about = command
-                .find_subcommand(name)
-                .and_then(clap::Command::get_about);
+            let about = command.find_subcommand(name).and_then(clap::Command::get_about);
             let about = about.map(ToString::to_string).unwrap_or_default();
             groups.push_str(&format!("  {name:width$}  {about}\n"));
         }
     }
     // A template knows braces only as its own tags.
-    assert!(
-        !groups.contains('{'),
-        "a command's short help has a brace: {groups}"
-    );
+    assert!(!groups.contains('{'), "a command's short help has a brace: {groups}");
     let template = format!(
         "{{about}}\n\n{{usage-heading}} {{usage}}\n{groups}\nOptions:\n{{options}}{{after-help}}\n"
     );
@@ -625,9 +586,7 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
             "{text:?} is no duration: write a number with its unit, like 250ms, 30s, 5m, 12h, 7d"
         )
     };
-    let at = text
-        .find(|char: char| !char.is_ascii_digit())
-        .ok_or_else(wrong)?;
+    let at = text.find(|char: char| !char.is_ascii_digit()).ok_or_else(wrong)?;
     let number: u64 = text[..at].parse().map_err(|_| wrong())?;
     let unit_ms: u64 = match &text[at..] {
         "ms" => 1,
@@ -637,31 +596,19 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "d" => 86_400_000,
         _ => return Err(wrong()),
     };
-    number
-        .checked_mul(unit_ms)
-        .map(Duration::from_millis)
-        .ok_or_else(wrong)
+    number.checked_mul(unit_ms).map(Duration::from_millis).ok_or_else(wrong)
 }
 
 /// A node as people write it: `n3` or `3`.
 pub fn parse_node(text: &str) -> Result<NodeId, String> {
-    let number = text
-        .strip_prefix('n')
-        .unwrap_or(text)
-        .parse()
-        .ok()
-        .filter(|id| *id > 0);
-    number
-        .map(NodeId)
-        .ok_or_else(|| format!("{text:?} is no node: write n3 or 3"))
+    let number = text.strip_prefix('n').unwrap_or(text).parse().ok().filter(|id| *id > 0);
+    number.map(NodeId).ok_or_else(|| format!("{text:?} is no node: write n3 or 3"))
 }
 
 /// A shard as people write it: `7` or `s7`; `0` is the meta group.
 pub fn parse_shard(text: &str) -> Result<ShardId, String> {
     let number = text.strip_prefix('s').unwrap_or(text).parse().ok();
-    number
-        .map(ShardId)
-        .ok_or_else(|| format!("{text:?} is no shard: write its number"))
+    number.map(ShardId).ok_or_else(|| format!("{text:?} is no shard: write its number"))
 }
 
 /// An entity rule: `whole`, `delimiter:/`, `delimiter:0x00`, `prefix:8`.
@@ -694,17 +641,11 @@ mod tests {
 
     #[test]
     fn help_lists_every_command_once() {
-        let mut listed: Vec<&str> = GROUPS
-            .iter()
-            .flat_map(|(_, names)| *names)
-            .copied()
-            .collect();
+        let mut listed: Vec<&str> = GROUPS.iter().flat_map(|(_, names)| *names).copied().collect();
         let mut built = Cli::command();
         built.build();
-        let mut commands: Vec<String> = built
-            .get_subcommands()
-            .map(|command| command.get_name().to_owned())
-            .collect();
+        let mut commands: Vec<String> =
+            built.get_subcommands().map(|command| command.get_name().to_owned()).collect();
         listed.sort_unstable();
         commands.sort();
         assert_eq!(listed, commands);
@@ -714,16 +655,7 @@ mod tests {
     fn durations_need_a_unit() {
         assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_duration("7d"), Ok(Duration::from_secs(7 * 86_400)));
-        for wrong in [
-            "",
-            "5",
-            "s",
-            "-1s",
-            "1.5s",
-            "5 s",
-            "18446744073709551615d",
-            "1w",
-        ] {
+        for wrong in ["", "5", "s", "-1s", "1.5s", "5 s", "18446744073709551615d", "1w"] {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
     }

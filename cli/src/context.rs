@@ -126,18 +126,11 @@ impl Contexts {
         })?;
         let written = || -> std::io::Result<()> {
             let dir = path.parent().unwrap_or(Path::new("."));
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(dir)?;
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
             let beside = path.with_extension(format!("toml.{}", std::process::id()));
             let mut options = OpenOptions::new();
-            let mut file = options
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&beside)?;
+            let mut file =
+                options.write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
             file.write_all(text.as_bytes())?;
             fs::rename(&beside, path)
         };
@@ -180,10 +173,7 @@ pub fn resolve(global: &Global, env: &Environment) -> Result<Target, Failure> {
         return named(name, "--context", &Contexts::load(&env.path()?)?);
     }
     if let Some(endpoints) = &env.endpoints {
-        let endpoints = endpoints
-            .split(',')
-            .map(|text| text.trim().to_owned())
-            .collect();
+        let endpoints = endpoints.split(',').map(|text| text.trim().to_owned()).collect();
         return Ok(plain(endpoints, "CORACLE_ENDPOINTS"));
     }
     if let Some(name) = &env.context {
@@ -241,10 +231,7 @@ impl Target {
             .operation_timeout(timeout.min(CONNECT_TIMEOUT));
         // The timeout of a client holds for all that it does, so the one that waits for the cluster
         // is another than the one that works with it.
-        probe
-            .connect()
-            .await
-            .map_err(|error| self.unreachable(&error))?;
+        probe.connect().await.map_err(|error| self.unreachable(&error))?;
         self.client_lazy(global)
     }
 
@@ -269,17 +256,11 @@ mod tests {
     use super::*;
 
     fn entry(endpoint: &str) -> Entry {
-        Entry {
-            endpoints: vec![endpoint.to_owned()],
-            keyspace: None,
-        }
+        Entry { endpoints: vec![endpoint.to_owned()], keyspace: None }
     }
 
     fn environment(home: &Path) -> Environment {
-        Environment {
-            home: Some(home.as_os_str().to_owned()),
-            ..Environment::default()
-        }
+        Environment { home: Some(home.as_os_str().to_owned()), ..Environment::default() }
     }
 
     #[test]
@@ -292,10 +273,7 @@ mod tests {
         contexts.choose("a");
         contexts.save(&path).unwrap();
         assert_eq!(Contexts::load(&path).unwrap(), contexts);
-        assert_eq!(
-            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
 
         fs::write(&path, "currant = \"a\"").unwrap();
         let failure = Contexts::load(&path).unwrap_err();
@@ -312,10 +290,7 @@ mod tests {
         contexts.choose("b");
         assert_eq!(contexts.previous.as_deref(), Some("a"));
         contexts.remove("b").unwrap();
-        assert_eq!(
-            (contexts.current.as_deref(), contexts.previous.as_deref()),
-            (Some("a"), None)
-        );
+        assert_eq!((contexts.current.as_deref(), contexts.previous.as_deref()), (Some("a"), None));
         assert!(contexts.remove("b").is_none());
     }
 

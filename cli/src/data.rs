@@ -52,10 +52,7 @@ impl<'a> Place<'a> {
         let target = resolve(global, &Environment::read())?;
         let client = target.client(global).await?;
         let keyspace = client.keyspace(keyspace_name(&target, addressing.keyspace.as_deref()));
-        Ok(Place {
-            keyspace,
-            addressing,
-        })
+        Ok(Place { keyspace, addressing })
     }
 
     fn bytes(&self, what: &str, text: &str) -> Result<Bytes, Failure> {
@@ -70,18 +67,14 @@ impl<'a> Place<'a> {
 
 /// The keyspace that a command means: the flag's, the context's, `default`.
 pub fn keyspace_name(target: &Target, flag: Option<&str>) -> String {
-    flag.or(target.keyspace.as_deref())
-        .unwrap_or("default")
-        .to_owned()
+    flag.or(target.keyspace.as_deref()).unwrap_or("default").to_owned()
 }
 
 /// The bytes that an argument means.
 pub fn decode(addressing: &Addressing, what: &str, text: &str) -> Result<Bytes, Failure> {
     let encoding = addressing.encoding.unwrap_or(Encoding::Utf8);
     let bytes = encoding::decode(encoding, text);
-    bytes
-        .map(Bytes::from)
-        .map_err(|error| Failure::usage(format!("{what}: {error}")))
+    bytes.map(Bytes::from).map_err(|error| Failure::usage(format!("{what}: {error}")))
 }
 
 /// `coracle put`.
@@ -135,21 +128,9 @@ pub async fn get(get: Get, global: &Global, output: &Output) -> Result<(), Failu
         let what = format!("no key {} in keyspace {keyspace}", place.quoted(&key));
         return Err(Failure::new(Exit::NotFound, what));
     };
-    let Entry {
-        value,
-        version,
-        expires_at_ms,
-    } = entry;
+    let Entry { value, version, expires_at_ms } = entry;
     if output.is_json() {
-        let view = view(
-            KeyValue {
-                key,
-                value,
-                version,
-                expires_at_ms,
-            },
-            false,
-        );
+        let view = view(KeyValue { key, value, version, expires_at_ms }, false);
         return output.item("Entry", &view, String::new);
     }
     match get.addressing.encoding {
@@ -168,11 +149,7 @@ pub async fn scan(scan: Scan, global: &Global, output: &Output) -> Result<(), Fa
     let place = Place::new(global, &scan.addressing).await?;
     let prefix = place.bytes("--prefix", &scan.prefix)?;
     let start = place.bytes("--start", &scan.start)?;
-    let end = scan
-        .end
-        .as_deref()
-        .map(|end| place.bytes("--end", end))
-        .transpose()?;
+    let end = scan.end.as_deref().map(|end| place.bytes("--end", end)).transpose()?;
     let mut call = match end {
         Some(end) => place.keyspace.scan(start..end),
         None => place.keyspace.scan(start..),
@@ -189,18 +166,9 @@ pub async fn scan(scan: Scan, global: &Global, output: &Output) -> Result<(), Fa
     }
     let encoding = scan.addressing.encoding.unwrap_or(Encoding::Escape);
     let mut pages = call.pages();
-    let mut rows = Rows {
-        keys_only: scan.keys_only,
-        encoding,
-        is_first: true,
-        output,
-    };
+    let mut rows = Rows { keys_only: scan.keys_only, encoding, is_first: true, output };
     rows.begin()?;
-    while let Some(page) = pages
-        .try_next()
-        .await
-        .map_err(|error| Failure::call("scan", &error))?
-    {
+    while let Some(page) = pages.try_next().await.map_err(|error| Failure::call("scan", &error))? {
         for pair in page.entries {
             rows.row(pair)?;
         }
@@ -258,14 +226,10 @@ fn value(put: &Put) -> Result<Bytes, Failure> {
     let read = |name: &str, reader: &mut dyn Read| {
         let mut value = Vec::new();
         let mut reader = reader.take(VALUE_BYTES_MAX + 1);
-        reader
-            .read_to_end(&mut value)
-            .map_err(|error| Failure::io("read", name, &error))?;
+        reader.read_to_end(&mut value).map_err(|error| Failure::io("read", name, &error))?;
         if value.len() as u64 > VALUE_BYTES_MAX {
             let limit = bytes(VALUE_BYTES_MAX);
-            return Err(Failure::usage(format!(
-                "{name} has more than {limit}: it is no value"
-            )));
+            return Err(Failure::usage(format!("{name} has more than {limit}: it is no value")));
         }
         Ok(Bytes::from(value))
     };

@@ -72,9 +72,7 @@ pub async fn run(demo: Demo, output: &Output) -> Result<(), Failure> {
         _ = terminate.recv() => Err(Failure::new(Exit::Interrupted, "interrupted")),
     };
     drop(context);
-    let failed = result
-        .as_ref()
-        .is_err_and(|failure| failure.exit != Exit::Interrupted);
+    let failed = result.as_ref().is_err_and(|failure| failure.exit != Exit::Interrupted);
     if failed {
         cluster.keep_logs();
     }
@@ -85,10 +83,7 @@ pub async fn run(demo: Demo, output: &Output) -> Result<(), Failure> {
         true => format!("data and logs stay in {dir}"),
         false => "the data are gone".to_owned(),
     };
-    screen.line(&format!(
-        "  all nodes stopped in {}; {data}",
-        duration(stopping.elapsed())
-    ));
+    screen.line(&format!("  all nodes stopped in {}; {data}", duration(stopping.elapsed())));
     result
 }
 
@@ -103,15 +98,10 @@ async fn play(
     let ready = |node: &Node, after: Duration| {
         let seconds = after.as_secs_f64();
         let (name, zone, address) = (node.name(), node.zone(), node.address());
-        screen.line(&format!(
-            "  {name}  zone {zone}  {address}  ready  {seconds:.1} s"
-        ));
+        screen.line(&format!("  {name}  zone {zone}  {address}  ready  {seconds:.1} s"));
     };
     let took = cluster.start(ready).await?;
-    screen.line(&format!(
-        "  every shard has a leader                {:.1} s",
-        took.as_secs_f64()
-    ));
+    screen.line(&format!("  every shard has a leader                {:.1} s", took.as_secs_f64()));
     *context = write_context(cluster, screen).await;
     match demo.script {
         Some(Script::Tour) => {
@@ -124,11 +114,7 @@ async fn play(
 
 fn announce(demo: &Demo, cluster: &Cluster, screen: &Screen<'_>) {
     let zones = demo.zones.len().min(demo.nodes.into());
-    let disk = if demo.in_memory {
-        "in memory"
-    } else {
-        "on disk"
-    };
+    let disk = if demo.in_memory { "in memory" } else { "on disk" };
     screen.line(&format!(
         "coracle {} · demo · {} nodes in {zones} zones · {SHARDS} shards × {} replicas · {disk}",
         env!("CARGO_PKG_VERSION"),
@@ -163,10 +149,7 @@ impl Drop for ContextGuard {
 
 async fn write_context(cluster: &Cluster, screen: &Screen<'_>) -> Option<ContextGuard> {
     let endpoints: Vec<String> = cluster.nodes().iter().map(Node::address).collect();
-    let entry = Entry {
-        endpoints: endpoints.clone(),
-        keyspace: None,
-    };
+    let entry = Entry { endpoints: endpoints.clone(), keyspace: None };
     let written = async {
         let path = Environment::read().path()?;
         let mut contexts = Contexts::load(&path)?;
@@ -229,11 +212,7 @@ async fn by_hand(demo: &Demo, cluster: &mut Cluster, screen: &Screen<'_>) -> Res
         let keyspace = cluster.client().keyspace("default");
         Load::start(vec![keyspace; WRITERS], ledger.clone(), demo.load)
     });
-    let mut hand = Hand {
-        cluster,
-        screen,
-        ledger: &ledger,
-    };
+    let mut hand = Hand { cluster, screen, ledger: &ledger };
     let mut typed = Some(screen::typed());
     let mut ticks = tokio::time::interval(TICK);
     loop {
@@ -283,23 +262,15 @@ async fn last_check(
         screen.line("  not every key can be read now, so the acknowledged writes were not checked");
         return Ok(());
     };
-    let Verified {
-        acknowledged, lost, ..
-    } = verified;
+    let Verified { acknowledged, lost, .. } = verified;
     let checked = count(acknowledged);
-    screen.line(&format!(
-        "  {checked} acknowledged writes checked, {} lost",
-        lost.len()
-    ));
+    screen.line(&format!("  {checked} acknowledged writes checked, {} lost", lost.len()));
     for loss in &lost {
         screen.line(&format!("  LOST {loss}"));
     }
     match lost.is_empty() {
         true => Ok(()),
-        false => Err(Failure::new(
-            Exit::Unhealthy,
-            "acknowledged writes were lost",
-        )),
+        false => Err(Failure::new(Exit::Unhealthy, "acknowledged writes were lost")),
     }
 }
 
@@ -319,8 +290,7 @@ impl Hand<'_> {
                 let at = self.place(node)?;
                 self.cluster.partition(at).await?;
                 let name = self.cluster.nodes()[at].name();
-                self.screen
-                    .event(&format!("{name} is cut off from all others. :heal ends it"));
+                self.screen.event(&format!("{name} is cut off from all others. :heal ends it"));
                 Ok(())
             }
             Command::Heal => {
@@ -341,35 +311,26 @@ impl Hand<'_> {
     fn place(&self, node: Option<NodeId>) -> Result<usize, Failure> {
         let busiest = || tour::busiest(self.ledger).map(|(node, _)| node);
         let running = || self.cluster.nodes().iter().find(|node| node.is_started());
-        let node = node
-            .or_else(busiest)
-            .or_else(|| running().map(|node| node.id));
+        let node = node.or_else(busiest).or_else(|| running().map(|node| node.id));
         let node = node.ok_or_else(|| Failure::usage("no node runs: r starts them again"))?;
         let at = self.cluster.find(node)?;
         match self.cluster.nodes()[at].is_started() {
             true => Ok(at),
-            false => Err(Failure::usage(format!(
-                "n{node} does not run: :restart n{node}"
-            ))),
+            false => Err(Failure::usage(format!("n{node} does not run: :restart n{node}"))),
         }
     }
 
     async fn kill(&mut self, node: Option<NodeId>) -> Result<(), Failure> {
         let at = self.place(node)?;
         let id = self.cluster.nodes()[at].id;
-        let seen = self
-            .ledger
-            .shards()
-            .into_iter()
-            .filter(|(_, seen)| seen.node == id);
+        let seen = self.ledger.shards().into_iter().filter(|(_, seen)| seen.node == id);
         let led: std::collections::BTreeSet<_> = seen.map(|(shard, _)| shard).collect();
         let shards = led.len();
         let killed = self.cluster.kill(at);
         self.ledger.watch_failover(id, led, killed);
         self.cluster.reap(at).await;
-        self.screen.event(&format!(
-            "killed n{id} (led {shards} shards of the load). r starts it again"
-        ));
+        self.screen
+            .event(&format!("killed n{id} (led {shards} shards of the load). r starts it again"));
         Ok(())
     }
 

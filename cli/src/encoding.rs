@@ -39,10 +39,7 @@ impl Text {
 pub fn encode(encoding: Encoding, bytes: &[u8]) -> Vec<u8> {
     match encoding {
         Encoding::Utf8 => bytes.to_vec(),
-        Encoding::Hex => bytes
-            .iter()
-            .flat_map(|byte| format!("{byte:02x}").into_bytes())
-            .collect(),
+        Encoding::Hex => bytes.iter().flat_map(|byte| format!("{byte:02x}").into_bytes()).collect(),
         Encoding::Base64 => STANDARD.encode(bytes).into_bytes(),
         Encoding::Escape => escape(bytes).into_bytes(),
     }
@@ -64,9 +61,9 @@ pub fn decode(encoding: Encoding, text: &str) -> Result<Vec<u8>, String> {
                 .filter(|_| digits.len() % 2 == 0)
                 .ok_or_else(|| format!("{text:?} is not hex: an even number of digits 0 to f"))
         }
-        Encoding::Base64 => STANDARD
-            .decode(text)
-            .map_err(|error| format!("{text:?} is not base64: {error}")),
+        Encoding::Base64 => {
+            STANDARD.decode(text).map_err(|error| format!("{text:?} is not base64: {error}"))
+        }
         Encoding::Escape => unescape(text.as_bytes()),
     }
 }
@@ -115,9 +112,7 @@ pub fn unescape(text: &[u8]) -> Result<Vec<u8>, String> {
             [b'\\', ..] => (Some(b'\\'), 1),
             [b'x', high, low, ..] => {
                 let digit = |byte: u8| (byte as char).to_digit(16);
-                let value = digit(*high)
-                    .zip(digit(*low))
-                    .map(|(high, low)| high * 16 + low);
+                let value = digit(*high).zip(digit(*low)).map(|(high, low)| high * 16 + low);
                 (value.and_then(|value| u8::try_from(value).ok()), 3)
             }
             _ => (None, 0),

@@ -57,9 +57,9 @@ enum Sink<'a> {
 impl Sink<'_> {
     fn write(&mut self, text: &str) -> Result<(), Failure> {
         match self {
-            Sink::File(file, path) => file
-                .write_all(text.as_bytes())
-                .map_err(|error| Failure::io("write", path, &error)),
+            Sink::File(file, path) => {
+                file.write_all(text.as_bytes()).map_err(|error| Failure::io("write", path, &error))
+            }
             Sink::Stdout(output) => output.data(text.as_bytes()),
         }
     }
@@ -80,9 +80,7 @@ impl Sink<'_> {
 pub async fn run(export: Export, global: &Global, output: &Output) -> Result<(), Failure> {
     let format = export.format.unwrap_or_else(|| format_of(&export.file));
     if format == RecordFormat::Packages {
-        return Err(Failure::usage(
-            "packages can only be imported; export as ndjson or tsv",
-        ));
+        return Err(Failure::usage("packages can only be imported; export as ndjson or tsv"));
     }
     let is_stdout = export.file == Path::new("-");
     if is_stdout && export.resume.is_some() {
@@ -106,14 +104,7 @@ pub async fn run(export: Export, global: &Global, output: &Output) -> Result<(),
     let scan = client.keyspace(name).scan(..).prefix(prefix).resume(token);
     let progress = output.progress();
     let state = export.resume;
-    let mut run = Run {
-        format,
-        sink,
-        done: begun,
-        state,
-        saved: Instant::now(),
-        progress,
-    };
+    let mut run = Run { format, sink, done: begun, state, saved: Instant::now(), progress };
     let mut pages = scan.pages();
     loop {
         let page = pages.try_next().await.map_err(|error| {
@@ -183,12 +174,7 @@ fn begin(
 fn open(path: &Path, bytes: u64) -> Result<BufWriter<File>, Failure> {
     let failed = |error: std::io::Error| Failure::io("write", path, &error);
     let mut options = OpenOptions::new();
-    let mut file = options
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .map_err(failed)?;
+    let mut file = options.write(true).create(true).truncate(false).open(path).map_err(failed)?;
     let metadata = file.metadata().map_err(failed)?;
     // Pipes and devices have no length, and take what comes.
     if metadata.is_file() {
@@ -223,8 +209,7 @@ impl Run<'_> {
         let token = encoding::encode(Encoding::Hex, &page.resume_token);
         self.done.resume_token = String::from_utf8_lossy(&token).into_owned();
         let done = &self.done;
-        self.progress
-            .update(|| format!("{} records, {}", count(done.records), bytes(done.bytes)));
+        self.progress.update(|| format!("{} records, {}", count(done.records), bytes(done.bytes)));
         if self.saved.elapsed() >= SAVE_INTERVAL {
             self.save()?;
         }
@@ -251,21 +236,8 @@ fn summary(done: &Progressed, output: &Output, is_stdout: bool) -> Result<(), Fa
         output.note(&text());
         return Ok(());
     }
-    let Progressed {
-        records,
-        bytes,
-        version,
-        ..
-    } = done.clone();
-    output.item(
-        "Export",
-        &Summary {
-            records,
-            bytes,
-            version,
-        },
-        text,
-    )
+    let Progressed { records, bytes, version, .. } = done.clone();
+    output.item("Export", &Summary { records, bytes, version }, text)
 }
 
 #[cfg(test)]

@@ -46,12 +46,7 @@ pub struct Failure {
 impl Failure {
     /// With a code of its own.
     pub fn new(exit: Exit, what: impl Into<String>) -> Failure {
-        Failure {
-            exit,
-            what: what.into(),
-            next: None,
-            details: None,
-        }
+        Failure { exit, what: what.into(), next: None, details: None }
     }
 
     /// Of no special kind.
@@ -78,10 +73,7 @@ impl Failure {
 
     /// A file could not be used: what was tried, which one.
     pub fn io(what: &str, path: impl AsRef<std::path::Path>, error: &std::io::Error) -> Failure {
-        Failure::failed(format!(
-            "cannot {what} {}: {error}",
-            path.as_ref().display()
-        ))
+        Failure::failed(format!("cannot {what} {}: {error}", path.as_ref().display()))
     }
 
     /// A call to the cluster failed.

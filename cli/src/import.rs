@@ -107,21 +107,13 @@ pub async fn run(import: Import, global: &Global, output: &Output) -> Result<(),
     let started = Instant::now();
     let done = import_all(&plan, &keyspace, output).await?;
     let seconds = started.elapsed().as_secs_f64();
-    let summary = Summary {
-        records: done.records,
-        skipped: done.skipped,
-        seconds,
-    };
+    let summary = Summary { records: done.records, skipped: done.skipped, seconds };
     output.item("Import", &summary, || {
         let skipped = match done.skipped {
             0 => String::new(),
             bad => format!(", {} bad ones passed over", count(bad)),
         };
-        format!(
-            "{} records in keyspace {}{skipped}",
-            count(done.records),
-            keyspace.name()
-        )
+        format!("{} records in keyspace {}{skipped}", count(done.records), keyspace.name())
     })
 }
 
@@ -189,10 +181,7 @@ fn begin(plan: &Plan, keyspace: &str) -> Result<Progressed, Failure> {
         ("format", &state.format, &fresh.format),
     ] {
         if then != now {
-            let text = format!(
-                "{} is of an import with {what} {then}, not {now}",
-                path.display()
-            );
+            let text = format!("{} is of an import with {what} {then}, not {now}", path.display());
             return Err(Failure::usage(text).next("name another state file for another import"));
         }
     }
@@ -222,21 +211,14 @@ fn read_ahead(plan: &Plan, from: Position) -> Result<mpsc::Receiver<io::Result<S
 fn open(path: &Path, offset: u64) -> Result<Box<dyn BufRead + Send>, Failure> {
     let unreadable = |error: io::Error| Failure::io("read", path, &error);
     let too_short = || {
-        Failure::failed(format!(
-            "{} is shorter than what was imported of it",
-            path.display()
-        ))
-        .next("it is another file now: remove the state to begin anew")
+        Failure::failed(format!("{} is shorter than what was imported of it", path.display()))
+            .next("it is another file now: remove the state to begin anew")
     };
     if path == Path::new("-") {
         let mut stdin = BufReader::new(io::stdin());
         let passed =
             io::copy(&mut stdin.by_ref().take(offset), &mut io::sink()).map_err(unreadable)?;
-        return if passed == offset {
-            Ok(Box::new(stdin))
-        } else {
-            Err(too_short())
-        };
+        return if passed == offset { Ok(Box::new(stdin)) } else { Err(too_short()) };
     }
     let mut file = File::open(path).map_err(unreadable)?;
     let metadata = file.metadata().map_err(unreadable)?;
@@ -319,15 +301,8 @@ impl Run<'_> {
             Err(why) => {
                 self.bad(step.line, &why)?;
                 let end = step.end;
-                let passed = Answered {
-                    key: None,
-                    bytes: 0,
-                    end,
-                    result: Ok(()),
-                };
-                self.flight
-                    .answers
-                    .push_back(Box::pin(std::future::ready(passed)));
+                let passed = Answered { key: None, bytes: 0, end, result: Ok(()) };
+                self.flight.answers.push_back(Box::pin(std::future::ready(passed)));
                 return Ok(0);
             }
         };
@@ -342,12 +317,7 @@ impl Run<'_> {
         let (keyspace, line, end) = (self.keyspace.clone(), step.line, step.end);
         self.flight.answers.push_back(Box::pin(async move {
             let key = Some(record.key.clone());
-            Answered {
-                key,
-                bytes,
-                end,
-                result: put(&keyspace, record, line).await,
-            }
+            Answered { key, bytes, end, result: put(&keyspace, record, line).await }
         }));
         Ok(1)
     }
@@ -364,11 +334,7 @@ impl Run<'_> {
         let (done, started) = (&self.done, self.started);
         self.progress.update(|| {
             let rate = done.records as f64 / started.elapsed().as_secs_f64().max(0.001);
-            format!(
-                "{} records, {} per second",
-                count(done.records),
-                count(rate as u64)
-            )
+            format!("{} records, {} per second", count(done.records), count(rate as u64))
         });
         if self.saved.elapsed() >= SAVE_INTERVAL {
             self.save()?;
@@ -444,9 +410,7 @@ async fn put(keyspace: &Keyspace, record: Record, line: u64) -> Result<(), Failu
 
 fn now_ms() -> u64 {
     // A clock before 1970 expires nothing.
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 #[cfg(test)]
@@ -470,23 +434,9 @@ mod tests {
         let path = dir.path().join("state");
         let begun = begin(&plan("a.tsv", &path), "default").unwrap();
         assert_eq!(begun.position, Position::default());
-        let position = Position {
-            offset: 8,
-            lines: 2,
-        };
-        state::save(
-            &path,
-            &Progressed {
-                position,
-                records: 2,
-                ..begun
-            },
-        )
-        .unwrap();
-        assert_eq!(
-            begin(&plan("a.tsv", &path), "default").unwrap().position,
-            position
-        );
+        let position = Position { offset: 8, lines: 2 };
+        state::save(&path, &Progressed { position, records: 2, ..begun }).unwrap();
+        assert_eq!(begin(&plan("a.tsv", &path), "default").unwrap().position, position);
         for (file, keyspace) in [("b.tsv", "default"), ("a.tsv", "other")] {
             let failure = begin(&plan(file, &path), keyspace).unwrap_err();
             assert_eq!(failure.exit, Exit::Usage, "{failure:?}");
@@ -501,9 +451,7 @@ mod tests {
         let mut rest = String::new();
         open(&path, 4).unwrap().read_to_string(&mut rest).unwrap();
         assert_eq!(rest, "b\t2\n");
-        let Err(failure) = open(&path, 9) else {
-            panic!("9 bytes of 8")
-        };
+        let Err(failure) = open(&path, 9) else { panic!("9 bytes of 8") };
         assert!(failure.what.contains("shorter"), "{failure:?}");
     }
 

@@ -86,13 +86,7 @@ impl Output {
     pub fn data(&self, bytes: &[u8]) -> Result<(), Failure> {
         let mut stdout = self.stdout();
         let written = stdout.write_all(bytes);
-        checked(written.and_then(|()| {
-            if self.stdout_terminal {
-                stdout.flush()
-            } else {
-                Ok(())
-            }
-        }))
+        checked(written.and_then(|()| if self.stdout_terminal { stdout.flush() } else { Ok(()) }))
     }
 
     /// A line of standard output.
@@ -198,11 +192,7 @@ impl Output {
     }
 
     fn document<T: Serialize>(&self, kind: &str, content: &T) -> Result<(), Failure> {
-        self.json_line(&Document {
-            api_version: API_VERSION,
-            kind,
-            content,
-        })
+        self.json_line(&Document { api_version: API_VERSION, kind, content })
     }
 
     fn stdout(&self) -> MutexGuard<'_, BufWriter<io::Stdout>> {

@@ -89,11 +89,8 @@ async fn orphaned(parent: Option<u32>) {
 pub fn load(settings: &Settings, file: Option<&Path>) -> Result<Config, Failure> {
     let path = file.or(settings.config.as_deref());
     let file = path.map(read).transpose()?;
-    let (set, unreadable): (Vec<_>, Vec<_>) = settings
-        .set
-        .iter()
-        .map(|text| split_set(text))
-        .partition(Result::is_ok);
+    let (set, unreadable): (Vec<_>, Vec<_>) =
+        settings.set.iter().map(|text| split_set(text)).partition(Result::is_ok);
     let sources = Sources {
         file,
         env: std::env::vars_os()
@@ -103,11 +100,8 @@ pub fn load(settings: &Settings, file: Option<&Path>) -> Result<Config, Failure>
         flags: flags(settings),
         memory_bytes: coracle_server::machine_memory_bytes(),
     };
-    let mut problems: Vec<String> = unreadable
-        .into_iter()
-        .filter_map(Result::err)
-        .map(|problem| problem.to_string())
-        .collect();
+    let mut problems: Vec<String> =
+        unreadable.into_iter().filter_map(Result::err).map(|problem| problem.to_string()).collect();
     match Config::load(&sources) {
         Ok(config) if problems.is_empty() => Ok(config),
         Ok(_) => Err(refused(&problems)),
@@ -130,10 +124,7 @@ fn refused(problems: &[String]) -> Failure {
 fn read(path: &Path) -> Result<SourceFile, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| Failure::io("read the settings in", path, &error))?;
-    Ok(SourceFile {
-        path: path.display().to_string(),
-        text,
-    })
+    Ok(SourceFile { path: path.display().to_string(), text })
 }
 
 fn flags(settings: &Settings) -> Vec<Flag> {
@@ -143,31 +134,15 @@ fn flags(settings: &Settings) -> Vec<Flag> {
         ("--listen", "listen.client", &settings.listen),
         ("--peer-listen", "listen.peer", &settings.peer_listen),
         ("--http-listen", "listen.http", &settings.http_listen),
-        (
-            "--advertise",
-            "listen.advertise_client",
-            &settings.advertise,
-        ),
-        (
-            "--peer-advertise",
-            "listen.advertise_peer",
-            &settings.peer_advertise,
-        ),
+        ("--advertise", "listen.advertise_client", &settings.advertise),
+        ("--peer-advertise", "listen.advertise_peer", &settings.peer_advertise),
         ("--join", "cluster.join", &settings.join),
-        (
-            "--log-format",
-            "observability.log_format",
-            &settings.log_format,
-        ),
+        ("--log-format", "observability.log_format", &settings.log_format),
         ("--log", "observability.log_filter", &settings.log),
     ];
-    let given = named.into_iter().filter_map(|(flag, key, value)| {
-        Some(Flag {
-            flag,
-            key,
-            value: value.clone()?,
-        })
-    });
+    let given = named
+        .into_iter()
+        .filter_map(|(flag, key, value)| Some(Flag { flag, key, value: value.clone()? }));
     let insecure = settings.insecure.then(|| Flag {
         flag: "--insecure",
         key: "listen.insecure",
@@ -186,9 +161,7 @@ fn start_logs(config: &Config) -> Result<(), Failure> {
         LogFormat::Text => false,
         LogFormat::Auto => !terminal,
     };
-    let logs = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // Colours are for terminals; in a file they are noise.
     let logs = logs.with_ansi(terminal);
     match json {

@@ -155,73 +155,36 @@ impl Admin {
     /// Makes a cluster of the nodes that the first seed within reach knows. Once per cluster.
     pub async fn init(&self, init: Init) -> Result<Initialized, Error> {
         limits::check_shards(init.shards)?;
-        let Init {
-            shards,
-            replicas,
-            nodes,
-        } = init;
-        let request = v1::InitRequest {
-            shards,
-            replicas,
-            nodes,
-        };
+        let Init { shards, replicas, nodes } = init;
+        let request = v1::InitRequest { shards, replicas, nodes };
         let made = self.any(INIT_TIMEOUT, true, |node: Arc<Pipeline>| async move {
             node.connection().admin().init(request).await
         });
-        let v1::InitResponse {
-            cluster_id,
-            shards,
-            replicas,
-            warnings,
-        } = made.await?;
-        Ok(Initialized {
-            cluster_id,
-            shards,
-            replicas,
-            warnings,
-        })
+        let v1::InitResponse { cluster_id, shards, replicas, warnings } = made.await?;
+        Ok(Initialized { cluster_id, shards, replicas, warnings })
     }
 
     /// A node's own view, also without a quorum.
     pub async fn node_status(&self, address: &str) -> Result<NodeStatus, Error> {
-        let status = self.one(
-            address,
-            self.timeout(),
-            false,
-            |node: Arc<Pipeline>| async move {
-                node.connection()
-                    .admin()
-                    .node_status(v1::NodeStatusRequest {})
-                    .await
-            },
-        );
+        let status = self.one(address, self.timeout(), false, |node: Arc<Pipeline>| async move {
+            node.connection().admin().node_status(v1::NodeStatusRequest {}).await
+        });
         Ok(NodeStatus::from_wire(status.await?))
     }
 
     /// The map as any node knows it now.
     pub async fn map(&self) -> Result<ClusterMap, Error> {
         let map = self.any(self.timeout(), false, |node: Arc<Pipeline>| async move {
-            node.connection()
-                .cluster()
-                .get_map(v1::GetMapRequest {})
-                .await
+            node.connection().cluster().get_map(v1::GetMapRequest {}).await
         });
         checked(map.await?.map)
     }
 
     /// The map as one node knows it now.
     pub async fn map_of(&self, address: &str) -> Result<ClusterMap, Error> {
-        let map = self.one(
-            address,
-            self.timeout(),
-            false,
-            |node: Arc<Pipeline>| async move {
-                node.connection()
-                    .cluster()
-                    .get_map(v1::GetMapRequest {})
-                    .await
-            },
-        );
+        let map = self.one(address, self.timeout(), false, |node: Arc<Pipeline>| async move {
+            node.connection().cluster().get_map(v1::GetMapRequest {}).await
+        });
         checked(map.await?.map)
     }
 
@@ -233,10 +196,7 @@ impl Admin {
     /// The keyspaces, by name.
     pub async fn keyspaces(&self) -> Result<Vec<KeyspaceInfo>, Error> {
         let list = self.any(self.timeout(), false, |node: Arc<Pipeline>| async move {
-            node.connection()
-                .cluster()
-                .list_keyspaces(v1::ListKeyspacesRequest {})
-                .await
+            node.connection().cluster().list_keyspaces(v1::ListKeyspacesRequest {}).await
         });
         list.await?.keyspaces.iter().map(keyspace).collect()
     }
@@ -265,11 +225,7 @@ impl Admin {
             if timeout_at(deadline, known).await.is_err() {
                 let message = format!("keyspace {:?} was made, but no map shows it yet", new.name);
                 let fault = Fault::new(Reason::Unreachable, message);
-                return Err(Error::of_fault(
-                    fault.with_outcome(Outcome::Applied),
-                    1,
-                    true,
-                ));
+                return Err(Error::of_fault(fault.with_outcome(Outcome::Applied), 1, true));
             }
         }
         keyspace(&made)
@@ -284,28 +240,19 @@ impl Admin {
     ) -> Result<NodeId, Error> {
         let deadline = Instant::now() + self.timeout();
         self.driver.ready(deadline).await?;
-        let request = v1::TransferLeaderRequest {
-            shard: shard.0,
-            to_node: to.map_or(0, |node| node.0),
-        };
+        let request =
+            v1::TransferLeaderRequest { shard: shard.0, to_node: to.map_or(0, |node| node.0) };
         let routes = &self.driver.follower.routes;
         let mut redirects = 0;
         loop {
             let table = routes.table();
             let unknown = || Fault::new(Reason::UnknownShard, format!("no shard {shard}"));
-            let route = table
-                .route_of(shard)
-                .ok_or_else(|| Error::of_fault(unknown(), 0, false))?;
+            let route =
+                table.route_of(shard).ok_or_else(|| Error::of_fault(unknown(), 0, false))?;
             let pool = &self.driver.follower.pool;
-            let usable = |node| {
-                table
-                    .address(node)
-                    .is_some_and(|address| pool.is_usable(address))
-            };
+            let usable = |node| table.address(node).is_some_and(|address| pool.is_usable(address));
             let node = route.choose(redirects as usize, None, usable);
-            let address = node
-                .and_then(|node| table.address(node))
-                .unwrap_or_default();
+            let address = node.and_then(|node| table.address(node)).unwrap_or_default();
             let asked = self.ask(address, deadline, |node: Arc<Pipeline>| async move {
                 node.connection().admin().transfer_leader(request).await
             });
@@ -320,10 +267,9 @@ impl Admin {
             if let Some(node) = node {
                 routes.saw_follower(shard, node);
             }
-            if let (Some(leader), Some(term)) = (
-                fault.number(metadata::LEADER_NODE),
-                fault.number(metadata::LEADER_TERM),
-            ) {
+            if let (Some(leader), Some(term)) =
+                (fault.number(metadata::LEADER_NODE), fault.number(metadata::LEADER_TERM))
+            {
                 routes.saw_leader(shard, NodeId(leader), term, false);
             }
         }
@@ -407,10 +353,7 @@ impl Admin {
         call: impl Fn(Arc<Pipeline>) -> F,
     ) -> Result<T, Fault> {
         let Some(pipeline) = self.driver.follower.pool.get(address) else {
-            return Err(Fault::invalid(
-                "address",
-                format!("{address:?} is no host:port"),
-            ));
+            return Err(Fault::invalid("address", format!("{address:?} is no host:port")));
         };
         match timeout_at(until, call(pipeline.clone())).await {
             Ok(Ok(response)) => {
@@ -432,9 +375,7 @@ fn checked(map: Option<v1::ShardMap>) -> Result<ClusterMap, Error> {
         let fault = Fault::new(Reason::NotInitialized, "the cluster has not been made yet");
         return Err(Error::of_fault(fault, 1, false));
     }
-    ShardMap::from_proto(&map)
-        .map(|map| ClusterMap::of(&map))
-        .map_err(unreadable)
+    ShardMap::from_proto(&map).map(|map| ClusterMap::of(&map)).map_err(unreadable)
 }
 
 fn keyspace(keyspace: &v1::Keyspace) -> Result<KeyspaceInfo, Error> {
@@ -452,16 +393,8 @@ impl NodeStatus {
             node: Node::from_wire(status.node.unwrap_or_default()),
             cluster_id: status.cluster_id,
             start_count: status.start_count,
-            groups: status
-                .groups
-                .into_iter()
-                .map(GroupStatus::from_wire)
-                .collect(),
-            peers: status
-                .peers
-                .into_iter()
-                .map(PeerStatus::from_wire)
-                .collect(),
+            groups: status.groups.into_iter().map(GroupStatus::from_wire).collect(),
+            peers: status.peers.into_iter().map(PeerStatus::from_wire).collect(),
             disk_free_bytes: status.disk_free_bytes,
             disk_total_bytes: status.disk_total_bytes,
             log_bytes: status.log_bytes,

@@ -179,15 +179,9 @@ impl Cas {
     ) -> Cas {
         let served = Served::from_wire(served.as_ref());
         if applied {
-            Cas::Applied(Written {
-                version: Version(version),
-                served,
-            })
+            Cas::Applied(Written { version: Version(version), served })
         } else {
-            Cas::Mismatch {
-                current: current.map(Entry::from_wire),
-                served,
-            }
+            Cas::Mismatch { current: current.map(Entry::from_wire), served }
         }
     }
 }
@@ -196,11 +190,7 @@ impl BatchOutcome {
     pub(crate) fn from_wire(response: v1::WriteResponse) -> BatchOutcome {
         BatchOutcome {
             applied: response.applied.then_some(Version(response.version)),
-            results: response
-                .results
-                .into_iter()
-                .map(OperationOutcome::from_wire)
-                .collect(),
+            results: response.results.into_iter().map(OperationOutcome::from_wire).collect(),
             served: Served::from_wire(response.served.as_ref()),
         }
     }

@@ -33,12 +33,7 @@ struct State {
 
 impl Budget {
     pub(crate) fn new(now: Instant) -> Budget {
-        Budget {
-            state: Mutex::new(State {
-                tokens: CAPACITY,
-                refilled_at: now,
-            }),
-        }
+        Budget { state: Mutex::new(State { tokens: CAPACITY, refilled_at: now }) }
     }
 
     /// A call makes its first attempt.
@@ -61,10 +56,7 @@ impl Budget {
         let mut state = self.state.lock();
         state.refill(now);
         state.tokens = (state.tokens - 1.0).max(0.0);
-        assert!(
-            (0.0..=CAPACITY).contains(&state.tokens),
-            "the budget left its bounds"
-        );
+        assert!((0.0..=CAPACITY).contains(&state.tokens), "the budget left its bounds");
     }
 }
 
@@ -91,10 +83,7 @@ mod tests {
         assert!(!budget.has_token(start));
         budget.spend(start);
         let later = start + Duration::from_millis(100);
-        assert!(
-            budget.has_token(later),
-            "10 tokens a second give one after 100 ms"
-        );
+        assert!(budget.has_token(later), "10 tokens a second give one after 100 ms");
         budget.spend(later);
         assert!(!budget.has_token(later));
     }

@@ -66,14 +66,8 @@ pub struct Builder {
 impl Client {
     /// Connects to a cluster by its seeds, `"n1:7400,n2:7400"`, also with `coracle://` in front.
     pub async fn connect(seeds: &str) -> Result<Client, Error> {
-        let seeds = seeds
-            .strip_prefix("coracle://")
-            .unwrap_or(seeds)
-            .trim_end_matches('/');
-        Client::builder()
-            .seeds(seeds.split(',').map(str::trim))
-            .connect()
-            .await
+        let seeds = seeds.strip_prefix("coracle://").unwrap_or(seeds).trim_end_matches('/');
+        Client::builder().seeds(seeds.split(',').map(str::trim)).connect().await
     }
 
     /// Settings before connecting.
@@ -96,12 +90,7 @@ impl Client {
     /// A handle for a keyspace. Whether it exists shows when it is used.
     pub fn keyspace(&self, name: impl Into<String>) -> Keyspace {
         let keyspace = Arc::from(name.into());
-        Keyspace {
-            target: Target {
-                keyspace,
-                ..self.default.target.clone()
-            },
-        }
+        Keyspace { target: Target { keyspace, ..self.default.target.clone() } }
     }
 
     /// The operators' calls.
@@ -164,10 +153,7 @@ impl Keyspace {
 
     /// Reads many keys, each shard's at once. Gives `Vec<Option<Entry>>` in their order.
     pub fn multi_get<K: Into<Bytes>>(&self, keys: impl IntoIterator<Item = K>) -> MultiGet {
-        MultiGet::new(
-            self.target.clone(),
-            keys.into_iter().map(Into::into).collect(),
-        )
+        MultiGet::new(self.target.clone(), keys.into_iter().map(Into::into).collect())
     }
 
     /// Writes one key. Gives [`Written`](crate::Written), with a condition [`Cas`](crate::Cas).
@@ -264,31 +250,14 @@ impl Builder {
         };
         // 0 stands for no client on the wire.
         let session = Arc::new(Session::new(random.next_u64().max(1)));
-        let tasks = Tasks {
-            tracker: TaskTracker::new(),
-            stop: CancellationToken::new(),
-        };
+        let tasks = Tasks { tracker: TaskTracker::new(), stop: CancellationToken::new() };
         let dialer = Dialer::new(self.net, &self.name, self.connect_timeout);
         let pool = Pool::new(dialer, self.in_flight_max, tasks.clone());
         let attempt_timeout = self.settings.attempt_timeout;
-        let follower = Follower::new(
-            pool,
-            session,
-            self.seeds,
-            attempt_timeout,
-            random.next_u64(),
-        );
+        let follower = Follower::new(pool, session, self.seeds, attempt_timeout, random.next_u64());
         let driver = Arc::new(Driver::new(follower, self.settings, tasks));
         let keyspace = Arc::from(DEFAULT_KEYSPACE_NAME);
-        Ok(Client {
-            default: Keyspace {
-                target: Target {
-                    driver,
-                    keyspace,
-                    timeout: None,
-                },
-            },
-        })
+        Ok(Client { default: Keyspace { target: Target { driver, keyspace, timeout: None } } })
     }
 
     /// Makes the client and waits, as long as a call may take, until a node has given the map.
@@ -301,9 +270,7 @@ impl Builder {
 
     fn check(&self) -> Result<(), Error> {
         if self.seeds.is_empty() {
-            return Err(Error::invalid(
-                "no seeds: name at least one node as host:port",
-            ));
+            return Err(Error::invalid("no seeds: name at least one node as host:port"));
         }
         if let Some(seed) = self.seeds.iter().find(|seed| !Dialer::is_address(seed)) {
             return Err(Error::invalid(format!("seed {seed:?} is no host:port")));

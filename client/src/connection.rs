@@ -71,11 +71,7 @@ struct Health {
 
 impl Dialer {
     pub(crate) fn new(net: Arc<dyn Net>, name: &str, connect_timeout: Duration) -> Dialer {
-        Dialer {
-            net,
-            name: name.to_owned(),
-            connect_timeout,
-        }
+        Dialer { net, name: name.to_owned(), connect_timeout }
     }
 
     /// Whether `address` is a `host:port`.
@@ -101,18 +97,11 @@ impl Dialer {
             .keep_alive_while_idle(true)
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW);
-        let connector = Connector {
-            net: self.net.clone(),
-            address: address.to_owned(),
-        };
+        let connector = Connector { net: self.net.clone(), address: address.to_owned() };
         Some(Connection {
             address: address.to_owned(),
             channel: endpoint.connect_with_connector_lazy(connector),
-            health: Mutex::new(Health {
-                failures: 0,
-                down_until: None,
-                heard_at: None,
-            }),
+            health: Mutex::new(Health { failures: 0, down_until: None, heard_at: None }),
             went_down: Notify::new(),
         })
     }
@@ -153,9 +142,7 @@ impl Connection {
         if health.down_until.is_some_and(|until| now < until) {
             return;
         }
-        let pause = DOWN_FIRST
-            .saturating_mul(1 << health.failures.min(8))
-            .min(DOWN_MAX);
+        let pause = DOWN_FIRST.saturating_mul(1 << health.failures.min(8)).min(DOWN_MAX);
         health.failures = health.failures.saturating_add(1);
         health.down_until = Some(now + pause);
         drop(health);
@@ -165,10 +152,7 @@ impl Connection {
 
     /// Whether the node may be asked, as far as is known.
     pub(crate) fn is_usable(&self) -> bool {
-        self.health
-            .lock()
-            .down_until
-            .is_none_or(|until| until <= Instant::now())
+        self.health.lock().down_until.is_none_or(|until| until <= Instant::now())
     }
 
     /// Whether nothing at all has come from the node since `since`.

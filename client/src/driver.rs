@@ -71,13 +71,7 @@ impl Driver {
             }
         });
         let stop = tasks.stop.clone().drop_guard();
-        Driver {
-            follower,
-            settings,
-            budget: Budget::new(Instant::now()),
-            tasks,
-            _stop: stop,
-        }
+        Driver { follower, settings, budget: Budget::new(Instant::now()), tasks, _stop: stop }
     }
 
     /// Makes a call.
@@ -99,10 +93,7 @@ impl Driver {
 
     fn no_map(&self) -> Error {
         let seeds = self.follower.seeds().join(", ");
-        let why = self
-            .follower
-            .last_failure()
-            .unwrap_or_else(|| "no answer yet".to_owned());
+        let why = self.follower.last_failure().unwrap_or_else(|| "no answer yet".to_owned());
         let message = format!("no node gave a shard map (seeds: {seeds}; last: {why})");
         Error::unsent(ErrorKind::Unavailable, message)
     }
@@ -236,15 +227,9 @@ impl<'a> Attempts<'a> {
         let table = follower.routes.table();
         let avoid = self.avoid.filter(|(_, leader)| *leader == route.leader);
         let avoid = avoid.map(|(node, _)| node);
-        let usable = |node| {
-            table
-                .address(node)
-                .is_some_and(|address| follower.pool.is_usable(address))
-        };
-        let node = self
-            .next
-            .take()
-            .or_else(|| route.choose(self.turn, avoid, usable));
+        let usable =
+            |node| table.address(node).is_some_and(|address| follower.pool.is_usable(address));
+        let node = self.next.take().or_else(|| route.choose(self.turn, avoid, usable));
         let pipeline = node
             .and_then(|node| table.address(node))
             .and_then(|address| follower.pool.get(address));
@@ -254,12 +239,7 @@ impl<'a> Attempts<'a> {
                 None => format!("shard {} has no voter in the map", route.shard),
             };
             let fault = Fault::new(Reason::Unreachable, message).with_outcome(Outcome::NotApplied);
-            return Err(Setback {
-                failure: Failure::StaleRoute,
-                fault,
-                node,
-                cut_short: false,
-            });
+            return Err(Setback { failure: Failure::StaleRoute, fault, node, cut_short: false });
         };
         self.attempts = self.attempts.saturating_add(1);
         let operation = self.operation(route);
@@ -275,12 +255,7 @@ impl<'a> Attempts<'a> {
             }
             Err((failure, fault)) => {
                 let cut_short = failure == Failure::TimedOut && Instant::now() >= self.deadline;
-                Err(Setback {
-                    failure,
-                    fault,
-                    node: Some(node),
-                    cut_short,
-                })
+                Err(Setback { failure, fault, node: Some(node), cut_short })
             }
         }
     }
@@ -298,11 +273,7 @@ impl<'a> Attempts<'a> {
         let started = Instant::now();
         let until = self.deadline.min(started + settings.attempt_timeout);
         // An unresolved write goes on until its outcome is known, so it waits in any case.
-        let when_full = if self.unresolved {
-            WhenFull::Wait
-        } else {
-            settings.when_full
-        };
+        let when_full = if self.unresolved { WhenFull::Wait } else { settings.when_full };
         let slot = match timeout_at(until, pipeline.slot(when_full)).await {
             Ok(Some(slot)) => slot,
             Ok(None) => {
@@ -313,10 +284,7 @@ impl<'a> Attempts<'a> {
         };
         let mut ticket = pipeline.submit(slot, operation, until - Instant::now());
         let superseded =
-            self.driver
-                .follower
-                .routes
-                .leader_after(route.shard, route.leader, Some(node));
+            self.driver.follower.routes.leader_after(route.shard, route.leader, Some(node));
         tokio::select! {
             biased;
             reply = ticket.answer() => match reply {
@@ -373,10 +341,7 @@ impl<'a> Attempts<'a> {
                 lowest_unanswered: write.lowest_unanswered(),
             }
         });
-        let route = Some(v1::Route {
-            shard: route.shard.0,
-            shard_epoch: route.epoch,
-        });
+        let route = Some(v1::Route { shard: route.shard.0, shard_epoch: route.epoch });
         let mut operation = self.call.operation.clone();
         match &mut operation {
             Operation::Get(get) => get.route = route,
@@ -402,16 +367,10 @@ impl<'a> Attempts<'a> {
             Answer::Scan(_) | Answer::FixVersion(_) | Answer::Error(_) => None,
         };
         let Some(served) = served else { return };
-        self.driver
-            .follower
-            .session
-            .saw_server_time(served.server_time_ms);
+        self.driver.follower.session.saw_server_time(served.server_time_ms);
         if served.leader {
             let (shard, node) = (ShardId(served.shard), NodeId(served.node));
-            self.driver
-                .follower
-                .routes
-                .saw_leader(shard, node, served.term, true);
+            self.driver.follower.routes.saw_leader(shard, node, served.term, true);
         }
     }
 
@@ -422,10 +381,7 @@ impl<'a> Attempts<'a> {
             follower.session.saw_server_time(time);
         }
         let shard = fault.number(metadata::SHARD).map_or(route.shard, ShardId);
-        let leader = fault
-            .number(metadata::LEADER_NODE)
-            .filter(|node| *node != 0)
-            .map(NodeId);
+        let leader = fault.number(metadata::LEADER_NODE).filter(|node| *node != 0).map(NodeId);
         if fault.reason == Reason::NotLeader {
             follower.routes.saw_follower(shard, asked);
         }
@@ -443,12 +399,7 @@ impl<'a> Attempts<'a> {
             *node != asked && address.is_some_and(|address| follower.pool.is_usable(address))
         };
         let failure = Failure::of(fault.reason, leader.filter(can_be_asked));
-        Setback {
-            failure,
-            fault,
-            node: Some(asked),
-            cut_short: false,
-        }
+        Setback { failure, fault, node: Some(asked), cut_short: false }
     }
 
     /// Decides what follows from a failed attempt, and prepares it, waits included.
@@ -504,10 +455,7 @@ impl<'a> Attempts<'a> {
         self.detours = 0;
         self.backoffs = self.backoffs.saturating_add(1);
         let leader_known =
-            self.driver
-                .follower
-                .routes
-                .leader_after(route.shard, route.leader, None);
+            self.driver.follower.routes.leader_after(route.shard, route.leader, None);
         match setback.failure {
             Failure::Unavailable | Failure::NotLeader { .. } => tokio::select! {
                 biased;

@@ -99,11 +99,7 @@ impl Error {
     pub(crate) fn of_fault(fault: Fault, attempts: u32, is_write: bool) -> Error {
         Error::new(Report {
             kind: ErrorKind::of(fault.reason),
-            outcome: if is_write {
-                fault.outcome
-            } else {
-                Outcome::NotApplied
-            },
+            outcome: if is_write { fault.outcome } else { Outcome::NotApplied },
             message: fault.message.clone(),
             is_write,
             shard: fault.number(metadata::SHARD).map(ShardId),
@@ -142,11 +138,7 @@ impl Error {
 
     /// How long the server asked to wait before another try.
     pub fn retry_after(&self) -> Option<Duration> {
-        let ms = self
-            .0
-            .fault
-            .as_ref()
-            .map_or(0, |fault| fault.retry_after_ms);
+        let ms = self.0.fault.as_ref().map_or(0, |fault| fault.retry_after_ms);
         (ms > 0).then(|| Duration::from_millis(ms))
     }
 
@@ -273,9 +265,6 @@ impl fmt::Debug for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.0
-            .fault
-            .as_ref()
-            .map(|fault| fault as &(dyn StdError + 'static))
+        self.0.fault.as_ref().map(|fault| fault as &(dyn StdError + 'static))
     }
 }

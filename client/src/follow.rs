@@ -70,9 +70,8 @@ impl Follower {
         }
         let start = (self.random() * addresses.len() as f64) as usize;
         addresses.rotate_left(start);
-        let (mut usable, down): (Vec<_>, Vec<_>) = addresses
-            .into_iter()
-            .partition(|address| self.pool.is_usable(address));
+        let (mut usable, down): (Vec<_>, Vec<_>) =
+            addresses.into_iter().partition(|address| self.pool.is_usable(address));
         usable.extend(down);
         usable
     }
@@ -169,10 +168,8 @@ impl Follower {
             return;
         }
         let preferred = preferred.map(str::to_owned);
-        let others = self
-            .candidates()
-            .into_iter()
-            .filter(|address| Some(address) != preferred.as_ref());
+        let others =
+            self.candidates().into_iter().filter(|address| Some(address) != preferred.as_ref());
         for address in preferred.clone().into_iter().chain(others) {
             let Some(pipeline) = self.pool.get(&address) else {
                 continue;
@@ -210,11 +207,6 @@ impl Follower {
 
     /// Waits until there is a map.
     pub(crate) async fn ready(&self, until: Instant) -> bool {
-        timeout_at(
-            until,
-            self.routes.wait(|table| table.is_ready().then_some(())),
-        )
-        .await
-        .is_ok()
+        timeout_at(until, self.routes.wait(|table| table.is_ready().then_some(()))).await.is_ok()
     }
 }

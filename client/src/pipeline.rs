@@ -90,12 +90,7 @@ struct State {
 
 impl Pool {
     pub(crate) fn new(dialer: Dialer, in_flight_max: usize, tasks: Tasks) -> Pool {
-        Pool {
-            dialer,
-            in_flight_max,
-            tasks,
-            by_address: Mutex::default(),
-        }
+        Pool { dialer, in_flight_max, tasks, by_address: Mutex::default() }
     }
 
     /// The pipeline to `address`, made when there is none yet. `None` for what is no `host:port`.
@@ -125,10 +120,7 @@ impl Pool {
 impl Pipeline {
     fn new(connection: Connection, in_flight_max: usize, tasks: &Tasks) -> Pipeline {
         Pipeline {
-            shared: Arc::new(Shared {
-                connection,
-                state: Mutex::default(),
-            }),
+            shared: Arc::new(Shared { connection, state: Mutex::default() }),
             slots: Arc::new(Semaphore::new(in_flight_max)),
             tracker: tasks.tracker.clone(),
             stop: tasks.stop.child_token().drop_guard(),
@@ -161,11 +153,7 @@ impl Pipeline {
         let id = state.next_id;
         // Rounded up: 0 would mean the server's maximum.
         let timeout_ms = timeout.as_millis() as u64 + 1;
-        let request = PipelineRequest {
-            id,
-            timeout_ms,
-            operation: Some(operation),
-        };
+        let request = PipelineRequest { id, timeout_ms, operation: Some(operation) };
         state.queued.insert(id, request);
         state.waiting.insert(id, sender);
         match state.stream {
@@ -185,12 +173,7 @@ impl Pipeline {
                 self.tracker.spawn(run(self.shared.clone(), stream, stop));
             }
         }
-        Ticket {
-            pipeline: self.clone(),
-            id,
-            answer,
-            _slot: slot,
-        }
+        Ticket { pipeline: self.clone(), id, answer, _slot: slot }
     }
 
     #[cfg(test)]
@@ -249,10 +232,7 @@ async fn run(shared: Arc<Shared>, stream: u64, stop: CancellationToken) {
 }
 
 async fn carry(shared: &Arc<Shared>, stream: u64) -> Status {
-    let outgoing = Outgoing {
-        shared: shared.clone(),
-        stream,
-    };
+    let outgoing = Outgoing { shared: shared.clone(), stream };
     let mut answers = match shared.connection.kv().pipeline(outgoing).await {
         Ok(response) => response.into_inner(),
         Err(status) => return status,
@@ -288,11 +268,7 @@ impl Shared {
             }
             state.stream = None;
             let waiting = std::mem::take(&mut state.waiting);
-            (
-                waiting,
-                std::mem::take(&mut state.queued),
-                state.waker.take(),
-            )
+            (waiting, std::mem::take(&mut state.queued), state.waker.take())
         };
         // A node that ends an idle stream is only shutting down in good order, perhaps to be back
         // at once; anything else counts against it.
@@ -302,10 +278,7 @@ impl Shared {
         let why = Arc::new(why);
         for (id, sender) in waiting {
             let left = !queued.contains_key(&id);
-            drop(sender.send(Reply::Broken {
-                left,
-                why: why.clone(),
-            }));
+            drop(sender.send(Reply::Broken { left, why: why.clone() }));
         }
         if let Some(waker) = waker {
             waker.wake();
@@ -345,10 +318,7 @@ mod tests {
 
     fn pipeline() -> Arc<Pipeline> {
         let dialer = Dialer::new(Arc::new(RealNet), "test", Duration::from_millis(250));
-        let tasks = Tasks {
-            tracker: TaskTracker::new(),
-            stop: CancellationToken::new(),
-        };
+        let tasks = Tasks { tracker: TaskTracker::new(), stop: CancellationToken::new() };
         let connection = dialer.dial("localhost:1").expect("an address");
         let pipeline = Arc::new(Pipeline::new(connection, 2, &tasks));
         // A stream that the test itself polls.
@@ -358,11 +328,7 @@ mod tests {
 
     async fn submit(pipeline: &Arc<Pipeline>) -> Ticket {
         let slot = pipeline.slot(WhenFull::Refuse).await.expect("room");
-        pipeline.submit(
-            slot,
-            Operation::Get(Default::default()),
-            Duration::from_secs(1),
-        )
+        pipeline.submit(slot, Operation::Get(Default::default()), Duration::from_secs(1))
     }
 
     #[tokio::test]
@@ -370,23 +336,11 @@ mod tests {
         let pipeline = pipeline();
         let mut first = submit(&pipeline).await;
         let mut second = submit(&pipeline).await;
-        let mut outgoing = Outgoing {
-            shared: pipeline.shared.clone(),
-            stream: 1,
-        };
-        assert_eq!(
-            outgoing.next().await.map(|request| request.id),
-            Some(first.id)
-        );
+        let mut outgoing = Outgoing { shared: pipeline.shared.clone(), stream: 1 };
+        assert_eq!(outgoing.next().await.map(|request| request.id), Some(first.id));
         pipeline.shared.broke(1, Status::unavailable("cut"));
-        assert!(matches!(
-            first.answer().await,
-            Reply::Broken { left: true, .. }
-        ));
-        assert!(matches!(
-            second.answer().await,
-            Reply::Broken { left: false, .. }
-        ));
+        assert!(matches!(first.answer().await, Reply::Broken { left: true, .. }));
+        assert!(matches!(second.answer().await, Reply::Broken { left: false, .. }));
         assert!(outgoing.next().await.is_none(), "the broken stream is over");
         assert_eq!(pipeline.counts(), (0, 0));
         assert!(!pipeline.connection().is_usable());
@@ -398,20 +352,10 @@ mod tests {
         let first = submit(&pipeline).await;
         let second = submit(&pipeline).await;
         assert!(!first.withdraw());
-        let mut outgoing = Outgoing {
-            shared: pipeline.shared.clone(),
-            stream: 1,
-        };
-        assert_eq!(
-            outgoing.next().await.map(|request| request.id),
-            Some(second.id)
-        );
+        let mut outgoing = Outgoing { shared: pipeline.shared.clone(), stream: 1 };
+        assert_eq!(outgoing.next().await.map(|request| request.id), Some(second.id));
         assert!(second.withdraw());
-        assert_eq!(
-            pipeline.counts(),
-            (0, 0),
-            "nothing is kept for calls that gave up"
-        );
+        assert_eq!(pipeline.counts(), (0, 0), "nothing is kept for calls that gave up");
     }
 
     #[tokio::test]

@@ -30,19 +30,8 @@ pub(crate) struct Target {
 
 impl Target {
     async fn call(self, key: Bytes, operation: Wire) -> Result<Answer, Error> {
-        let Target {
-            driver,
-            keyspace,
-            timeout,
-        } = self;
-        driver
-            .call(Call {
-                keyspace,
-                key,
-                operation,
-                timeout,
-            })
-            .await
+        let Target { driver, keyspace, timeout } = self;
+        driver.call(Call { keyspace, key, operation, timeout }).await
     }
 
     fn name(&self) -> String {
@@ -115,13 +104,7 @@ pub struct Put<C = Always> {
 
 impl Put {
     pub(crate) fn new(target: Target, key: Bytes, value: Bytes) -> Put {
-        Put {
-            target,
-            key,
-            value,
-            ttl: None,
-            condition: Always(()),
-        }
+        Put { target, key, value, ttl: None, condition: Always(()) }
     }
 
     /// Only when the key is absent (or expired).
@@ -140,20 +123,8 @@ impl Put {
     }
 
     fn when(self, condition: v1::condition::Kind) -> Put<When> {
-        let Put {
-            target,
-            key,
-            value,
-            ttl,
-            ..
-        } = self;
-        Put {
-            target,
-            key,
-            value,
-            ttl,
-            condition: When(condition),
-        }
+        let Put { target, key, value, ttl, .. } = self;
+        Put { target, key, value, ttl, condition: When(condition) }
     }
 }
 
@@ -181,12 +152,9 @@ impl<C> Put<C> {
         };
         limits::check_put(&request)?;
         match self.target.call(self.key, Wire::Put(request)).await? {
-            Answer::Put(v1::PutResponse {
-                applied,
-                version,
-                current,
-                served,
-            }) => Ok(Cas::from_wire(applied, version, current, served)),
+            Answer::Put(v1::PutResponse { applied, version, current, served }) => {
+                Ok(Cas::from_wire(applied, version, current, served))
+            }
             _ => Err(Error::wrong_answer(true)),
         }
     }
@@ -222,11 +190,7 @@ pub struct Delete<C = Always> {
 
 impl Delete {
     pub(crate) fn new(target: Target, key: Bytes) -> Delete {
-        Delete {
-            target,
-            key,
-            condition: Always(()),
-        }
+        Delete { target, key, condition: Always(()) }
     }
 
     /// Only when the key's current version is this one.
@@ -241,11 +205,7 @@ impl Delete {
 
     fn when(self, condition: v1::condition::Kind) -> Delete<When> {
         let Delete { target, key, .. } = self;
-        Delete {
-            target,
-            key,
-            condition: When(condition),
-        }
+        Delete { target, key, condition: When(condition) }
     }
 }
 
@@ -265,12 +225,9 @@ impl<C> Delete<C> {
         };
         limits::check_delete(&request)?;
         match self.target.call(self.key, Wire::Delete(request)).await? {
-            Answer::Delete(v1::DeleteResponse {
-                applied,
-                version,
-                current,
-                served,
-            }) => Ok(Cas::from_wire(applied, version, current, served)),
+            Answer::Delete(v1::DeleteResponse { applied, version, current, served }) => {
+                Ok(Cas::from_wire(applied, version, current, served))
+            }
             _ => Err(Error::wrong_answer(true)),
         }
     }
@@ -303,10 +260,7 @@ pub struct Operation(v1::Operation);
 impl Operation {
     /// Writes a value.
     pub fn put(key: impl Into<Bytes>, value: impl Into<Bytes>) -> Operation {
-        let put = v1::PutOperation {
-            value: value.into(),
-            ttl_ms: 0,
-        };
+        let put = v1::PutOperation { value: value.into(), ttl_ms: 0 };
         Operation::of(key, v1::operation::Kind::Put(put))
     }
 
@@ -352,17 +306,11 @@ impl Operation {
     }
 
     fn of(key: impl Into<Bytes>, kind: v1::operation::Kind) -> Operation {
-        Operation(v1::Operation {
-            key: key.into(),
-            condition: None,
-            kind: Some(kind),
-        })
+        Operation(v1::Operation { key: key.into(), condition: None, kind: Some(kind) })
     }
 
     fn when(mut self, condition: v1::condition::Kind) -> Operation {
-        self.0.condition = Some(v1::Condition {
-            kind: Some(condition),
-        });
+        self.0.condition = Some(v1::Condition { kind: Some(condition) });
         self
     }
 }
@@ -376,13 +324,7 @@ pub struct Batch {
 
 impl Batch {
     pub(crate) fn new(target: Target, operations: impl IntoIterator<Item = Operation>) -> Batch {
-        Batch {
-            target,
-            operations: operations
-                .into_iter()
-                .map(|operation| operation.0)
-                .collect(),
-        }
+        Batch { target, operations: operations.into_iter().map(|operation| operation.0).collect() }
     }
 
     /// How long the call may take, retries included.
@@ -423,9 +365,7 @@ pub struct Increment {
 
 impl Increment {
     pub(crate) fn new(target: Target, key: Bytes, by: i64) -> Increment {
-        Increment {
-            batch: Batch::new(target, [Operation::increment(key, by)]),
-        }
+        Increment { batch: Batch::new(target, [Operation::increment(key, by)]) }
     }
 
     /// How long the call may take, retries included.
@@ -445,10 +385,7 @@ impl IntoFuture for Increment {
             match (outcome.applied, outcome.results.first()) {
                 (Some(version), Some(result)) => Ok(Counter {
                     value: result.counter,
-                    written: Written {
-                        version,
-                        served: outcome.served,
-                    },
+                    written: Written { version, served: outcome.served },
                 }),
                 _ => Err(Error::wrong_answer(true)),
             }
@@ -498,8 +435,7 @@ impl MultiGet {
             results[place] = Some(result);
         }
         let each = results.into_iter();
-        each.map(|result| result.expect("every key is of one part or was refused"))
-            .collect()
+        each.map(|result| result.expect("every key is of one part or was refused")).collect()
     }
 }
 
@@ -529,9 +465,7 @@ async fn read_part(target: Target, keys: Vec<(usize, Bytes)>) -> Part {
         part.extend(Box::pin(read_part(target, second.to_vec())).await);
         return part;
     }
-    keys.into_iter()
-        .map(|(place, _)| (place, Err(error.clone())))
-        .collect()
+    keys.into_iter().map(|(place, _)| (place, Err(error.clone()))).collect()
 }
 
 async fn batch_get(target: Target, keys: &[(usize, Bytes)]) -> Result<Vec<Option<Entry>>, Error> {
@@ -540,15 +474,10 @@ async fn batch_get(target: Target, keys: &[(usize, Bytes)]) -> Result<Vec<Option
         keys: keys.iter().map(|(_, key)| key.clone()).collect(),
         ..Default::default()
     };
-    match target
-        .call(keys[0].1.clone(), Wire::BatchGet(request))
-        .await?
-    {
-        Answer::BatchGet(response) if response.items.len() == keys.len() => Ok(response
-            .items
-            .into_iter()
-            .map(|item| item.entry.map(Entry::from_wire))
-            .collect()),
+    match target.call(keys[0].1.clone(), Wire::BatchGet(request)).await? {
+        Answer::BatchGet(response) if response.items.len() == keys.len() => {
+            Ok(response.items.into_iter().map(|item| item.entry.map(Entry::from_wire)).collect())
+        }
         _ => Err(Error::wrong_answer(false)),
     }
 }

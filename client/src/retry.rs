@@ -130,18 +130,10 @@ pub(crate) struct Step {
 }
 
 impl Step {
-    const STOP: Step = Step {
-        decision: Decision::Stop,
-        wait: Duration::ZERO,
-        paid: false,
-    };
+    const STOP: Step = Step { decision: Decision::Stop, wait: Duration::ZERO, paid: false };
 
     fn at_once(decision: Decision) -> Step {
-        Step {
-            decision,
-            wait: Duration::ZERO,
-            paid: false,
-        }
+        Step { decision, wait: Duration::ZERO, paid: false }
     }
 }
 
@@ -192,24 +184,15 @@ fn back_off(info: &AttemptInfo, decision: Decision) -> Step {
     if wished >= info.remaining {
         return Step::STOP;
     }
-    let ceiling = BACKOFF_FIRST
-        .saturating_mul(1 << info.backoffs.min(16))
-        .min(BACKOFF_MAX);
+    let ceiling = BACKOFF_FIRST.saturating_mul(1 << info.backoffs.min(16)).min(BACKOFF_MAX);
     // Half of what remains stays for the attempt itself.
     let jittered = ceiling.mul_f64(info.jitter).min(info.remaining / 2);
-    Step {
-        decision,
-        wait: wished.max(jittered),
-        paid: false,
-    }
+    Step { decision, wait: wished.max(jittered), paid: false }
 }
 
 fn paid(info: &AttemptInfo, step: Step) -> Step {
     if step.decision == Decision::Stop || info.budget || info.unresolved {
-        return Step {
-            paid: step.decision != Decision::Stop,
-            ..step
-        };
+        return Step { paid: step.decision != Decision::Stop, ..step };
     }
     Step::STOP
 }
@@ -235,11 +218,7 @@ mod tests {
     }
 
     fn step(decision: Decision, wait: Duration, paid: bool) -> Step {
-        Step {
-            decision,
-            wait,
-            paid,
-        }
+        Step { decision, wait, paid }
     }
 
     #[test]
@@ -250,11 +229,7 @@ mod tests {
             let is_final = matches!(failure, Failure::Fatal | Failure::WindowPassed);
             // Two that are final for a caller are not for a client that has time and a map.
             let passes = matches!(reason, Reason::DeadlineNotApplied | Reason::NotInitialized);
-            assert_eq!(
-                is_final,
-                reason.retry() == Retry::Never && !passes,
-                "{reason}"
-            );
+            assert_eq!(is_final, reason.retry() == Retry::Never && !passes, "{reason}");
         }
     }
 
@@ -282,36 +257,21 @@ mod tests {
             (stale, refresh(zero)),
             (in_a_row(5, stale), refresh(5 * MS)),
             (info(Failure::Unavailable), other),
-            (
-                info(Failure::LeaderChanged),
-                step(Decision::OtherReplica, zero, false),
-            ),
-            (
-                info(Failure::Overloaded),
-                step(Decision::SameNode, 5 * MS, true),
-            ),
-            (
-                info(Failure::TimedOut),
-                step(Decision::OtherReplica, zero, true),
-            ),
+            (info(Failure::LeaderChanged), step(Decision::OtherReplica, zero, false)),
+            (info(Failure::Overloaded), step(Decision::SameNode, 5 * MS, true)),
+            (info(Failure::TimedOut), step(Decision::OtherReplica, zero, true)),
         ]);
     }
 
     #[test]
     fn a_request_id_is_only_replaced_when_nothing_is_open() {
         let fresh = |wait| step(Decision::FreshRequestId, wait, false);
-        let open = |failure| AttemptInfo {
-            unresolved: true,
-            ..info(failure)
-        };
+        let open = |failure| AttemptInfo { unresolved: true, ..info(failure) };
         check([
             (info(Failure::WindowPassed), fresh(Duration::ZERO)),
             (open(Failure::WindowPassed), Step::STOP),
             (info(Failure::ClockOutOfBound), fresh(5 * MS)),
-            (
-                open(Failure::ClockOutOfBound),
-                step(Decision::SameNode, 5 * MS, false),
-            ),
+            (open(Failure::ClockOutOfBound), step(Decision::SameNode, 5 * MS, false)),
         ]);
     }
 
@@ -319,24 +279,14 @@ mod tests {
     fn what_is_final_is_final_for_open_writes_too() {
         check([
             (info(Failure::Fatal), Step::STOP),
-            (
-                AttemptInfo {
-                    unresolved: true,
-                    ..info(Failure::Fatal)
-                },
-                Step::STOP,
-            ),
+            (AttemptInfo { unresolved: true, ..info(Failure::Fatal) }, Step::STOP),
         ]);
     }
 
     #[test]
     fn waits_double_up_to_a_second_with_full_jitter() {
         let wait = |backoffs, jitter| {
-            let info = AttemptInfo {
-                backoffs,
-                jitter,
-                ..info(Failure::Unavailable)
-            };
+            let info = AttemptInfo { backoffs, jitter, ..info(Failure::Unavailable) };
             decide(&info).wait
         };
         assert_eq!(wait(0, 0.0), Duration::ZERO);
@@ -357,27 +307,16 @@ mod tests {
             };
             decide(&info)
         };
-        assert_eq!(
-            wish(300 * MS, 5_000 * MS),
-            step(Decision::SameNode, 300 * MS, true)
-        );
+        assert_eq!(wish(300 * MS, 5_000 * MS), step(Decision::SameNode, 300 * MS, true));
         assert_eq!(wish(2 * MS, 5_000 * MS).wait, 5 * MS, "the longer of both");
-        assert_eq!(
-            wish(300 * MS, 300 * MS),
-            Step::STOP,
-            "never past the deadline"
-        );
+        assert_eq!(wish(300 * MS, 300 * MS), Step::STOP, "never past the deadline");
     }
 
     #[test]
     fn never_past_the_deadline() {
         for failure in [Failure::Unavailable, Failure::TimedOut, Failure::StaleRoute] {
             for unresolved in [false, true] {
-                let info = AttemptInfo {
-                    remaining: Duration::ZERO,
-                    unresolved,
-                    ..info(failure)
-                };
+                let info = AttemptInfo { remaining: Duration::ZERO, unresolved, ..info(failure) };
                 assert_eq!(decide(&info), Step::STOP);
             }
         }
@@ -387,25 +326,15 @@ mod tests {
             jitter: 0.99,
             ..info(Failure::Unavailable)
         };
-        assert_eq!(
-            decide(&late).wait,
-            20 * MS,
-            "half of the rest stays for the attempt"
-        );
+        assert_eq!(decide(&late).wait, 20 * MS, "half of the rest stays for the attempt");
     }
 
     #[test]
     fn an_empty_budget_ends_only_what_cannot_have_been_applied() {
         for failure in [Failure::Overloaded, Failure::TimedOut] {
-            let broke = AttemptInfo {
-                budget: false,
-                ..info(failure)
-            };
+            let broke = AttemptInfo { budget: false, ..info(failure) };
             assert_eq!(decide(&broke), Step::STOP, "{failure:?}");
-            let unresolved = AttemptInfo {
-                unresolved: true,
-                ..broke
-            };
+            let unresolved = AttemptInfo { unresolved: true, ..broke };
             assert_ne!(decide(&unresolved).decision, Decision::Stop, "{failure:?}");
         }
         // What does not load anybody is free.
@@ -417,10 +346,7 @@ mod tests {
             Failure::NotLeader { leader: Some(NODE) },
             Failure::WindowPassed,
         ] {
-            let broke = AttemptInfo {
-                budget: false,
-                ..info(failure)
-            };
+            let broke = AttemptInfo { budget: false, ..info(failure) };
             assert_ne!(decide(&broke).decision, Decision::Stop, "{failure:?}");
             assert!(!decide(&broke).paid, "{failure:?}");
         }

@@ -115,10 +115,7 @@ impl Routes {
     pub(crate) fn saw_address(&self, node: NodeId, address: &str) {
         if self.table.load().address(node).is_none() {
             self.change(|table| {
-                table
-                    .addresses
-                    .entry(node)
-                    .or_insert_with(|| address.to_owned());
+                table.addresses.entry(node).or_insert_with(|| address.to_owned());
                 Ok(())
             })
             .expect("learning an address cannot be refused");
@@ -132,10 +129,7 @@ impl Routes {
             if let Some(found) = wanted(&self.table.load()) {
                 return found;
             }
-            changed
-                .changed()
-                .await
-                .expect("the sender lives as long as the routes");
+            changed.changed().await.expect("the sender lives as long as the routes");
         }
     }
 
@@ -183,11 +177,7 @@ impl Table {
                 self.learn_leader(shard.id, node, shard.leader_term, false);
             }
         }
-        if self
-            .map
-            .as_ref()
-            .is_none_or(|known| known.epoch() <= map.epoch())
-        {
+        if self.map.as_ref().is_none_or(|known| known.epoch() <= map.epoch()) {
             self.addresses = map
                 .nodes()
                 .filter(|node| !node.address.is_empty() && is_in_use(node.state))
@@ -202,10 +192,7 @@ impl Table {
     fn learn_leader(&mut self, shard: ShardId, node: NodeId, term: u64, sure: bool) {
         let known = self.leaders.entry(shard).or_default();
         if known.is_older_than(node, term, sure) {
-            *known = Leader {
-                node: Some(node),
-                term,
-            };
+            *known = Leader { node: Some(node), term };
         }
     }
 
@@ -224,15 +211,11 @@ impl Table {
     }
 
     pub(crate) fn has_shard(&self, shard: ShardId) -> bool {
-        self.map
-            .as_ref()
-            .is_some_and(|map| map.shard(shard).is_some())
+        self.map.as_ref().is_some_and(|map| map.shard(shard).is_some())
     }
 
     pub(crate) fn has_keyspace(&self, name: &str) -> bool {
-        self.map
-            .as_ref()
-            .is_some_and(|map| map.keyspace(name).is_some())
+        self.map.as_ref().is_some_and(|map| map.keyspace(name).is_some())
     }
 
     pub(crate) fn address(&self, node: NodeId) -> Option<&str> {
@@ -389,11 +372,7 @@ mod tests {
         routes.saw_leader(SHARD, B, 6, false);
         assert_eq!(leader(&routes), Some(B));
         routes.install(&map("c", 2, A, 5)).expect("a newer map");
-        assert_eq!(
-            leader(&routes),
-            Some(B),
-            "a map knows no better for being new"
-        );
+        assert_eq!(leader(&routes), Some(B), "a map knows no better for being new");
         routes.install(&map("c", 1, C, 7)).expect("an older map");
         assert_eq!(leader(&routes), Some(C), "but even an old one for its term");
         assert_eq!(routes.table().snapshot().epoch, 2, "the map itself stays");
@@ -404,19 +383,11 @@ mod tests {
         let routes = Routes::new();
         routes.install(&map("c", 1, A, 5)).expect("a first map");
         routes.saw_follower(SHARD, B);
-        assert_eq!(
-            leader(&routes),
-            Some(A),
-            "it was never believed of this one"
-        );
+        assert_eq!(leader(&routes), Some(A), "it was never believed of this one");
         routes.saw_follower(SHARD, A);
         assert_eq!(leader(&routes), None);
         routes.install(&map("c", 1, A, 5)).expect("the same map");
-        assert_eq!(
-            leader(&routes),
-            None,
-            "the map only repeats what was denied"
-        );
+        assert_eq!(leader(&routes), None, "the map only repeats what was denied");
         routes.saw_leader(SHARD, A, 5, true);
         assert_eq!(leader(&routes), Some(A), "until it answers as the leader");
     }
@@ -424,19 +395,14 @@ mod tests {
     #[test]
     fn another_clusters_map_is_refused() {
         let routes = Routes::new();
-        routes
-            .install(&v1::ShardMap::default())
-            .expect("a node before init is no error");
+        routes.install(&v1::ShardMap::default()).expect("a node before init is no error");
         assert!(!routes.table().is_ready());
         routes.install(&map("c", 5, A, 5)).expect("a first map");
         assert!(routes.install(&map("other", 6, B, 9)).is_err());
         assert_eq!(leader(&routes), Some(A));
         let route = routes.table().route("default", b"key").expect("a route");
         assert_eq!((route.shard, route.epoch), (SHARD, 5));
-        assert_eq!(
-            routes.table().route("none", b"key").err(),
-            Some(NoRoute::Keyspace)
-        );
+        assert_eq!(routes.table().route("none", b"key").err(), Some(NoRoute::Keyspace));
     }
 
     #[test]
@@ -444,10 +410,7 @@ mod tests {
         let route = Route {
             shard: SHARD,
             epoch: 1,
-            leader: Leader {
-                node: Some(A),
-                term: 5,
-            },
+            leader: Leader { node: Some(A), term: 5 },
             voters: vec![A, B, C],
         };
         let all = |_| true;
@@ -455,26 +418,10 @@ mod tests {
         assert_eq!(route.choose(7, None, all), Some(A), "whatever the turn");
         assert_eq!(route.choose(0, Some(A), all), Some(B));
         assert_eq!(route.choose(2, Some(A), all), Some(C));
-        assert_eq!(
-            route.choose(0, None, |node| node == C),
-            Some(C),
-            "only one answers"
-        );
-        assert_eq!(
-            route.choose(0, Some(C), |node| node == C),
-            Some(A),
-            "not twice in a row"
-        );
-        assert_eq!(
-            route.choose(1, None, |_| false),
-            Some(B),
-            "nobody answers: still somebody"
-        );
-        let nobody = Route {
-            leader: Leader::default(),
-            voters: vec![],
-            ..route
-        };
+        assert_eq!(route.choose(0, None, |node| node == C), Some(C), "only one answers");
+        assert_eq!(route.choose(0, Some(C), |node| node == C), Some(A), "not twice in a row");
+        assert_eq!(route.choose(1, None, |_| false), Some(B), "nobody answers: still somebody");
+        let nobody = Route { leader: Leader::default(), voters: vec![], ..route };
         assert_eq!(nobody.choose(3, None, all), None);
     }
 
@@ -490,10 +437,7 @@ mod tests {
         tokio::task::yield_now().await;
         routes.saw_leader(SHARD, A, 6, true);
         tokio::task::yield_now().await;
-        assert!(
-            !waiting.is_finished(),
-            "the node that is being asked is no news"
-        );
+        assert!(!waiting.is_finished(), "the node that is being asked is no news");
         routes.saw_leader(SHARD, C, 7, false);
         waiting.await.expect("it ends");
     }

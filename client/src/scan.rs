@@ -86,11 +86,7 @@ impl Scan {
             end: end.unwrap_or_default(),
             ..Default::default()
         };
-        Scan {
-            target,
-            request,
-            is_empty,
-        }
+        Scan { target, request, is_empty }
     }
 
     /// Only keys with this prefix, of those in the range.
@@ -132,10 +128,7 @@ impl Scan {
 
     /// The keys, one by one.
     pub fn stream(self) -> ScanStream {
-        ScanStream {
-            pages: self.pages(),
-            ready: VecDeque::new(),
-        }
+        ScanStream { pages: self.pages(), ready: VecDeque::new() }
     }
 
     /// The keys, page by page: at most 1 MiB or one entry.
@@ -157,9 +150,7 @@ impl Scan {
             let page = pager.next_page().await?;
             Ok(page.map(|page| (page, pager)))
         });
-        Pages {
-            pages: Box::pin(pages),
-        }
+        Pages { pages: Box::pin(pages) }
     }
 }
 
@@ -235,10 +226,7 @@ impl Pager {
             attempts += 1;
             // A page of a wide range may take long without anybody being at fault: the later an
             // attempt, the longer it waits.
-            let patience = driver
-                .settings
-                .attempt_timeout
-                .saturating_mul(attempts.div_ceil(2));
+            let patience = driver.settings.attempt_timeout.saturating_mul(attempts.div_ceil(2));
             let until = deadline.min(Instant::now() + patience);
             let (failure, fault) = match self.attempt(until).await {
                 Ok(page) => return Ok(Some(page)),
@@ -285,10 +273,7 @@ impl Pager {
         let page = match timeout_at(until, stream.message()).await {
             Ok(Ok(Some(page))) => page,
             Ok(Ok(None)) => {
-                return Err(Fault::new(
-                    Reason::Unreachable,
-                    "the node ended the scan midway",
-                ));
+                return Err(Fault::new(Reason::Unreachable, "the node ended the scan midway"));
             }
             Ok(Err(status)) => return Err(failed(pipeline, &status)),
             Err(_) => return Err(silent(pipeline, started)),
@@ -299,10 +284,7 @@ impl Pager {
         if page.done {
             self.open = None;
         } else if page.resume_token.is_empty() {
-            return Err(Fault::new(
-                Reason::Internal,
-                "a page came without a resume token",
-            ));
+            return Err(Fault::new(Reason::Internal, "a page came without a resume token"));
         }
         self.request.resume_token = page.resume_token.clone();
         Ok(Page {
@@ -316,18 +298,12 @@ impl Pager {
     fn choose(&self) -> Result<Arc<Pipeline>, Fault> {
         let follower = &self.target.driver.follower;
         let table = follower.routes.table();
-        let leader = table
-            .route_of_range(&self.request)
-            .and_then(|route| route.leader.node);
-        let leader = leader
-            .and_then(|node| table.address(node))
-            .map(str::to_owned);
+        let leader = table.route_of_range(&self.request).and_then(|route| route.leader.node);
+        let leader = leader.and_then(|node| table.address(node)).map(str::to_owned);
         let leader = leader.filter(|address| follower.pool.is_usable(address));
         let mut candidates: Vec<String> = leader.into_iter().collect();
         candidates.extend(follower.candidates());
-        let others = candidates
-            .iter()
-            .filter(|address| Some(*address) != self.avoid.as_ref());
+        let others = candidates.iter().filter(|address| Some(*address) != self.avoid.as_ref());
         let mut in_order = others.chain(&candidates);
         in_order
             .find_map(|address| follower.pool.get(address))

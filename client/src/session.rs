@@ -49,10 +49,7 @@ impl Session {
     pub(crate) fn new(client: u64) -> Session {
         Session {
             client,
-            open: Mutex::new(Open {
-                next: 1,
-                unanswered: BTreeSet::new(),
-            }),
+            open: Mutex::new(Open { next: 1, unanswered: BTreeSet::new() }),
             server_time_ms: AtomicU64::new(0),
         }
     }
@@ -73,15 +70,8 @@ impl Session {
         open.unanswered.insert(sequence);
         drop(open);
         let birth = self.server_time_ms.load(Ordering::Relaxed);
-        let id = RequestId {
-            client: self.client,
-            sequence,
-            birth,
-        };
-        OpenWrite {
-            session: self.clone(),
-            id,
-        }
+        let id = RequestId { client: self.client, sequence, birth };
+        OpenWrite { session: self.clone(), id }
     }
 
     fn close(&self, sequence: u64) {
@@ -107,10 +97,7 @@ impl OpenWrite {
     pub(crate) fn lowest_unanswered(&self) -> u64 {
         let lowest = self.session.open.lock().unanswered.first().copied();
         let lowest = lowest.expect("this write itself is unanswered");
-        assert!(
-            lowest <= self.id.sequence,
-            "an open write keeps the mark down"
-        );
+        assert!(lowest <= self.id.sequence, "an open write keeps the mark down");
         lowest
     }
 }
@@ -131,14 +118,7 @@ mod tests {
         session.saw_server_time(1_000);
         let first = session.open();
         let second = session.open();
-        assert_eq!(
-            first.id(),
-            RequestId {
-                client: 7,
-                sequence: 1,
-                birth: 1_000
-            }
-        );
+        assert_eq!(first.id(), RequestId { client: 7, sequence: 1, birth: 1_000 });
         assert_eq!(second.id().sequence, 2);
         assert_eq!(second.lowest_unanswered(), 1);
         drop(first);

@@ -127,10 +127,7 @@ impl ClusterMap {
             cluster_id: map.cluster_id().to_owned(),
             epoch: map.epoch().0,
             shards: map.all_shards().map(Shard::of).collect(),
-            nodes: map
-                .nodes()
-                .map(|node| Node::from_wire(node.to_proto()))
-                .collect(),
+            nodes: map.nodes().map(|node| Node::from_wire(node.to_proto())).collect(),
             keyspaces: map.keyspaces().map(KeyspaceInfo::of).collect(),
         }
     }

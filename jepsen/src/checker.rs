@@ -19,10 +19,6 @@ pub struct Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: key {}, calls {:?}: {}",
-            self.rule, self.key, self.calls, self.why
-        )
+        write!(f, "{}: key {}, calls {:?}: {}", self.rule, self.key, self.calls, self.why)
     }
 }

@@ -23,6 +23,16 @@ pub struct Args {
     pub command: Command,
 }
 
+impl Args {
+    /// The one seed that this process is to run.
+    pub fn seed(&self) -> Option<u64> {
+        match &self.command {
+            Command::Sim(sim) => sim.seed,
+            _ => None,
+        }
+    }
+}
+
 /// What can be done.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -191,11 +201,7 @@ pub fn run(args: Args) -> ExitCode {
 
 fn one_seed(seed: u64, sim: &Sim) -> bool {
     if let Some(filter) = &sim.log {
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .without_time()
-            .with_ansi(false)
-            .init();
+        tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).init();
     }
     let report = simulation::run(
         seed,
@@ -216,15 +222,9 @@ fn one_seed(seed: u64, sim: &Sim) -> bool {
         println!("{REPORT_MARK}{json}");
     } else {
         println!("{}", sweep::line(&report));
-        let faults = report
-            .faults
-            .iter()
-            .map(|(kind, times)| format!("{kind} {times}"));
+        let faults = report.faults.iter().map(|(kind, times)| format!("{kind} {times}"));
         println!("faults: {}", faults.collect::<Vec<_>>().join(", "));
-        report
-            .violations
-            .iter()
-            .for_each(|violation| println!("  {violation}"));
+        report.violations.iter().for_each(|violation| println!("  {violation}"));
     }
     report.violations.is_empty()
 }
@@ -240,13 +240,7 @@ fn many_seeds(sim: &Sim) -> Result<bool, String> {
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let jobs = sim.jobs.unwrap_or(cores);
-    let sweep = Sweep {
-        program,
-        from: sim.from,
-        seeds: sim.seeds,
-        jobs,
-        args,
-    };
+    let sweep = Sweep { program, from: sim.from, seeds: sim.seeds, jobs, args };
     let summary = sweep.run(|report| {
         println!("{}", sweep::line(report));
         for violation in &report.violations {

@@ -241,11 +241,7 @@ impl Recorder {
 
     /// It failed; `may_have_happened` makes it unknown.
     pub fn failed(&self, time_us: u64, call: u64, may_have_happened: bool, error: String) {
-        let kind = if may_have_happened {
-            Kind::Info
-        } else {
-            Kind::Fail
-        };
+        let kind = if may_have_happened { Kind::Info } else { Kind::Fail };
         self.end(time_us, call, kind, None, Some(error));
     }
 
@@ -259,13 +255,7 @@ impl Recorder {
     ) {
         let mut history = self.0.lock();
         let begun = history.events[call as usize].clone();
-        history.events.push(Event {
-            time_us,
-            kind,
-            answer,
-            error,
-            ..begun
-        });
+        history.events.push(Event { time_us, kind, answer, error, ..begun });
     }
 
     /// The newest event.

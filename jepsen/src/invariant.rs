@@ -46,10 +46,7 @@ pub struct Watch {
 impl Default for Watch {
     fn default() -> Watch {
         Watch {
-            invariants: vec![
-                Box::<CommittedIsFinal>::default(),
-                Box::<OnlyForward>::default(),
-            ],
+            invariants: vec![Box::<CommittedIsFinal>::default(), Box::<OnlyForward>::default()],
             broken: Vec::new(),
             elections: OneLeaderPerTerm::default(),
         }
@@ -70,16 +67,12 @@ impl Watch {
     }
 
     fn look_at(&mut self, look: &Look) {
-        let invariants = self
-            .invariants
-            .iter_mut()
-            .map(|invariant| &mut **invariant as _);
+        let invariants = self.invariants.iter_mut().map(|invariant| &mut **invariant as _);
         let all: Vec<&mut dyn Invariant> = invariants.chain([&mut self.elections as _]).collect();
         for invariant in all {
             if let Some(why) = invariant.look(look) {
                 let sentence = invariant.sentence();
-                self.broken
-                    .push(format!("{sentence}: shard {}: {why}", look.shard));
+                self.broken.push(format!("{sentence}: shard {}: {why}", look.shard));
             }
         }
     }
@@ -101,10 +94,5 @@ impl Watch {
 }
 
 fn look(node: usize, group: &Group) -> Look {
-    Look {
-        node,
-        shard: group.shard().0,
-        replica: group.replica().0,
-        status: group.status(),
-    }
+    Look { node, shard: group.shard().0, replica: group.replica().0, status: group.status() }
 }

@@ -25,16 +25,9 @@ impl Quantiles {
         let at = |share: f64| {
             // The nearest rank: of 100 the 99th, never one that was not measured.
             let rank = (share * sorted.len() as f64).ceil() as usize;
-            sorted
-                .get(rank.saturating_sub(1))
-                .copied()
-                .unwrap_or_default()
+            sorted.get(rank.saturating_sub(1)).copied().unwrap_or_default()
         };
-        Quantiles {
-            p50: at(0.5),
-            p99: at(0.99),
-            max: at(1.0),
-        }
+        Quantiles { p50: at(0.5), p99: at(0.99), max: at(1.0) }
     }
 }
 
@@ -53,10 +46,6 @@ impl std::fmt::Display for Quantiles {
 
 /// Runs a measurement on a runtime of its own.
 fn block_on(run: impl Future<Output = Result<bool, String>>) -> Result<bool, String> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build();
-    runtime
-        .map_err(|error| format!("a runtime: {error}"))?
-        .block_on(run)
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|error| format!("a runtime: {error}"))?.block_on(run)
 }

@@ -157,16 +157,11 @@ impl<'a> Nemesis<'a> {
     /// A node that leads something; most of the harm that can be done is done to leaders.
     fn some_leader(&self) -> usize {
         let shard = self.below(8);
-        self.watch
-            .borrow()
-            .leader(shard)
-            .unwrap_or_else(|| self.any_node())
+        self.watch.borrow().leader(shard).unwrap_or_else(|| self.any_node())
     }
 
     fn names(&self) -> Vec<String> {
-        (0..self.cluster.len())
-            .map(|at| self.cluster.name(at))
-            .collect()
+        (0..self.cluster.len()).map(|at| self.cluster.name(at)).collect()
     }
 
     /// Waits for a while, but not beyond the end; false when the end has come.

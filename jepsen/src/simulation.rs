@@ -88,7 +88,7 @@ pub fn run(seed: u64, options: &Options) -> Report {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         told.lock().push(format!("panic: {panic}"));
-        eprintln!("{panic}\n{}", std::backtrace::Backtrace::capture());
+        eprintln!("{panic}");
     }));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
@@ -124,14 +124,10 @@ impl Run {
         let mut dice = Dice::new(seed);
         let trace = Trace::begin(options.detail);
         let settings: Settings = draw::settings(&mut dice, options);
-        let (mix, load, clients) = (
-            Mix::draw(&mut dice),
-            draw::load(&mut dice),
-            draw::clients(&mut dice),
-        );
-        trace.event(format_args!(
-            "seed {seed}: {settings:?}, {mix:?}, {clients} clients, {load:?}"
-        ));
+        let (mix, load, clients) =
+            (Mix::draw(&mut dice), draw::load(&mut dice), draw::clients(&mut dice));
+        trace
+            .event(format_args!("seed {seed}: {settings:?}, {mix:?}, {clients} clients, {load:?}"));
         let cluster = Cluster::new(settings, dice.roll(), trace.clone());
         Run {
             seed,
@@ -156,12 +152,8 @@ impl Run {
                 self.suffer().await;
                 verdict::check(&mut self).await;
             }
-            Ok(Err(why)) => self
-                .violations
-                .push(format!("the cluster does not form: {why}")),
-            Err(_) => self
-                .violations
-                .push("the cluster does not form in time".to_owned()),
+            Ok(Err(why)) => self.violations.push(format!("the cluster does not form: {why}")),
+            Err(_) => self.violations.push("the cluster does not form in time".to_owned()),
         }
         self.report()
     }
@@ -201,51 +193,34 @@ impl Run {
             () = look => unreachable!("it looks for ever"),
         };
         if !finished {
-            self.violations
-                .push("every call ends within its timeout: clients hang".to_owned());
+            self.violations.push("every call ends within its timeout: clients hang".to_owned());
         }
         let applied = nemesis.applied();
         self.violations.extend(nemesis.unexplained());
-        self.faults = applied
-            .into_iter()
-            .map(|(kind, times)| (kind.to_owned(), times))
-            .collect();
+        self.faults = applied.into_iter().map(|(kind, times)| (kind.to_owned(), times)).collect();
     }
 
     fn worker(&mut self, number: u32) -> Result<Worker, String> {
-        let builder = self
-            .cluster
-            .client(&client_name(number))
-            .operation_timeout(OPERATION_TIMEOUT);
-        let client = builder
-            .connect_lazy()
-            .map_err(|error| format!("a client: {error}"))?;
+        let builder =
+            self.cluster.client(&client_name(number)).operation_timeout(OPERATION_TIMEOUT);
+        let client = builder.connect_lazy().map_err(|error| format!("a client: {error}"))?;
         let (recorder, trace) = (self.recorder.clone(), self.trace.clone());
         let dice = Dice::new(self.dice.roll());
-        Ok(Worker::new(
-            number, client, recorder, trace, dice, self.load,
-        ))
+        Ok(Worker::new(number, client, recorder, trace, dice, self.load))
     }
 
     fn report(mut self) -> Report {
         let history = self.recorder.history();
         let broken = witness::check(&history);
-        self.violations
-            .extend(broken.iter().map(ToString::to_string));
-        self.violations
-            .extend(self.watch.borrow().broken().iter().cloned());
+        self.violations.extend(broken.iter().map(ToString::to_string));
+        self.violations.extend(self.watch.borrow().broken().iter().cloned());
         if let Some(path) = &self.options.history
             && let Err(error) = write_history(&history, path)
         {
             self.violations.push(format!("{}: {error}", path.display()));
         }
-        let of = |kind: Kind| {
-            history
-                .events
-                .iter()
-                .filter(|event| event.kind == kind)
-                .count() as u64
-        };
+        let of =
+            |kind: Kind| history.events.iter().filter(|event| event.kind == kind).count() as u64;
         Report {
             seed: self.seed,
             violations: self.violations,

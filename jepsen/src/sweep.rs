@@ -65,32 +65,19 @@ impl Sweep {
             }
         });
         let reports = reports.into_inner().expect("nobody panicked with the lock");
-        Summary {
-            reports,
-            took: began.elapsed(),
-        }
+        Summary { reports, took: began.elapsed() }
     }
 
     /// The command that runs one of the seeds again.
     pub fn reproduction(&self, seed: u64) -> String {
-        format!(
-            "coracle-jepsen sim --seed {seed} {} --trace",
-            self.args.join(" ")
-        )
+        format!("coracle-jepsen sim --seed {seed} {} --trace", self.args.join(" "))
     }
 
     fn one(&self, seed: u64) -> Report {
-        let failed = |why: String| Report {
-            seed,
-            violations: vec![why],
-            ..Report::default()
-        };
+        let failed = |why: String| Report { seed, violations: vec![why], ..Report::default() };
         match self.child(seed) {
             Ok(output) => {
-                let line = output
-                    .lines()
-                    .rev()
-                    .find_map(|line| line.strip_prefix(REPORT_MARK));
+                let line = output.lines().rev().find_map(|line| line.strip_prefix(REPORT_MARK));
                 let report = line.and_then(|line| serde_json::from_str(line).ok());
                 report
                     .unwrap_or_else(|| failed(format!("the run ended without a report:\n{output}")))
@@ -113,17 +100,13 @@ impl Sweep {
             let out = scope.spawn(move || text(&mut out));
             let err = scope.spawn(move || text(&mut err));
             let ended = wait(&mut child);
-            (
-                out.join().unwrap_or_default(),
-                err.join().unwrap_or_default(),
-                ended,
-            )
+            (out.join().unwrap_or_default(), err.join().unwrap_or_default(), ended)
         });
         match ended? {
             true => Ok(format!("{err}{out}")),
-            false => Err(io::Error::other(format!(
-                "it did not end within {SEED_DEADLINE:?}\n{err}"
-            ))),
+            false => {
+                Err(io::Error::other(format!("it did not end within {SEED_DEADLINE:?}\n{err}")))
+            }
         }
     }
 }
@@ -152,10 +135,7 @@ fn wait(child: &mut Child) -> io::Result<bool> {
 impl Summary {
     /// The seeds on which something did not hold.
     pub fn failed(&self) -> Vec<u64> {
-        let failed = self
-            .reports
-            .values()
-            .filter(|report| !report.violations.is_empty());
+        let failed = self.reports.values().filter(|report| !report.violations.is_empty());
         failed.map(|report| report.seed).collect()
     }
 
@@ -175,14 +155,8 @@ impl Summary {
         let sum = |of: fn(&Report) -> u64| self.reports.values().map(of).sum::<u64>();
         let mut acknowledged: Vec<u64> = self.reports.values().map(|r| r.acknowledged).collect();
         acknowledged.sort_unstable();
-        let median = acknowledged
-            .get(acknowledged.len() / 2)
-            .copied()
-            .unwrap_or(0);
-        let faults = self
-            .faults()
-            .into_iter()
-            .map(|(kind, times)| format!("{kind} {times}"));
+        let median = acknowledged.get(acknowledged.len() / 2).copied().unwrap_or(0);
+        let faults = self.faults().into_iter().map(|(kind, times)| format!("{kind} {times}"));
         format!(
             "{} seeds, {} failed; {} virtual seconds in {:.1} s\n\
              operations: {} ok, {} failed, {} unknown; acknowledged writes {} (median seed {median})\n\
@@ -203,11 +177,7 @@ impl Summary {
 
 /// One report in a line.
 pub fn line(report: &Report) -> String {
-    let verdict = if report.violations.is_empty() {
-        "ok"
-    } else {
-        "FAILED"
-    };
+    let verdict = if report.violations.is_empty() { "ok" } else { "FAILED" };
     let faults: u64 = report.faults.values().sum();
     format!(
         "seed {:>6} {verdict}: {} ok, {} failed, {} unknown, {} acknowledged, {faults} faults, \

@@ -38,16 +38,8 @@ impl Trace {
     /// Begins now, on the runtime's clock.
     pub fn begin(detail: Detail) -> Trace {
         // The offset basis of FNV-1a.
-        let state = State {
-            hash: 0xcbf2_9ce4_8422_2325,
-            events: 0,
-            messages: 0,
-        };
-        Trace {
-            began: Instant::now(),
-            detail,
-            state: Arc::new(Mutex::new(state)),
-        }
+        let state = State { hash: 0xcbf2_9ce4_8422_2325, events: 0, messages: 0 };
+        Trace { began: Instant::now(), detail, state: Arc::new(Mutex::new(state)) }
     }
 
     /// Time since the run began.

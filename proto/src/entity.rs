@@ -42,10 +42,9 @@ impl EntityRule {
     pub fn entity<'a>(&self, key: &'a [u8]) -> &'a [u8] {
         let end = match *self {
             EntityRule::Whole => key.len(),
-            EntityRule::Delimiter(delimiter) => key
-                .iter()
-                .position(|byte| *byte == delimiter)
-                .map_or(key.len(), |at| at + 1),
+            EntityRule::Delimiter(delimiter) => {
+                key.iter().position(|byte| *byte == delimiter).map_or(key.len(), |at| at + 1)
+            }
             EntityRule::Prefix(bytes) => key.len().min(bytes as usize),
         };
         &key[..end]

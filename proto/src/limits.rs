@@ -220,43 +220,18 @@ pub enum KeyspaceNameError {
 
 /// A key that is read or written.
 pub fn check_key(key: &[u8]) -> Result<(), LimitError> {
-    let limit = if key.is_empty() {
-        "KEY_BYTES_MIN"
-    } else {
-        "KEY_BYTES_MAX"
-    };
-    check(
-        limit,
-        "key",
-        "bytes",
-        key.len(),
-        KEY_BYTES_MIN,
-        KEY_BYTES_MAX,
-    )
+    let limit = if key.is_empty() { "KEY_BYTES_MIN" } else { "KEY_BYTES_MAX" };
+    check(limit, "key", "bytes", key.len(), KEY_BYTES_MIN, KEY_BYTES_MAX)
 }
 
 /// A bound or prefix of a scan: like a key, but may be empty.
 pub fn check_bound(field: &'static str, bound: &[u8]) -> Result<(), LimitError> {
-    check(
-        "KEY_BYTES_MAX",
-        field,
-        "bytes",
-        bound.len(),
-        0,
-        KEY_BYTES_MAX,
-    )
+    check("KEY_BYTES_MAX", field, "bytes", bound.len(), 0, KEY_BYTES_MAX)
 }
 
 /// A value that is written. May be empty.
 pub fn check_value(value: &[u8]) -> Result<(), LimitError> {
-    check(
-        "VALUE_BYTES_MAX",
-        "value",
-        "bytes",
-        value.len(),
-        0,
-        VALUE_BYTES_MAX,
-    )
+    check("VALUE_BYTES_MAX", "value", "bytes", value.len(), 0, VALUE_BYTES_MAX)
 }
 
 /// A time to live; 0 means for ever.
@@ -272,14 +247,7 @@ pub fn check_history(history_ms: u64) -> Result<(), LimitError> {
 /// A condition, absent or not: what it compares with is limited like a value.
 pub fn check_condition(condition: Option<&v1::Condition>) -> Result<(), LimitError> {
     let bytes = compared_bytes(condition);
-    check(
-        "VALUE_BYTES_MAX",
-        "condition.if_value",
-        "bytes",
-        bytes,
-        0,
-        VALUE_BYTES_MAX,
-    )
+    check("VALUE_BYTES_MAX", "condition.if_value", "bytes", bytes, 0, VALUE_BYTES_MAX)
 }
 
 /// Everything that is limited in a put.
@@ -300,11 +268,7 @@ pub fn check_delete(request: &v1::DeleteRequest) -> Result<(), LimitError> {
 /// see [`crate::entity`].
 pub fn check_batch(operations: &[v1::Operation]) -> Result<(), LimitError> {
     let count = operations.len();
-    let limit = if count == 0 {
-        "BATCH_OPERATIONS_MIN"
-    } else {
-        "BATCH_OPERATIONS_MAX"
-    };
+    let limit = if count == 0 { "BATCH_OPERATIONS_MIN" } else { "BATCH_OPERATIONS_MAX" };
     let (least, most) = (BATCH_OPERATIONS_MIN, BATCH_OPERATIONS_MAX);
     check(limit, "operations", "operations", count, least, most)?;
     // No overflow: at most 1,000 parts, each checked before it is added.
@@ -319,39 +283,18 @@ pub fn check_batch(operations: &[v1::Operation]) -> Result<(), LimitError> {
             bytes += put.value.len();
         }
     }
-    check(
-        "BATCH_BYTES_MAX",
-        "operations",
-        "bytes",
-        bytes,
-        0,
-        BATCH_BYTES_MAX,
-    )
+    check("BATCH_BYTES_MAX", "operations", "bytes", bytes, 0, BATCH_BYTES_MAX)
 }
 
 /// The keys of a `BatchGet`. None at all is allowed and answered with nothing.
 pub fn check_batch_get(keys: &[Bytes]) -> Result<(), LimitError> {
-    check(
-        "BATCH_GET_KEYS_MAX",
-        "keys",
-        "keys",
-        keys.len(),
-        0,
-        BATCH_GET_KEYS_MAX,
-    )?;
+    check("BATCH_GET_KEYS_MAX", "keys", "keys", keys.len(), 0, BATCH_GET_KEYS_MAX)?;
     keys.iter().try_for_each(|key| check_key(key))
 }
 
 /// What a `BatchGet` is about to answer with, values together.
 pub fn check_batch_get_answer(bytes: usize) -> Result<(), LimitError> {
-    check(
-        "BATCH_GET_BYTES_MAX",
-        "values",
-        "bytes",
-        bytes,
-        0,
-        BATCH_GET_BYTES_MAX,
-    )
+    check("BATCH_GET_BYTES_MAX", "values", "bytes", bytes, 0, BATCH_GET_BYTES_MAX)
 }
 
 /// Everything that is limited in a scan.
@@ -360,41 +303,20 @@ pub fn check_scan(request: &v1::ScanRequest) -> Result<(), LimitError> {
     check_bound("end", &request.end)?;
     check_bound("prefix", &request.prefix)?;
     let (token, most) = (request.resume_token.len(), SCAN_TOKEN_BYTES_MAX);
-    check(
-        "SCAN_TOKEN_BYTES_MAX",
-        "resume_token",
-        "bytes",
-        token,
-        0,
-        most,
-    )
+    check("SCAN_TOKEN_BYTES_MAX", "resume_token", "bytes", token, 0, most)
 }
 
 /// The options of a read, absent or not.
 pub fn check_read(read: Option<&v1::ReadOptions>) -> Result<(), LimitError> {
     let token = read.map_or(0, |read| read.session.len());
     let most = SESSION_TOKEN_BYTES_MAX;
-    check(
-        "SESSION_TOKEN_BYTES_MAX",
-        "read.session",
-        "bytes",
-        token,
-        0,
-        most,
-    )
+    check("SESSION_TOKEN_BYTES_MAX", "read.session", "bytes", token, 0, most)
 }
 
 /// A keyspace's name, written out: the empty name that requests use for `default` is not one.
 pub fn check_keyspace_name(name: &str) -> Result<(), KeyspaceNameError> {
     let len = name.len();
-    check(
-        "KEYSPACE_NAME_MAX",
-        "keyspace",
-        "bytes",
-        len,
-        1,
-        KEYSPACE_NAME_MAX,
-    )?;
+    check("KEYSPACE_NAME_MAX", "keyspace", "bytes", len, 1, KEYSPACE_NAME_MAX)?;
     let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-');
     match name.bytes().enumerate().find(|(_, byte)| !allowed(*byte)) {
         Some((at, byte)) => Err(KeyspaceNameError::Byte { at, byte }),
@@ -404,14 +326,7 @@ pub fn check_keyspace_name(name: &str) -> Result<(), KeyspaceNameError> {
 
 /// How many shards `init` is asked to make; 0 stands for the default.
 pub fn check_shards(shards: u32) -> Result<(), LimitError> {
-    check(
-        "SHARDS_MAX",
-        "shards",
-        "shards",
-        shards as usize,
-        0,
-        SHARDS_MAX,
-    )
+    check("SHARDS_MAX", "shards", "shards", shards as usize, 0, SHARDS_MAX)
 }
 
 /// How long the server works on a request that asks for `asked` (`None`: it does not say).
@@ -436,14 +351,7 @@ fn check_ms(
     if got <= max {
         return Ok(());
     }
-    Err(LimitError {
-        limit,
-        field,
-        unit: "ms",
-        min: 0,
-        max,
-        got,
-    })
+    Err(LimitError { limit, field, unit: "ms", min: 0, max, got })
 }
 
 fn check(
@@ -458,12 +366,5 @@ fn check(
         return Ok(());
     }
     let (min, max, got) = (min as u64, max as u64, got as u64);
-    Err(LimitError {
-        limit,
-        field,
-        unit,
-        min,
-        max,
-        got,
-    })
+    Err(LimitError { limit, field, unit, min, max, got })
 }

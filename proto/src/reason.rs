@@ -330,10 +330,7 @@ impl Fault {
     /// From any status, also one that is not of ours: a transport's, a proxy's, a newer version's.
     pub fn from_status(status: &Status) -> Fault {
         let details = status.get_error_details();
-        let pause = details
-            .retry_info()
-            .and_then(|info| info.retry_delay)
-            .unwrap_or_default();
+        let pause = details.retry_info().and_then(|info| info.retry_delay).unwrap_or_default();
         let fault = match details.error_info() {
             Some(info) if info.domain == DOMAIN => {
                 let facts = info.metadata.clone().into_iter().collect();
@@ -371,9 +368,7 @@ impl Fault {
         message: &str,
         mut facts: BTreeMap<String, String>,
     ) -> Fault {
-        let said = facts
-            .remove(metadata::OUTCOME)
-            .map(|text| Outcome::parse(&text));
+        let said = facts.remove(metadata::OUTCOME).map(|text| Outcome::parse(&text));
         let mut fault = match Reason::parse(reason) {
             Some(reason) => Fault::new(reason, message),
             None => Fault::foreign(code, message).with(metadata::RECEIVED, reason),
@@ -412,24 +407,16 @@ impl Fault {
 
     /// The facts as they travel: the outcome always, the others as long as there is room.
     fn clipped_metadata(&self) -> BTreeMap<String, String> {
-        let outcome = (
-            metadata::OUTCOME.to_owned(),
-            self.outcome.as_str().to_owned(),
-        );
+        let outcome = (metadata::OUTCOME.to_owned(), self.outcome.as_str().to_owned());
         let mut room = FAULT_METADATA_BYTES_MAX - outcome.0.len() - outcome.1.len();
         let fits = |(name, value): &(&String, &String)| {
             let left = room.checked_sub(name.len() + value.len());
             room = left.unwrap_or(0);
             left.is_some()
         };
-        let facts = self
-            .metadata
-            .iter()
-            .filter(|(name, _)| *name != metadata::OUTCOME);
-        let mut facts: BTreeMap<_, _> = facts
-            .take_while(fits)
-            .map(|(name, value)| (name.clone(), value.clone()))
-            .collect();
+        let facts = self.metadata.iter().filter(|(name, _)| *name != metadata::OUTCOME);
+        let mut facts: BTreeMap<_, _> =
+            facts.take_while(fits).map(|(name, value)| (name.clone(), value.clone())).collect();
         facts.extend([outcome]);
         facts
     }
@@ -437,11 +424,7 @@ impl Fault {
 
 impl From<LimitError> for Fault {
     fn from(error: LimitError) -> Fault {
-        let reason = if error.is_too_large() {
-            Reason::TooLarge
-        } else {
-            Reason::InvalidArgument
-        };
+        let reason = if error.is_too_large() { Reason::TooLarge } else { Reason::InvalidArgument };
         Fault::new(reason, error.to_string())
             .with(metadata::FIELD, error.field)
             .with(metadata::LIMIT, error.limit)

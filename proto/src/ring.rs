@@ -84,16 +84,7 @@ impl Arc {
     /// Cuts the arc in two, the second beginning at `at`. `None` when one of them would be empty.
     pub fn split(self, at: Position) -> Option<(Arc, Arc)> {
         let inside = self.contains(at) && at.0 != self.start;
-        inside.then_some((
-            Arc {
-                start: self.start,
-                end: at.0,
-            },
-            Arc {
-                start: at.0,
-                end: self.end,
-            },
-        ))
+        inside.then_some((Arc { start: self.start, end: at.0 }, Arc { start: at.0, end: self.end }))
     }
 
     /// Where a split in halves cuts. `None` for an arc of one position.
@@ -121,12 +112,7 @@ pub fn equal_arcs(n: u32) -> Vec<Arc> {
     let n = u128::from(n);
     // The last cut is 2^64, which wraps to the 0 that means it.
     let cut = |i: u128| ((i << 64) / n) as u64;
-    (0..n)
-        .map(|i| Arc {
-            start: cut(i),
-            end: cut(i + 1),
-        })
-        .collect()
+    (0..n).map(|i| Arc { start: cut(i), end: cut(i + 1) }).collect()
 }
 
 /// The arcs do not tile the ring.

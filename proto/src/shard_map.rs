@@ -48,16 +48,8 @@ impl ShardMap {
         }
         let (meta, shards) = checked_shards(&map.shards)?;
         let (keyspaces, names) = checked_keyspaces(&map.keyspaces)?;
-        let starts = shards
-            .iter()
-            .filter_map(|shard| shard.arc)
-            .map(Arc::start)
-            .collect();
-        let places = shards
-            .iter()
-            .enumerate()
-            .map(|(at, shard)| (shard.id, at))
-            .collect();
+        let starts = shards.iter().filter_map(|shard| shard.arc).map(Arc::start).collect();
+        let places = shards.iter().enumerate().map(|(at, shard)| (shard.id, at)).collect();
         Ok(ShardMap {
             cluster_id: map.cluster_id.clone(),
             hash_seed: map.hash_seed,
@@ -151,11 +143,7 @@ impl ShardMap {
 
     /// A keyspace by name, as requests have it: the empty name means `default`.
     pub fn keyspace(&self, name: &str) -> Option<&Keyspace> {
-        let name = if name.is_empty() {
-            DEFAULT_KEYSPACE_NAME
-        } else {
-            name
-        };
+        let name = if name.is_empty() { DEFAULT_KEYSPACE_NAME } else { name };
         self.names.get(name).and_then(|id| self.keyspaces.get(id))
     }
 
@@ -198,11 +186,8 @@ impl ShardMap {
         }
         let server_time_ms = self.server_time_ms.max(other.server_time_ms);
         let other_stands = other.epoch >= self.epoch;
-        let (mut merged, hints) = if other_stands {
-            (other, &*self)
-        } else {
-            (self.clone(), &other)
-        };
+        let (mut merged, hints) =
+            if other_stands { (other, &*self) } else { (self.clone(), &other) };
         for hint in hints.all_shards() {
             if let Some(leader) = hint.leader {
                 merged.learn_leader(hint.id, leader, hint.leader_term);
@@ -228,11 +213,7 @@ fn checked_shards(given: &[v1::Shard]) -> Result<(Shard, Vec<Shard>), ShardMapEr
         if !ids.insert(shard.id) {
             return Err(wrong("it stands in the map twice"));
         }
-        if !shard
-            .replicas
-            .iter()
-            .all(|replica| replicas.insert(replica.id))
-        {
+        if !shard.replicas.iter().all(|replica| replicas.insert(replica.id)) {
             return Err(wrong("one of its replica ids stands in the map twice"));
         }
         match shard.id {
@@ -241,10 +222,7 @@ fn checked_shards(given: &[v1::Shard]) -> Result<(Shard, Vec<Shard>), ShardMapEr
         }
     }
     let why = "the meta group is missing";
-    let meta = meta.ok_or(ShardMapError::Shard {
-        id: META_SHARD,
-        why,
-    })?;
+    let meta = meta.ok_or(ShardMapError::Shard { id: META_SHARD, why })?;
     shards.sort_by_key(|shard| shard.arc.map(Arc::start));
     ring::check_tiling(shards.iter().filter_map(|shard| shard.arc))?;
     Ok((meta, shards))
@@ -257,10 +235,7 @@ fn checked_nodes(given: &[v1::Node]) -> Result<BTreeMap<NodeId, Node>, ShardMapE
         let node = Node::from_proto(node)?;
         let id = node.id;
         if nodes.insert(id, node).is_some() {
-            return Err(ShardMapError::Node {
-                id,
-                why: "it stands in the map twice",
-            });
+            return Err(ShardMapError::Node { id, why: "it stands in the map twice" });
         }
     }
     Ok(nodes)
@@ -277,10 +252,7 @@ fn checked_keyspaces(given: &[v1::Keyspace]) -> Result<Keyspaces, ShardMapError>
         let id = keyspace.id;
         let named_twice = names.insert(keyspace.name.clone(), id).is_some();
         if keyspaces.insert(id, keyspace).is_some() || named_twice {
-            return Err(ShardMapError::Keyspace {
-                id,
-                why: "its id or name stands twice",
-            });
+            return Err(ShardMapError::Keyspace { id, why: "its id or name stands twice" });
         }
     }
     Ok((keyspaces, names))

@@ -151,10 +151,7 @@ impl SessionToken {
         while !body.0.is_empty() {
             let shard = ShardId(body.u64()?);
             let (term, index) = (body.u64()?, body.u64()?);
-            if seen
-                .last_key_value()
-                .is_some_and(|(last, _)| *last >= shard)
-            {
+            if seen.last_key_value().is_some_and(|(last, _)| *last >= shard) {
                 return Err(TokenError::Damaged("shards out of order"));
             }
             seen.insert(shard, Seen { term, index });
@@ -162,11 +159,7 @@ impl SessionToken {
         if seen.len() > SESSION_SHARDS_MAX || (overflowed && !seen.is_empty()) {
             return Err(TokenError::Damaged("too many shards"));
         }
-        Ok(SessionToken {
-            version,
-            overflowed,
-            seen,
-        })
+        Ok(SessionToken { version, overflowed, seen })
     }
 }
 
@@ -204,14 +197,8 @@ impl ScanToken {
     /// The token behind a page that delivered `keys` keys, `last` being the last of them.
     #[must_use]
     pub fn advance(&self, last: Bytes, keys: u64) -> ScanToken {
-        let remaining = self
-            .remaining
-            .map(|remaining| remaining.saturating_sub(keys));
-        ScanToken {
-            last_key: last,
-            remaining,
-            ..self.clone()
-        }
+        let remaining = self.remaining.map(|remaining| remaining.saturating_sub(keys));
+        ScanToken { last_key: last, remaining, ..self.clone() }
     }
 
     /// Whether the token belongs to this scan. The shard of a single-shard scan may differ: after a
@@ -234,10 +221,7 @@ impl ScanToken {
     /// # Panics
     /// When the last key is longer than a key can be.
     pub fn encode(&self) -> Bytes {
-        assert!(
-            self.last_key.len() <= KEY_BYTES_MAX,
-            "a scan delivers keys within KEY_BYTES_MAX"
-        );
+        assert!(self.last_key.len() <= KEY_BYTES_MAX, "a scan delivers keys within KEY_BYTES_MAX");
         let mut out = begin(KIND_SCAN, 31 + self.last_key.len());
         out.put_u8(self.reverse.into());
         out.put_u8(self.remaining.is_some().into());
@@ -263,14 +247,7 @@ impl ScanToken {
             return Err(TokenError::Damaged("key too long"));
         }
         let (last_key, remaining) = (Bytes::copy_from_slice(body.0), limited.then_some(remaining));
-        Ok(ScanToken {
-            version,
-            keyspace,
-            last_key,
-            remaining,
-            reverse,
-            digest,
-        })
+        Ok(ScanToken { version, keyspace, last_key, remaining, reverse, digest })
     }
 }
 
@@ -296,10 +273,7 @@ fn begin(kind: u8, body_bytes: usize) -> BytesMut {
 
 fn finish(mut out: BytesMut, bytes_max: usize) -> Bytes {
     out.put_u32(crc32fast::hash(&out));
-    assert!(
-        out.len() <= bytes_max,
-        "the limits on tokens follow from the limits on their parts"
-    );
+    assert!(out.len() <= bytes_max, "the limits on tokens follow from the limits on their parts");
     out.freeze()
 }
 
@@ -317,17 +291,12 @@ fn open(kind: u8, token: &[u8], bytes_max: usize) -> Result<Body<'_>, TokenError
     if token.len() > bytes_max {
         return Err(TokenError::Damaged("too long"));
     }
-    let (framed, crc) = token
-        .split_last_chunk()
-        .ok_or(TokenError::Damaged("too short"))?;
+    let (framed, crc) = token.split_last_chunk().ok_or(TokenError::Damaged("too short"))?;
     if crc32fast::hash(framed) != u32::from_be_bytes(*crc) {
         return Err(TokenError::Damaged("checksum does not match"));
     }
     // Absent where the CRC took part of the header for itself.
-    framed
-        .get(2..)
-        .map(Body)
-        .ok_or(TokenError::Damaged("too short"))
+    framed.get(2..).map(Body).ok_or(TokenError::Damaged("too short"))
 }
 
 /// What is left to read.
@@ -335,10 +304,7 @@ struct Body<'a>(&'a [u8]);
 
 impl Body<'_> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N], TokenError> {
-        let (head, rest) = self
-            .0
-            .split_first_chunk()
-            .ok_or(TokenError::Damaged("too short"))?;
+        let (head, rest) = self.0.split_first_chunk().ok_or(TokenError::Damaged("too short"))?;
         self.0 = rest;
         Ok(*head)
     }

@@ -169,11 +169,7 @@ pub fn apply(
     entry: &Bytes,
 ) -> Result<Vec<Reply>, ApplyError> {
     let stamped = Stamped::decode(entry).map_err(|source| ApplyError::Decode { index, source })?;
-    let at = Entry {
-        stamp: stamped.stamp,
-        term,
-        index,
-    };
+    let at = Entry { stamp: stamped.stamp, term, index };
     let mut replies = Vec::new();
     match stamped.command {
         Command::Requests(requests) => {
@@ -224,21 +220,12 @@ fn apply_request(
     at: &Entry,
     request: &Request,
 ) -> Result<Reply, ApplyError> {
-    let refused = |outcome| {
-        Ok(Reply {
-            outcome,
-            term: at.term,
-            index: at.index,
-            duplicate: false,
-        })
-    };
+    let refused = |outcome| Ok(Reply { outcome, term: at.term, index: at.index, duplicate: false });
     let serves = |descriptor: &Descriptor| {
         descriptor.serves(request.keyspace, request.position, request.epoch)
     };
     if !state.descriptor.as_ref().is_some_and(serves) {
-        return refused(Outcome::StaleRoute {
-            descriptor: state.descriptor.clone(),
-        });
+        return refused(Outcome::StaleRoute { descriptor: state.descriptor.clone() });
     }
     if let Some(why) = malformed(request) {
         return refused(Outcome::Invalid { why });
@@ -249,18 +236,14 @@ fn apply_request(
     match state.dedup.admit(overlay, &request.id, now_ms)? {
         Admission::New => {}
         Admission::Known(bytes) => {
-            let stored = StoredResult::decode(bytes).map_err(|source| ApplyError::Record {
-                record: "result",
-                source,
-            })?;
+            let stored = StoredResult::decode(bytes)
+                .map_err(|source| ApplyError::Record { record: "result", source })?;
             return reply(overlay, state, request, &stored, true);
         }
         Admission::WindowPassed => return refused(Outcome::RetryWindowPassed),
         Admission::BirthBeyondClock => return refused(Outcome::BirthBeyondClock),
         Admission::Overloaded => {
-            return refused(Outcome::Overloaded {
-                retry_after_ms: RETRY_AFTER_MS,
-            });
+            return refused(Outcome::Overloaded { retry_after_ms: RETRY_AFTER_MS });
         }
     }
     let above = state.clock.checked_add(1);
@@ -268,15 +251,8 @@ fn apply_request(
     let version = at.stamp.max(above);
     state.clock = version;
     let verdict = judge(overlay, request, version)?;
-    let stored = StoredResult {
-        term: at.term,
-        index: at.index,
-        version,
-        verdict,
-    };
-    state
-        .dedup
-        .remember(overlay, &request.id, stored.encode())?;
+    let stored = StoredResult { term: at.term, index: at.index, version, verdict };
+    state.dedup.remember(overlay, &request.id, stored.encode())?;
     reply(overlay, state, request, &stored, false)
 }
 
@@ -320,10 +296,9 @@ fn judge(overlay: &mut Overlay, request: &Request, version: u64) -> Result<Verdi
     let mut counters = Vec::new();
     for (at, operation) in (0u32..).zip(&request.operations) {
         let write = match &operation.change {
-            Change::Put { value, ttl_ms } => Write::Value {
-                value: value.clone(),
-                expires_at: expiry(version, *ttl_ms),
-            },
+            Change::Put { value, ttl_ms } => {
+                Write::Value { value: value.clone(), expires_at: expiry(version, *ttl_ms) }
+            }
             Change::Delete => Write::Tombstone,
             Change::Increment { by } => {
                 let before = match writes.get(&operation.key) {
@@ -335,10 +310,7 @@ fn judge(overlay: &mut Overlay, request: &Request, version: u64) -> Result<Verdi
                 match add(before.as_deref(), *by) {
                     Ok(number) => {
                         counters.push((at, number));
-                        Write::Value {
-                            value: number.to_string().into(),
-                            expires_at: 0,
-                        }
+                        Write::Value { value: number.to_string().into(), expires_at: 0 }
                     }
                     Err(invalid) => return Ok(Verdict::Invalid(invalid)),
                 }
@@ -355,10 +327,7 @@ fn judge(overlay: &mut Overlay, request: &Request, version: u64) -> Result<Verdi
             Write::Tombstone => overlay.delete(keyspace, key, version),
         }
     }
-    Ok(Verdict::Applied {
-        operations,
-        counters,
-    })
+    Ok(Verdict::Applied { operations, counters })
 }
 
 /// What stands at a key for a write of this version. A deleted or expired value is nothing at all,
@@ -411,27 +380,18 @@ fn reply(
     duplicate: bool,
 ) -> Result<Reply, ApplyError> {
     let outcome = match &stored.verdict {
-        Verdict::Applied {
-            operations,
-            counters,
-        } => {
+        Verdict::Applied { operations, counters } => {
             let mut results = vec![OperationResult::default(); *operations as usize];
             for (at, number) in counters {
                 results[*at as usize].counter = Some(*number);
             }
-            Outcome::Applied {
-                version: stored.version,
-                results,
-            }
+            Outcome::Applied { version: stored.version, results }
         }
         Verdict::ConditionFailed { operations, failed } => {
             let mut results = vec![OperationResult::default(); *operations as usize];
             // Below the threshold the value may be gone on one replica and not on another.
-            let mut room = if stored.version >= state.history_threshold {
-                CURRENT_BYTES_MAX
-            } else {
-                0
-            };
+            let mut room =
+                if stored.version >= state.history_threshold { CURRENT_BYTES_MAX } else { 0 };
             for (at, version) in failed {
                 let result = &mut results[*at as usize];
                 result.condition_failed = true;
@@ -441,9 +401,7 @@ fn reply(
                     && let Some(operation) = request.operations.get(*at as usize)
                 {
                     let found = present(overlay, request.keyspace, &operation.key, stored.version)?;
-                    value = found
-                        .filter(|found| found.version == version)
-                        .map(|found| found.value);
+                    value = found.filter(|found| found.version == version).map(|found| found.value);
                 }
                 match value.as_ref().map_or(0, Bytes::len) {
                     len if len <= room => room -= len,
@@ -455,12 +413,7 @@ fn reply(
         }
         Verdict::Invalid(invalid) => Outcome::Invalid { why: invalid.why() },
     };
-    Ok(Reply {
-        outcome,
-        term: stored.term,
-        index: stored.index,
-        duplicate,
-    })
+    Ok(Reply { outcome, term: stored.term, index: stored.index, duplicate })
 }
 
 #[cfg(test)]

@@ -164,9 +164,7 @@ impl Stamped {
         match &self.command {
             Command::Requests(requests) => {
                 put_len(&mut out, requests.len());
-                requests
-                    .iter()
-                    .for_each(|request| put_request(&mut out, request));
+                requests.iter().for_each(|request| put_request(&mut out, request));
             }
             Command::Advance => {}
             Command::Describe(descriptor) => descriptor.put(&mut out),
@@ -195,18 +193,11 @@ impl Stamped {
             KIND_ADVANCE => Command::Advance,
             KIND_DESCRIBE => Command::Describe(Descriptor::get(&mut reader)?),
             found => {
-                return Err(DecodeError::UnknownKind {
-                    what: "command",
-                    found,
-                });
+                return Err(DecodeError::UnknownKind { what: "command", found });
             }
         };
         reader.end()?;
-        Ok(Stamped {
-            stamp,
-            ceiling,
-            command,
-        })
+        Ok(Stamped { stamp, ceiling, command })
     }
 }
 
@@ -263,10 +254,7 @@ fn put_request(out: &mut BytesMut, request: &Request) {
     out.put_u64(request.position);
     out.put_u64(request.epoch);
     put_len(out, request.operations.len());
-    request
-        .operations
-        .iter()
-        .for_each(|operation| put_operation(out, operation));
+    request.operations.iter().for_each(|operation| put_operation(out, operation));
 }
 
 fn put_operation(out: &mut BytesMut, operation: &Operation) {
@@ -312,13 +300,7 @@ fn get_request(reader: &mut Reader) -> Result<Request, DecodeError> {
     for _ in 0..count {
         operations.push(get_operation(reader)?);
     }
-    Ok(Request {
-        id,
-        keyspace,
-        position,
-        epoch,
-        operations,
-    })
+    Ok(Request { id, keyspace, position, epoch, operations })
 }
 
 fn get_operation(reader: &mut Reader) -> Result<Operation, DecodeError> {
@@ -329,36 +311,21 @@ fn get_operation(reader: &mut Reader) -> Result<Operation, DecodeError> {
         CONDITION_IF_VERSION => Some(Condition::IfVersion(reader.u64()?)),
         CONDITION_IF_VALUE => Some(Condition::IfValue(reader.bytes()?)),
         found => {
-            return Err(DecodeError::UnknownKind {
-                what: "condition",
-                found,
-            });
+            return Err(DecodeError::UnknownKind { what: "condition", found });
         }
     };
     let change = match reader.u8()? {
         CHANGE_PUT => {
             let ttl_ms = reader.u64()?;
-            Change::Put {
-                ttl_ms,
-                value: reader.bytes()?,
-            }
+            Change::Put { ttl_ms, value: reader.bytes()? }
         }
         CHANGE_DELETE => Change::Delete,
         // The same 64 bits, read as two's complement.
-        CHANGE_INCREMENT => Change::Increment {
-            by: reader.u64()? as i64,
-        },
+        CHANGE_INCREMENT => Change::Increment { by: reader.u64()? as i64 },
         CHANGE_CHECK => Change::Check,
         found => {
-            return Err(DecodeError::UnknownKind {
-                what: "change",
-                found,
-            });
+            return Err(DecodeError::UnknownKind { what: "change", found });
         }
     };
-    Ok(Operation {
-        key,
-        condition,
-        change,
-    })
+    Ok(Operation { key, condition, change })
 }

@@ -36,9 +36,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Built {
     type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        self.0
-            .take()
-            .ok_or_else(|| io::Error::other("built already"))
+        self.0.take().ok_or_else(|| io::Error::other("built already"))
     }
 }
 
@@ -60,15 +58,9 @@ impl RaftStateMachine<TypeConfig> for Local {
     async fn get_snapshot_builder(&mut self) -> Built {
         // The suite wants the state as it is now; a sender is content with one of a moment ago.
         self.machine.recent = None;
-        let current = self
-            .machine
-            .get_current_snapshot()
-            .await
-            .expect("a checkpoint can be made");
-        let nothing = || Snapshot {
-            meta: SnapshotMeta::default(),
-            snapshot: SnapshotData::Durable,
-        };
+        let current = self.machine.get_current_snapshot().await.expect("a checkpoint can be made");
+        let nothing =
+            || Snapshot { meta: SnapshotMeta::default(), snapshot: SnapshotData::Durable };
         Built(Some(current.unwrap_or_else(nothing)))
     }
 
@@ -86,14 +78,10 @@ impl RaftStateMachine<TypeConfig> for Local {
         RealFs.create_dir_all(&incoming)?;
         for name in RealFs.read_dir(&from.path)? {
             let bytes = read_file(&RealFs, &from.path.join(&name))?;
-            RealFs
-                .open(&incoming.join(&name), OpenMode::CreateNew)?
-                .write_at(&bytes, 0)?;
+            RealFs.open(&incoming.join(&name), OpenMode::CreateNew)?.write_at(&bytes, 0)?;
         }
         let received = CheckpointDir::new(Arc::new(RealFs), incoming);
-        self.machine
-            .install_snapshot(meta, SnapshotData::Received(Arc::new(received)))
-            .await
+        self.machine.install_snapshot(meta, SnapshotData::Received(Arc::new(received))).await
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
@@ -141,9 +129,8 @@ impl StoreBuilder<TypeConfig, LogStore, Local, tempfile::TempDir> for Builder {
     }
 }
 
+#[allow(clippy::disallowed_methods, reason = "a test's own runtime")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn openraft_suite() {
-    Suite::test_all(Builder)
-        .await
-        .expect("our storage is one that openraft accepts");
+    Suite::test_all(Builder).await.expect("our storage is one that openraft accepts");
 }

@@ -78,11 +78,8 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    pub const DEFAULT: Bounds = Bounds {
-        results: RESULTS_MAX,
-        result_bytes: RESULT_BYTES_MAX,
-        marks: MARKS_MAX,
-    };
+    pub const DEFAULT: Bounds =
+        Bounds { results: RESULTS_MAX, result_bytes: RESULT_BYTES_MAX, marks: MARKS_MAX };
 }
 
 /// The counters of a group's memory: what stands beside the records themselves.
@@ -192,10 +189,7 @@ impl Dedup {
         id: &RequestId,
         result: Bytes,
     ) -> Result<(), Error> {
-        assert!(
-            id.sequence != SEQUENCE_OF_MARK,
-            "this sequence stands for a client's mark"
-        );
+        assert!(id.sequence != SEQUENCE_OF_MARK, "this sequence stands for a client's mark");
         let bytes = RESULT_OVERHEAD_BYTES + result.len() as u64;
         let newest_ms = end_of_minute(id.birth_ms);
         let mut mark = match self.mark(overlay, id.client)? {
@@ -205,11 +199,7 @@ impl Dedup {
                 self.marks += 1;
                 put_mark_age(overlay, newest_ms, id.client);
                 let lowest_unanswered = id.lowest_unanswered;
-                let mark = Mark {
-                    lowest_unanswered,
-                    dropped_below: lowest_unanswered,
-                    newest_ms,
-                };
+                let mark = Mark { lowest_unanswered, dropped_below: lowest_unanswered, newest_ms };
                 put_mark(overlay, id.client, &mark);
                 mark
             }
@@ -226,10 +216,7 @@ impl Dedup {
         let mut age = BytesMut::with_capacity(9);
         age.put_u8(FORMAT_VERSION);
         age.put_u64(bytes);
-        overlay.put_raw(
-            key::result_age(id.birth_ms, id.client, id.sequence),
-            age.freeze(),
-        );
+        overlay.put_raw(key::result_age(id.birth_ms, id.client, id.sequence), age.freeze());
         overlay.put_raw(key::result(id.client, id.sequence, id.birth_ms), result);
         Ok(())
     }
@@ -244,11 +231,7 @@ impl Dedup {
     /// Takes note that the age index gets a record at `birth_ms` or later.
     fn index(&mut self, birth_ms: u64) {
         let empty = self.results == 0 && self.marks == 0;
-        self.oldest_ms = if empty {
-            birth_ms
-        } else {
-            self.oldest_ms.min(birth_ms)
-        };
+        self.oldest_ms = if empty { birth_ms } else { self.oldest_ms.min(birth_ms) };
     }
 
     /// The client's mark, after what this id says about it. Only a stored result makes one: what is
@@ -293,12 +276,7 @@ impl Dedup {
         let all = found.len() < WORK_MAX;
         mark.dropped_below = mark.lowest_unanswered;
         for (physical, result) in found {
-            let Some(Key::Result {
-                client,
-                sequence,
-                birth,
-            }) = Key::decode(&physical)
-            else {
+            let Some(Key::Result { client, sequence, birth }) = Key::decode(&physical) else {
                 return Err(damaged("a result's key"));
             };
             overlay.delete_raw(physical);
@@ -313,10 +291,7 @@ impl Dedup {
     }
 
     fn forget_result(&mut self, bytes: u64) -> Result<(), Error> {
-        let left = self
-            .results
-            .checked_sub(1)
-            .zip(self.result_bytes.checked_sub(bytes));
+        let left = self.results.checked_sub(1).zip(self.result_bytes.checked_sub(bytes));
         let (results, result_bytes) = left.ok_or_else(|| damaged("the count of results"))?;
         (self.results, self.result_bytes) = (results, result_bytes);
         Ok(())
@@ -329,10 +304,7 @@ impl Dedup {
         if behind < AGE_STEP_MS || (self.results == 0 && self.marks == 0) {
             return Ok(());
         }
-        self.evict_before(
-            overlay,
-            self.oldest_ms.saturating_add(AGE_STEP_MS.max(behind / 64)),
-        )
+        self.evict_before(overlay, self.oldest_ms.saturating_add(AGE_STEP_MS.max(behind / 64)))
     }
 
     /// Evicts the oldest results and marks, up to [`WORK_MAX`], born before `end_ms`.
@@ -346,12 +318,7 @@ impl Dedup {
         let all = found.len() < WORK_MAX;
         self.oldest_ms = end_ms;
         for (physical, age) in found {
-            let Some(Key::ResultAge {
-                birth,
-                client,
-                sequence,
-            }) = Key::decode(&physical)
-            else {
+            let Some(Key::ResultAge { birth, client, sequence }) = Key::decode(&physical) else {
                 return Err(damaged("an age's key"));
             };
             overlay.delete_raw(physical);

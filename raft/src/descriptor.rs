@@ -50,10 +50,7 @@ impl Descriptor {
 
     /// A membership entry was applied: whoever planned on the old members must look again.
     pub fn apply_membership(&mut self) {
-        self.epoch = self
-            .epoch
-            .checked_add(1)
-            .expect("2⁶⁴ membership changes never happen");
+        self.epoch = self.epoch.checked_add(1).expect("2⁶⁴ membership changes never happen");
     }
 
     pub(crate) fn put(&self, out: &mut BytesMut) {
@@ -86,11 +83,7 @@ mod tests {
     use super::*;
 
     fn shard(arc: Option<(u64, u64)>) -> Descriptor {
-        Descriptor {
-            shard: 7,
-            arc,
-            epoch: 3,
-        }
+        Descriptor { shard: 7, arc, epoch: 3 }
     }
 
     #[test]
@@ -128,14 +121,9 @@ mod tests {
             assert_eq!(Descriptor::get(&mut reader), Ok(descriptor));
             assert_eq!(reader.end(), Ok(()));
         }
-        for bad in [
-            shard(Some((20, 20))),
-            shard(Some((20, 10))),
-            Descriptor {
-                epoch: 0,
-                ..shard(None)
-            },
-        ] {
+        for bad in
+            [shard(Some((20, 20))), shard(Some((20, 10))), Descriptor { epoch: 0, ..shard(None) }]
+        {
             let mut out = BytesMut::new();
             bad.put(&mut out);
             assert!(Descriptor::get(&mut Reader::new(out.freeze())).is_err());

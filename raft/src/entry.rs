@@ -45,10 +45,7 @@ pub(crate) fn decode_payload(id: LogId, bytes: Bytes) -> Result<Entry, Malformed
         }
         Some(_) => EntryPayload::Normal(Proposal(bytes)),
     };
-    Ok(Entry {
-        log_id: id,
-        payload,
-    })
+    Ok(Entry { log_id: id, payload })
 }
 
 fn put_membership(out: &mut BytesMut, membership: &Membership) {
@@ -80,12 +77,7 @@ fn get_membership(reader: &mut Reader) -> Result<Membership, Malformed> {
     let mut nodes = BTreeMap::new();
     for _ in 0..reader.count(16)? {
         let id = reader.u64()?;
-        nodes.insert(
-            id,
-            Place {
-                node: NodeId(reader.u64()?),
-            },
-        );
+        nodes.insert(id, Place { node: NodeId(reader.u64()?) });
     }
     if configs.is_empty() && nodes.is_empty() {
         return Ok(Membership::default());
@@ -115,11 +107,7 @@ pub(crate) fn put_vote(out: &mut BytesMut, vote: &Vote) {
 
 pub(crate) fn get_vote(reader: &mut Reader) -> Result<Vote, Malformed> {
     let (term, replica) = (reader.u64()?, reader.u64()?);
-    Ok(if reader.bool()? {
-        Vote::new_committed(term, replica)
-    } else {
-        Vote::new(term, replica)
-    })
+    Ok(if reader.bool()? { Vote::new_committed(term, replica) } else { Vote::new(term, replica) })
 }
 
 /// A membership with the position of the entry that brought it: the state's own record of it.

@@ -89,11 +89,8 @@ impl Group {
     ) -> Result<Arc<Self>, Error> {
         let timing = environment.timing;
         let stop = environment.stop.child_token();
-        let embargo = if start.restarted {
-            Embargo::after_restart(&timing)
-        } else {
-            Embargo::none()
-        };
+        let embargo =
+            if start.restarted { Embargo::after_restart(&timing) } else { Embargo::none() };
         let sessions = environment.next_number();
         let snapshots = Arc::new(Snapshots::new(
             environment.engines.fs(),
@@ -108,25 +105,8 @@ impl Group {
             snapshots: snapshots.clone(),
             sessions: Arc::new(AtomicU64::new(sessions)),
         };
-        let serving = Arc::new(AtomicBool::new(false));
-        let machine = StateMachine::new(
-            start.state.clone(),
-            environment.exec.clone(),
-            environment.engines.clone(),
-            start.live.clone(),
-            serving.clone(),
-            environment.observer.clone(),
-        );
-        let raft = Raft::new(
-            start.replica.0,
-            Arc::new(config(&timing, !embargo.holds())),
-            networks,
-            LogStore::new(environment.log.clone(), start.replica),
-            machine,
-        )
-        .await
-        .map_err(|fatal| Error::invalid(format!("group {}: {fatal}", start.shard)))?;
-        serving.store(true, Ordering::Release);
+        let config = config(&timing, !embargo.holds());
+        let raft = start_core(&start, &environment, networks, config).await?;
         let leadership = Leadership::new(&raft);
         let (proposer, propose) = Proposer::new(
             raft.clone(),
@@ -135,12 +115,8 @@ impl Group {
             environment.clone(),
             stop.clone(),
         );
-        let (reads, read) = Reads::new(
-            raft.clone(),
-            start.state.clone(),
-            environment.clone(),
-            stop.clone(),
-        );
+        let (reads, read) =
+            Reads::new(raft.clone(), start.state.clone(), environment.clone(), stop.clone());
         let group = Arc::new(Self {
             shard: start.shard,
             replica: start.replica,
@@ -162,10 +138,7 @@ impl Group {
         environment.exec.spawn("propose", Box::pin(propose));
         environment.exec.spawn("read", Box::pin(read));
         let supervised = group.clone();
-        environment.exec.spawn(
-            "group",
-            Box::pin(async move { supervised.supervise().await }),
-        );
+        environment.exec.spawn("group", Box::pin(async move { supervised.supervise().await }));
         Ok(group)
     }
 
@@ -239,9 +212,7 @@ impl Group {
         look: impl FnOnce(&ReadState) -> T + Send + 'static,
     ) -> Result<T, GroupError> {
         // The leader's core takes messages in order: behind every entry that was stamped before.
-        let last = self
-            .raft
-            .with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
+        let last = self.raft.with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
         let last = last.await.map_err(|_| GroupError::Stopped)?;
         let applied = self.state.wait_for_index(last.unwrap_or(0));
         if tokio::time::timeout_at(deadline, applied).await.is_err() {
@@ -256,10 +227,8 @@ impl Group {
         if initialized.map_err(|_| GroupError::Stopped)? {
             return Ok(());
         }
-        let members: BTreeMap<u64, Place> = members
-            .into_iter()
-            .map(|(replica, node)| (replica, Place { node }))
-            .collect();
+        let members: BTreeMap<u64, Place> =
+            members.into_iter().map(|(replica, node)| (replica, Place { node })).collect();
         let formed = self.raft.initialize(members).await;
         formed.map_err(|error| GroupError::Storage(format!("group {}: {error}", self.shard)))
     }
@@ -302,10 +271,7 @@ impl Group {
             if let (false, Some(leader)) = (status.state == Standing::Leader, status.leader) {
                 return Ok(leader);
             }
-            if !matches!(
-                tokio::time::timeout_at(deadline, leadership.changed()).await,
-                Ok(true)
-            ) {
+            if !matches!(tokio::time::timeout_at(deadline, leadership.changed()).await, Ok(true)) {
                 return Err(GroupError::TooStale);
             }
         }
@@ -325,18 +291,14 @@ impl Group {
             Err(error) => return failed(error.to_string()),
         };
         match question {
-            Question::Append {
-                session,
-                first,
-                request,
-            } => self.append(from, session, first, request),
+            Question::Append { session, first, request } => {
+                self.append(from, session, first, request)
+            }
             other => {
                 let group = self.clone();
                 Box::pin(async move {
                     let answer = group.answer_one(other).await;
-                    answer
-                        .map(|answer| answer.encode())
-                        .map_err(TransportError::Unreachable)
+                    answer.map(|answer| answer.encode()).map_err(TransportError::Unreachable)
                 })
             }
         }
@@ -348,25 +310,18 @@ impl Group {
             Question::Append { .. } => unreachable!("appends go through their session"),
             Question::Heartbeat(request) => {
                 let (previous, last) = (request.prev_log_id, request.prev_log_id);
-                let answer = self
-                    .raft
-                    .append_entries(request)
-                    .await
-                    .map_err(|e| why(&e))?;
+                let answer = self.raft.append_entries(request).await.map_err(|e| why(&e))?;
                 Ok(Answer::Append(answer.into_stream_result(previous, last)))
             }
             Question::Vote { .. } if self.embargo.holds() => {
                 Err("the node has just restarted and gives no vote yet".to_owned())
             }
-            Question::Vote { pre: true, request } => Ok(Answer::Vote(
-                self.raft.pre_vote(request).await.map_err(|e| why(&e))?,
-            )),
-            Question::Vote {
-                pre: false,
-                request,
-            } => Ok(Answer::Vote(
-                self.raft.vote(request).await.map_err(|e| why(&e))?,
-            )),
+            Question::Vote { pre: true, request } => {
+                Ok(Answer::Vote(self.raft.pre_vote(request).await.map_err(|e| why(&e))?))
+            }
+            Question::Vote { pre: false, request } => {
+                Ok(Answer::Vote(self.raft.vote(request).await.map_err(|e| why(&e))?))
+            }
             Question::Transfer(request) => {
                 if self.embargo.holds() || !self.environment.healthy() {
                     return Ok(Answer::Transfer(false));
@@ -374,21 +329,11 @@ impl Group {
                 let taken = self.raft.handle_transfer_leader(request).await;
                 Ok(Answer::Transfer(taken.map_err(|e| why(&e))?.is_ok()))
             }
-            Question::SnapshotBegin {
-                vote,
-                transfer,
-                meta,
-                manifest,
-            } => {
+            Question::SnapshotBegin { vote, transfer, meta, manifest } => {
                 let begun = self.snapshots.begin(vote, transfer, meta, manifest).await;
                 Ok(begun.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
-            Question::SnapshotChunk {
-                transfer,
-                file,
-                chunk,
-                data,
-            } => {
+            Question::SnapshotChunk { transfer, file, chunk, data } => {
                 let taken = self.snapshots.chunk(transfer, file, chunk, data).await;
                 Ok(taken.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
@@ -431,9 +376,7 @@ impl Group {
         Box::pin(async move {
             match receiver.await {
                 Ok(result) => Ok(Answer::Append(result).encode()),
-                Err(_) => Err(TransportError::Unreachable(
-                    "the stream of appends ended".into(),
-                )),
+                Err(_) => Err(TransportError::Unreachable("the stream of appends ended".into())),
             }
         })
     }
@@ -493,9 +436,7 @@ impl Group {
         self.raft.trigger().snapshot().await.map_err(stopped)?;
         let mut progress = self.raft.metrics();
         let reached = |metrics: &openraft::RaftMetrics<TypeConfig>| {
-            metrics
-                .snapshot
-                .is_some_and(|id| id.index() >= applied.index)
+            metrics.snapshot.is_some_and(|id| id.index() >= applied.index)
                 || metrics.running_state.is_err()
         };
         use openraft::async_runtime::watch::WatchReceiver;
@@ -590,6 +531,29 @@ fn failed(why: String) -> Answering {
     Box::pin(std::future::ready(Err(TransportError::Unreachable(why))))
 }
 
+/// Starts openraft over the replica's log and state.
+async fn start_core(
+    start: &Start,
+    environment: &Environment,
+    networks: Networks,
+    config: Config,
+) -> Result<Raft, Error> {
+    let serving = Arc::new(AtomicBool::new(false));
+    let machine = StateMachine::new(
+        start.state.clone(),
+        environment.exec.clone(),
+        environment.engines.clone(),
+        start.live.clone(),
+        serving.clone(),
+        environment.observer.clone(),
+    );
+    let log = LogStore::new(environment.log.clone(), start.replica);
+    let raft = Raft::new(start.replica.0, Arc::new(config), networks, log, machine).await;
+    let raft = raft.map_err(|fatal| Error::invalid(format!("group {}: {fatal}", start.shard)))?;
+    serving.store(true, Ordering::Release);
+    Ok(raft)
+}
+
 /// Feeds one peer's appends to openraft in order, and hands the results to those who wait.
 async fn serve_session(
     raft: Raft,
@@ -610,10 +574,7 @@ async fn serve_session(
             result = results.next() => result,
         };
         let Some(Ok(result)) = result else { return };
-        let answer = answers
-            .lock()
-            .pop_front()
-            .expect("one answer waits for every request");
+        let answer = answers.lock().pop_front().expect("one answer waits for every request");
         // The asking connection may have broken meanwhile.
         let _ = answer.send(result);
     }

@@ -39,11 +39,7 @@ pub(crate) struct Probe {
 
 impl Probe {
     pub(crate) fn new(log: Log) -> Self {
-        Self {
-            log,
-            under_way: Arc::default(),
-            since: None,
-        }
+        Self { log, under_way: Arc::default(), since: None }
     }
 
     /// Starts a probe unless one is under way, and says how the disk looks.

@@ -169,13 +169,10 @@ impl Host {
         let (engines, shards) = (self.environment.engines.clone(), self.shards.clone());
         let settle = move || {
             let fs = engines.fs();
-            fs.create_dir_all(&shards)
-                .map_err(|error| Error::io(&shards, error))?;
+            fs.create_dir_all(&shards).map_err(|error| Error::io(&shards, error))?;
             checkpoint::settle(&*fs, &shards)
         };
-        let names = blocking(&*self.environment.exec, settle)
-            .await
-            .map_err(Error::invalid)??;
+        let names = blocking(&*self.environment.exec, settle).await.map_err(Error::invalid)??;
         let damaged: Vec<ReplicaId> = recovery.recovering.iter().map(|d| d.replica).collect();
         for name in names {
             let id = u64::from_str_radix(&name, 16).map(ReplicaId);
@@ -190,9 +187,7 @@ impl Host {
                 if let Err(error) = self.open(replica).await {
                     // The node serves its other replicas.
                     tracing::error!(replica = replica.0, %error, "a replica does not run");
-                    self.failed
-                        .lock()
-                        .push(format!("replica {}: {error}", replica.0));
+                    self.failed.lock().push(format!("replica {}: {error}", replica.0));
                 }
             } else {
                 self.remove_unknown(self.shards.join(&name)).await?;
@@ -228,9 +223,7 @@ impl Host {
             Ok::<_, Error>((home, state))
         });
         let (initial, state) = opened.await.map_err(Error::invalid)??;
-        self.start(replica, live, state, initial, true)
-            .await
-            .map(drop)
+        self.start(replica, live, state, initial, true).await.map(drop)
     }
 
     /// Creates a replica on this node, or finds the one that is there. Durable when it returns.
@@ -251,11 +244,8 @@ impl Host {
             )));
         }
         let live = store_dir(&self.shards, replica.0);
-        let (engines, dir, home) = (
-            self.environment.engines.clone(),
-            live.clone(),
-            initial.clone(),
-        );
+        let (engines, dir, home) =
+            (self.environment.engines.clone(), live.clone(), initial.clone());
         let made = blocking(&*self.environment.exec, move || {
             engines.destroy(&dir)?;
             let store = ReplicaState::open(&*engines, &dir, OpenState { create: true })?;
@@ -288,20 +278,10 @@ impl Host {
         restarted: bool,
     ) -> Result<Arc<Group>, Error> {
         let shard = ShardId(initial.shard);
-        let start = Start {
-            shard,
-            replica,
-            live,
-            state,
-            initial,
-            restarted,
-        };
+        let start = Start { shard, replica, live, state, initial, restarted };
         let group = Group::start(start, self.environment.clone()).await?;
         let before = self.groups.write().insert(shard, group.clone());
-        assert!(
-            before.is_none(),
-            "a node holds at most one replica of a shard"
-        );
+        assert!(before.is_none(), "a node holds at most one replica of a shard");
         Ok(group)
     }
 
@@ -312,11 +292,8 @@ impl Host {
             return Ok(());
         };
         group.shutdown().await;
-        let (replica, live, log) = (
-            group.replica(),
-            group.live().to_path_buf(),
-            group.log().clone(),
-        );
+        let (replica, live, log) =
+            (group.replica(), group.live().to_path_buf(), group.log().clone());
         drop(group);
         let (done, destroyed) = oneshot::channel();
         log.destroy(
@@ -364,14 +341,12 @@ impl Host {
         to_replica: ReplicaId,
         question: Bytes,
     ) -> Answering {
-        match self
-            .group(shard)
-            .filter(|group| group.replica() == to_replica)
-        {
+        match self.group(shard).filter(|group| group.replica() == to_replica) {
             Some(group) => group.answer(from, question),
-            None => Box::pin(std::future::ready(Err(TransportError::Unreachable(
-                format!("replica {} of {shard} is not on this node", to_replica.0),
-            )))),
+            None => Box::pin(std::future::ready(Err(TransportError::Unreachable(format!(
+                "replica {} of {shard} is not on this node",
+                to_replica.0
+            ))))),
         }
     }
 
@@ -465,11 +440,7 @@ impl Host {
                     break;
                 };
                 // Far over the budget kept entries go too: who wants them takes a snapshot.
-                let keep = if bytes > 2 * self.log_bytes_target {
-                    0
-                } else {
-                    KEPT_ENTRIES
-                };
+                let keep = if bytes > 2 * self.log_bytes_target { 0 } else { KEPT_ENTRIES };
                 flushed.insert(oldest, Instant::now());
                 flush(group, keep).await;
             }
@@ -510,9 +481,7 @@ fn read_home(store: &ReplicaState, dir: &Path) -> Result<Descriptor, Error> {
     let bytes = store.meta(HOME)?;
     let mut bytes = bytes.ok_or_else(|| damaged("the store does not say what it belongs to"))?;
     if bytes.try_get_u8() != Ok(1) {
-        return Err(damaged(
-            "the record of what the store belongs to has an unknown format",
-        ));
+        return Err(damaged("the record of what the store belongs to has an unknown format"));
     }
     let mut reader = Reader::new(bytes);
     Descriptor::get(&mut reader).map_err(|error| damaged(&error.to_string()))

@@ -91,12 +91,8 @@ impl Leadership {
             return Ok(metrics.current_term);
         }
         let membership = metrics.membership_config.membership();
-        let leader = metrics
-            .current_leader
-            .and_then(|id| membership.get_node(&id));
-        Err(GroupError::NotLeader {
-            leader: leader.map(|place| place.node),
-        })
+        let leader = metrics.current_leader.and_then(|id| membership.get_node(&id));
+        Err(GroupError::NotLeader { leader: leader.map(|place| place.node) })
     }
 
     pub(crate) fn status(&self) -> GroupStatus {
@@ -109,20 +105,8 @@ impl Leadership {
         };
         let heard = |id: &u64| Some(metrics.heartbeat.as_ref()?.get(id)?.as_ref()?.elapsed());
         let member = |(id, place): (&u64, &crate::types::Place)| {
-            let role = if voters.contains(id) {
-                Role::Voter
-            } else {
-                Role::Learner
-            };
-            (
-                *id,
-                Member {
-                    node: place.node,
-                    role,
-                    matched: matched(id),
-                    heard: heard(id),
-                },
-            )
+            let role = if voters.contains(id) { Role::Voter } else { Role::Learner };
+            (*id, Member { node: place.node, role, matched: matched(id), heard: heard(id) })
         };
         GroupStatus {
             state: match (&metrics.running_state, metrics.state) {
@@ -144,11 +128,7 @@ impl Leadership {
             purged: metrics.purged.as_ref().map(position),
             members: membership.nodes().map(member).collect(),
             joint: membership.get_joint_config().len() > 1,
-            failed: metrics
-                .running_state
-                .as_ref()
-                .err()
-                .map(ToString::to_string),
+            failed: metrics.running_state.as_ref().err().map(ToString::to_string),
         }
     }
 

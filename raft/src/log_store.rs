@@ -38,10 +38,7 @@ impl LogStore {
     }
 
     fn read(&self, range: std::ops::Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
-        let entries = self
-            .log
-            .read(self.replica, range, bytes_max)
-            .map_err(io::Error::other)?;
+        let entries = self.log.read(self.replica, range, bytes_max).map_err(io::Error::other)?;
         entries.into_iter().map(entry_from_log).collect()
     }
 
@@ -99,9 +96,12 @@ impl RaftLogReader<TypeConfig> for LogStore {
         // Why not the default, which reads the whole range at once: after a long absence the range
         // is the whole log, and memory is a budget.
         let store = self.clone();
-        let bounds = self.bounds(&range);
-        let start = bounds.map(Some).unwrap_or_else(|_| None);
-        stream::unfold(start, move |range| {
+        // A log that has stopped says so: an empty stream would count as everything applied.
+        let (start, failed) = match self.bounds(&range) {
+            Ok(range) => (Some(range), None),
+            Err(error) => (None, Some(Err(error))),
+        };
+        let entries = stream::unfold(start, move |range| {
             let store = store.clone();
             async move {
                 let range = range.filter(|range| !range.is_empty())?;
@@ -119,9 +119,8 @@ impl RaftLogReader<TypeConfig> for LogStore {
                 }
             }
         })
-        .flat_map(stream::iter)
-        .fuse()
-        .boxed()
+        .flat_map(stream::iter);
+        stream::iter(failed).chain(entries).fuse().boxed()
     }
 
     async fn try_get_log_entries<RB: RangeBounds<u64> + Clone + Debug + openraft::OptionalSend>(
@@ -164,14 +163,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     async fn get_log_state(&mut self) -> Result<LogState<TypeConfig>, io::Error> {
         let state = self.log.state(self.replica).map_err(io::Error::other)?;
         let last_purged_log_id = state.purged.map(|(_, id)| id_from_bytes(&id));
-        let last_log_id = state
-            .last
-            .map(|(_, id)| id_from_bytes(&id))
-            .or(last_purged_log_id);
-        Ok(LogState {
-            last_purged_log_id,
-            last_log_id,
-        })
+        let last_log_id = state.last.map(|(_, id)| id_from_bytes(&id)).or(last_purged_log_id);
+        Ok(LogState { last_purged_log_id, last_log_id })
     }
 
     async fn get_log_reader(&mut self) -> Self {
@@ -227,8 +220,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let (done, receiver) = awaited();
-        self.log
-            .truncate_after(self.replica, last.map(|id| id.index()), done);
+        self.log.truncate_after(self.replica, last.map(|id| id.index()), done);
         durable(receiver).await
     }
 
@@ -240,8 +232,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 tracing::error!(%error, "a purge was not recorded");
             }
         });
-        self.log
-            .purge(self.replica, upto.index(), id_bytes(&upto), done);
+        self.log.purge(self.replica, upto.index(), id_bytes(&upto), done);
         Ok(())
     }
 }

@@ -35,17 +35,12 @@ pub(crate) fn transfer_target(
             && member.matched.is_some_and(|matched| matched.index >= last)
             && member.heard.is_some_and(|heard| heard <= fresh)
     });
-    eligible
-        .min_by_key(|(_, member)| member.heard)
-        .map(|(id, _)| *id)
+    eligible.min_by_key(|(_, member)| member.heard).map(|(id, _)| *id)
 }
 
 /// The place of a replica among the voters that may follow a lost leader; `None` for others.
 pub(crate) fn campaign_rank(status: &GroupStatus, own: ReplicaId) -> Option<u32> {
-    let voters = status
-        .members
-        .iter()
-        .filter(|(_, member)| member.role == Role::Voter);
+    let voters = status.members.iter().filter(|(_, member)| member.role == Role::Voter);
     let followers = voters.filter(|(id, _)| Some(**id) != status.leader_replica);
     // Turned by the term, so that one replica does not inherit every group of a lost node.
     let ids: Vec<u64> = followers.map(|(id, _)| *id).collect();
@@ -91,22 +86,11 @@ mod tests {
         let behind = status([Some(7), Some(6), Some(7)]);
         assert_eq!(transfer_target(&behind, own, None, fresh), Some(12));
         assert_eq!(transfer_target(&behind, own, Some(NodeId(2)), fresh), None);
-        assert_eq!(
-            transfer_target(&behind, own, Some(NodeId(3)), fresh),
-            Some(12)
-        );
+        assert_eq!(transfer_target(&behind, own, Some(NodeId(3)), fresh), Some(12));
         let mut silent = status([Some(7), Some(7), Some(7)]);
-        assert_eq!(
-            transfer_target(&silent, own, None, fresh),
-            Some(12),
-            "heard last"
-        );
+        assert_eq!(transfer_target(&silent, own, None, fresh), Some(12), "heard last");
         silent.members.get_mut(&12).expect("a member").heard = Some(Duration::from_secs(2));
-        assert_eq!(
-            transfer_target(&silent, own, None, fresh),
-            Some(11),
-            "12 may be dead"
-        );
+        assert_eq!(transfer_target(&silent, own, None, fresh), Some(11), "12 may be dead");
     }
 
     #[test]

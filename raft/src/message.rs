@@ -24,34 +24,17 @@ const FORMAT: u8 = 1;
 pub(crate) enum Question {
     /// Entries, as part of a stream: answers come in the order of a session's questions, and a new
     /// session begins where the sender says so.
-    Append {
-        session: u64,
-        first: bool,
-        request: AppendEntriesRequest<TypeConfig>,
-    },
+    Append { session: u64, first: bool, request: AppendEntriesRequest<TypeConfig> },
     /// An empty append, outside every stream.
     Heartbeat(AppendEntriesRequest<TypeConfig>),
     /// A vote, or only the question whether one would be given.
-    Vote {
-        pre: bool,
-        request: VoteRequest<TypeConfig>,
-    },
+    Vote { pre: bool, request: VoteRequest<TypeConfig> },
     /// The leader asks this replica to campaign at once.
     Transfer(TransferLeaderRequest<TypeConfig>),
     /// Opens a snapshot transfer: what it holds, and a manifest of its files.
-    SnapshotBegin {
-        vote: Vote,
-        transfer: u64,
-        meta: SnapshotMeta,
-        manifest: Bytes,
-    },
+    SnapshotBegin { vote: Vote, transfer: u64, meta: SnapshotMeta, manifest: Bytes },
     /// One chunk of one file, as the manifest numbers them; its checksum stands there.
-    SnapshotChunk {
-        transfer: u64,
-        file: u32,
-        chunk: u32,
-        data: Bytes,
-    },
+    SnapshotChunk { transfer: u64, file: u32, chunk: u32, data: Bytes },
     /// All pieces were sent: verify and install.
     SnapshotEnd { vote: Vote, transfer: u64 },
 }
@@ -76,11 +59,7 @@ impl Question {
         let mut out = BytesMut::with_capacity(self.size());
         out.put_u8(FORMAT);
         match self {
-            Self::Append {
-                session,
-                first,
-                request,
-            } => {
+            Self::Append { session, first, request } => {
                 out.put_u8(1);
                 out.put_u64(*session);
                 out.put_u8(u8::from(*first));
@@ -103,12 +82,7 @@ impl Question {
                 out.put_u64(*request.to_node_id());
                 put_log_id(&mut out, &request.last_log_id().copied());
             }
-            Self::SnapshotBegin {
-                vote,
-                transfer,
-                meta,
-                manifest,
-            } => {
+            Self::SnapshotBegin { vote, transfer, meta, manifest } => {
                 out.put_u8(5);
                 put_vote(&mut out, vote);
                 out.put_u64(*transfer);
@@ -116,12 +90,7 @@ impl Question {
                 put_bytes(&mut out, &encode_stored_membership(&meta.last_membership));
                 put_bytes(&mut out, manifest);
             }
-            Self::SnapshotChunk {
-                transfer,
-                file,
-                chunk,
-                data,
-            } => {
+            Self::SnapshotChunk { transfer, file, chunk, data } => {
                 out.put_u8(6);
                 out.put_u64(*transfer);
                 out.put_u32(*file);
@@ -174,10 +143,7 @@ impl Question {
                 chunk: reader.u32()?,
                 data: reader.bytes()?,
             },
-            7 => Self::SnapshotEnd {
-                vote: get_vote(&mut reader)?,
-                transfer: reader.u64()?,
-            },
+            7 => Self::SnapshotEnd { vote: get_vote(&mut reader)?, transfer: reader.u64()? },
             _ => return Err(Malformed("an unknown kind of question")),
         };
         reader.end()?;
@@ -271,11 +237,7 @@ impl Answer {
 }
 
 fn check_format(reader: &mut Reader) -> Result<(), Malformed> {
-    if reader.u8()? == FORMAT {
-        Ok(())
-    } else {
-        Err(Malformed("an unknown format version"))
-    }
+    if reader.u8()? == FORMAT { Ok(()) } else { Err(Malformed("an unknown format version")) }
 }
 
 fn put_bytes(out: &mut BytesMut, bytes: &[u8]) {
@@ -302,16 +264,8 @@ fn get_append(reader: &mut Reader) -> Result<AppendEntriesRequest<TypeConfig>, M
     let count = reader.count(20)?;
     let mut entries = Vec::with_capacity(count);
     for _ in 0..count {
-        let id = log_id(Position {
-            term: reader.u64()?,
-            index: reader.u64()?,
-        });
+        let id = log_id(Position { term: reader.u64()?, index: reader.u64()? });
         entries.push(decode_payload(id, reader.bytes()?)?);
     }
-    Ok(AppendEntriesRequest {
-        vote,
-        prev_log_id,
-        entries,
-        leader_commit,
-    })
+    Ok(AppendEntriesRequest { vote, prev_log_id, entries, leader_commit })
 }

@@ -50,11 +50,7 @@ pub(crate) struct Networks {
 impl Networks {
     fn network(&self, replica: u64, place: &Place, heartbeat: bool) -> Network {
         Network {
-            to: Address {
-                node: place.node,
-                shard: self.shard,
-                replica: ReplicaId(replica),
-            },
+            to: Address { node: place.node, shard: self.shard, replica: ReplicaId(replica) },
             transport: self.transport.clone(),
             snapshots: self.snapshots.clone(),
             sessions: self.sessions.clone(),
@@ -101,9 +97,7 @@ fn decode(answer: Result<Bytes, TransportError>) -> RpcResult<Answer> {
 fn append_result(answer: RpcResult<Answer>) -> RpcResult<StreamAppendResult<TypeConfig>> {
     match answer? {
         Answer::Append(result) => Ok(result),
-        other => Err(unreachable(format!(
-            "an append was answered with {other:?}"
-        ))),
+        other => Err(unreachable(format!("an append was answered with {other:?}"))),
     }
 }
 
@@ -145,12 +139,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
         // the order on the wire; `buffered` gives the answers back in that order.
         let answers = input
             .map(move |request| {
-                let question = Question::Append {
-                    session,
-                    first,
-                    request,
-                }
-                .encode();
+                let question = Question::Append { session, first, request }.encode();
                 first = false;
                 transport.ask(to, Lane::Appends, question, APPEND_TIMEOUT)
             })
@@ -189,9 +178,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
         cancel: impl Future<Output = ReplicationClosed> + openraft::OptionalSend + 'static,
         _option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let send = self
-            .snapshots
-            .send(&*self.transport, self.to, vote, snapshot);
+        let send = self.snapshots.send(&*self.transport, self.to, vote, snapshot);
         tokio::select! {
             biased;
             closed = cancel => Err(closed.into()),
@@ -211,13 +198,10 @@ impl RaftNetworkV2<TypeConfig> for Network {
         let question = Question::Transfer(request).encode();
         match self.ask(Lane::Control, question, VOTE_TIMEOUT).await? {
             Answer::Transfer(true) => Ok(Ok(())),
-            Answer::Transfer(false) => Ok(Err(TransferLeaderError::VoteChanged {
-                expected: vote,
-                actual: vote,
-            })),
-            other => Err(unreachable(format!(
-                "a transfer was answered with {other:?}"
-            ))),
+            Answer::Transfer(false) => {
+                Ok(Err(TransferLeaderError::VoteChanged { expected: vote, actual: vote }))
+            }
+            other => Err(unreachable(format!("a transfer was answered with {other:?}"))),
         }
     }
 

@@ -86,10 +86,7 @@ impl Proposer {
         environment: Arc<dyn Circumstances>,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let handle = Self {
-            queue: Arc::default(),
-            wake: Arc::default(),
-        };
+        let handle = Self { queue: Arc::default(), wake: Arc::default() };
         let task = Task {
             handle: handle.clone(),
             raft,
@@ -114,13 +111,7 @@ impl Proposer {
         let (answer, receiver) = oneshot::channel();
         self.push(
             bytes,
-            Item::Write(Waiting {
-                request,
-                bytes,
-                deadline,
-                queued: Instant::now(),
-                answer,
-            }),
+            Item::Write(Waiting { request, bytes, deadline, queued: Instant::now(), answer }),
         )?;
         match tokio::time::timeout_at(deadline, receiver).await {
             Ok(Ok(result)) => result,
@@ -153,9 +144,7 @@ impl Proposer {
             return Err(GroupError::Stopped);
         }
         if queue.bytes + bytes > QUEUE_BYTES_MAX {
-            return Err(GroupError::Overloaded {
-                retry_after: Duration::from_millis(100),
-            });
+            return Err(GroupError::Overloaded { retry_after: Duration::from_millis(100) });
         }
         queue.bytes += bytes;
         queue.items.push_back(item);
@@ -243,8 +232,7 @@ impl Task {
                     let _ = waiting.answer.send(Err(GroupError::Expired));
                 }
                 Item::Write(waiting) => {
-                    self.observer
-                        .stage(Stage::Queue, now.duration_since(waiting.queued));
+                    self.observer.stage(Stage::Queue, now.duration_since(waiting.queued));
                     requests.push(waiting.request);
                     answers.push(waiting.answer);
                 }
@@ -338,23 +326,11 @@ impl Task {
         let stamp = self.now().max(self.stamps.last + 1);
         let ceiling = (stamp + CEILING_AHEAD).max(ceiling_min);
         self.stamps.last = stamp;
-        let proposal = Proposal(
-            Stamped {
-                stamp,
-                ceiling,
-                command,
-            }
-            .encode(),
-        );
+        let proposal = Proposal(Stamped { stamp, ceiling, command }.encode());
         let (responder, receiver) = ProgressResponder::complete_only();
         let leader = log_id(Position { term, index: 0 }).leader_id;
         // Only in this term: in another one these stamps promise nothing.
-        let sent = self
-            .raft
-            .write(proposal)
-            .with_leader(leader)
-            .responder(responder)
-            .await;
+        let sent = self.raft.write(proposal).with_leader(leader).responder(responder).await;
         sent.map_err(|fatal| GroupError::Unknown(fatal.to_string()))?;
         Ok(Proposed { receiver })
     }
@@ -401,9 +377,9 @@ async fn applied(proposed: Result<Proposed, GroupError>) -> Result<Replies, Grou
     use openraft::errors::ClientWriteError;
     match proposed?.receiver.await {
         Ok(Ok(response)) => Ok(response.data),
-        Ok(Err(ClientWriteError::ForwardToLeader(forward))) => Err(GroupError::NotLeader {
-            leader: forward.leader_node.map(|place| place.node),
-        }),
+        Ok(Err(ClientWriteError::ForwardToLeader(forward))) => {
+            Err(GroupError::NotLeader { leader: forward.leader_node.map(|place| place.node) })
+        }
         Ok(Err(error)) => Err(GroupError::Unknown(error.to_string())),
         Err(_) => Err(GroupError::Unknown("the group stopped".to_owned())),
     }
@@ -431,10 +407,7 @@ fn answer_all(answers: Vec<Answer>, result: Result<Replies, GroupError>) {
 }
 
 fn refuse(item: Item, error: &GroupError) {
-    assert!(
-        error.outcome() == Outcome::NotApplied,
-        "what was never proposed was not applied"
-    );
+    assert!(error.outcome() == Outcome::NotApplied, "what was never proposed was not applied");
     match item {
         Item::Write(waiting) => drop(waiting.answer.send(Err(error.clone()))),
         Item::Own(_, answer) => drop(answer.send(Err(error.clone()))),

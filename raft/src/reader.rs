@@ -63,12 +63,7 @@ impl Reads {
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let exec = environment.exec();
-        let handle = Self {
-            queue: Arc::default(),
-            wake: Arc::default(),
-            state,
-            exec,
-        };
+        let handle = Self { queue: Arc::default(), wake: Arc::default(), state, exec };
         (handle.clone(), run(handle, raft, environment, stop))
     }
 
@@ -88,9 +83,7 @@ impl Reads {
                 return Err(GroupError::Stopped);
             }
             if queue.waiting.len() >= READS_WAITING_MAX {
-                return Err(GroupError::Overloaded {
-                    retry_after: Duration::from_millis(50),
-                });
+                return Err(GroupError::Overloaded { retry_after: Duration::from_millis(50) });
             }
             queue.waiting.push(Waiting { deadline, look });
         }
@@ -159,9 +152,7 @@ async fn serve(batch: Vec<Waiting>, reads: &Reads, raft: &Raft, environment: &dy
     if !environment.healthy() {
         // A stale lease would be renewed by heartbeats that a stalled disk must not send.
         let error = GroupError::NotLeader { leader: None };
-        batch
-            .into_iter()
-            .for_each(|read| (read.look)(Err(error.clone())));
+        batch.into_iter().for_each(|read| (read.look)(Err(error.clone())));
         return;
     }
     let timing = environment.timing();
@@ -171,9 +162,7 @@ async fn serve(batch: Vec<Waiting>, reads: &Reads, raft: &Raft, environment: &dy
         Ok(linearizer) => linearizer.read_log_id().index(),
         Err(error) => {
             let error = refusal(error);
-            batch
-                .into_iter()
-                .for_each(|read| (read.look)(Err(error.clone())));
+            batch.into_iter().for_each(|read| (read.look)(Err(error.clone())));
             return;
         }
     };
@@ -181,9 +170,7 @@ async fn serve(batch: Vec<Waiting>, reads: &Reads, raft: &Raft, environment: &dy
     let deadline = last_deadline.expect("a batch holds at least one read");
     let applied = reads.state.wait_for_index(point);
     if tokio::time::timeout_at(deadline, applied).await.is_err() {
-        batch
-            .into_iter()
-            .for_each(|read| (read.look)(Err(GroupError::TooStale)));
+        batch.into_iter().for_each(|read| (read.look)(Err(GroupError::TooStale)));
         return;
     }
     let mut looks = batch.into_iter().map(|read| read.look);
@@ -209,9 +196,7 @@ fn refusal(
 ) -> GroupError {
     match error {
         RaftError::APIError(LinearizableReadError::ForwardToLeader(forward)) => {
-            GroupError::NotLeader {
-                leader: forward.leader_node.map(|place| place.node),
-            }
+            GroupError::NotLeader { leader: forward.leader_node.map(|place| place.node) }
         }
         RaftError::APIError(LinearizableReadError::QuorumNotEnough(_)) => {
             GroupError::NotLeader { leader: None }

@@ -73,11 +73,7 @@ pub(crate) struct CheckpointDir {
 
 impl CheckpointDir {
     pub(crate) fn new(fs: Arc<dyn Fs>, path: PathBuf) -> Self {
-        Self {
-            fs,
-            path,
-            manifest: OnceLock::new(),
-        }
+        Self { fs, path, manifest: OnceLock::new() }
     }
 
     fn manifest(&self) -> Result<Manifest, coracle_storage::Error> {
@@ -160,11 +156,7 @@ impl Snapshots {
         let SnapshotData::Checkpoint(checkpoint) = snapshot.snapshot else {
             return Err("the snapshot holds no files".to_owned());
         };
-        let _slot = self
-            .slots
-            .send
-            .try_acquire()
-            .map_err(|_| "all send slots are taken")?;
+        let _slot = self.slots.send.try_acquire().map_err(|_| "all send slots are taken")?;
         let transfer = self.transfers.fetch_add(1, Ordering::Relaxed);
         let source = checkpoint.clone();
         let manifest = blocking(&*self.exec, move || source.manifest())
@@ -218,15 +210,8 @@ impl Snapshots {
         (transfer, file, chunk): (u64, u32, u32),
         read: impl FnOnce() -> std::io::Result<Bytes> + Send + 'static,
     ) -> Result<(), String> {
-        let data = blocking(&*self.exec, read)
-            .await?
-            .map_err(|error| error.to_string())?;
-        let question = Question::SnapshotChunk {
-            transfer,
-            file,
-            chunk,
-            data,
-        };
+        let data = blocking(&*self.exec, read).await?.map_err(|error| error.to_string())?;
+        let question = Question::SnapshotChunk { transfer, file, chunk, data };
         match ask(transport, to, question, CHUNK_TIMEOUT).await? {
             Answer::SnapshotTaken => Ok(()),
             other => Err(refused(other)),
@@ -244,10 +229,12 @@ impl Snapshots {
     ) -> Result<(), String> {
         let slot = {
             let mut receiving = self.receiving.lock();
-            if receiving
-                .as_ref()
-                .is_some_and(|other| !(vote >= other.vote))
-            {
+            if receiving.as_ref().is_some_and(|other| {
+                !matches!(
+                    vote.partial_cmp(&other.vote),
+                    Some(std::cmp::Ordering::Greater | std::cmp::Ordering::Equal)
+                )
+            }) {
                 return Err("another snapshot is being received".to_owned());
             }
             *receiving = None;
@@ -255,10 +242,7 @@ impl Snapshots {
         };
         let slot = slot.map_err(|_| "all receive slots are taken")?;
         let mut path = self.live.as_os_str().to_os_string();
-        path.push(format!(
-            ".incoming-{}",
-            self.received.fetch_add(1, Ordering::Relaxed)
-        ));
+        path.push(format!(".incoming-{}", self.received.fetch_add(1, Ordering::Relaxed)));
         let dir = Arc::new(CheckpointDir::new(self.fs.clone(), path.into()));
         let (fs, into) = (self.fs.clone(), dir.clone());
         let incoming = blocking(&*self.exec, move || {
@@ -288,16 +272,13 @@ impl Snapshots {
     ) -> Result<(), String> {
         let incoming = {
             let mut receiving = self.receiving.lock();
-            let receiving = receiving
-                .as_mut()
-                .filter(|receiving| receiving.transfer == transfer);
+            let receiving = receiving.as_mut().filter(|receiving| receiving.transfer == transfer);
             let receiving = receiving.ok_or("this transfer is not known here")?;
             receiving.heard = Instant::now();
             receiving.incoming.clone()
         };
-        let written = blocking(&*self.exec, move || {
-            incoming.write(file as usize, chunk as usize, &data)
-        });
+        let written =
+            blocking(&*self.exec, move || incoming.write(file as usize, chunk as usize, &data));
         written.await?.map_err(|error| error.to_string())
     }
 
@@ -305,36 +286,22 @@ impl Snapshots {
     pub(crate) async fn end(&self, transfer: u64) -> Result<Snapshot, String> {
         let receiving = {
             let mut receiving = self.receiving.lock();
-            if receiving
-                .as_ref()
-                .is_none_or(|receiving| receiving.transfer != transfer)
-            {
+            if receiving.as_ref().is_none_or(|receiving| receiving.transfer != transfer) {
                 return Err("this transfer is not known here".to_owned());
             }
             receiving.take().expect("it was there under the same lock")
         };
-        let Receiving {
-            meta,
-            incoming,
-            dir,
-            ..
-        } = receiving;
+        let Receiving { meta, incoming, dir, .. } = receiving;
         let incoming = Arc::into_inner(incoming).ok_or("chunks are still being written")?;
         let finished = blocking(&*self.exec, move || incoming.finish()).await?;
         finished.map_err(|error| error.to_string())?;
-        Ok(Snapshot {
-            meta,
-            snapshot: SnapshotData::Received(dir),
-        })
+        Ok(Snapshot { meta, snapshot: SnapshotData::Received(dir) })
     }
 
     /// Gives up a transfer of which nothing was heard for too long, and frees its slot.
     pub(crate) fn forget_idle(&self) {
         let mut receiving = self.receiving.lock();
-        if receiving
-            .as_ref()
-            .is_some_and(|other| other.heard.elapsed() >= TRANSFER_IDLE_MAX)
-        {
+        if receiving.as_ref().is_some_and(|other| other.heard.elapsed() >= TRANSFER_IDLE_MAX) {
             *receiving = None;
         }
     }
@@ -346,9 +313,7 @@ async fn ask(
     question: Question,
     timeout: Duration,
 ) -> Result<Answer, String> {
-    let answer = transport
-        .ask(to, Lane::Bulk, question.encode(), timeout)
-        .await;
+    let answer = transport.ask(to, Lane::Bulk, question.encode(), timeout).await;
     Answer::decode(answer.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
 }
 
@@ -374,7 +339,5 @@ pub(crate) async fn blocking<T: Send + 'static>(
     exec.blocking(Box::new(move || {
         let _ = answer.send(job());
     }));
-    receiver
-        .await
-        .map_err(|_| "the node is stopping".to_owned())
+    receiver.await.map_err(|_| "the node is stopping".to_owned())
 }

@@ -93,18 +93,10 @@ impl SharedState {
     /// Opens a store and reads what was durable of it.
     pub(crate) fn open(store: ReplicaState) -> io::Result<Self> {
         let current = Current::load(store)?;
-        let at = current
-            .last_applied
-            .as_ref()
-            .map(position)
-            .unwrap_or_default();
+        let at = current.last_applied.as_ref().map(position).unwrap_or_default();
         let seen = RwLock::new(current.seen());
         let applied = watch::Sender::new(at);
-        Ok(Self(Arc::new(Shared {
-            current: RwLock::new(current),
-            seen,
-            applied,
-        })))
+        Ok(Self(Arc::new(Shared { current: RwLock::new(current), seen, applied })))
     }
 
     pub(crate) fn applied(&self) -> Position {
@@ -126,10 +118,7 @@ impl SharedState {
 
     pub(crate) fn clock_and_ceiling(&self) -> ClockAndCeiling {
         let seen = self.0.seen.read();
-        ClockAndCeiling {
-            clock: seen.clock,
-            ceiling: seen.ceiling,
-        }
+        ClockAndCeiling { clock: seen.clock, ceiling: seen.ceiling }
     }
 
     pub(crate) fn descriptor(&self) -> Option<Descriptor> {
@@ -159,17 +148,11 @@ impl SharedState {
     pub(crate) fn read(&self) -> Result<ReadState, GroupError> {
         let current = self.0.current.read();
         let store = current.store.as_ref().ok_or(GroupError::TooStale)?;
-        let reader = store
-            .reader()
-            .map_err(|error| GroupError::Storage(error.to_string()))?;
+        let reader = store.reader().map_err(|error| GroupError::Storage(error.to_string()))?;
         Ok(ReadState {
             reader,
             descriptor: current.group.descriptor.clone(),
-            position: current
-                .last_applied
-                .as_ref()
-                .map(position)
-                .unwrap_or_default(),
+            position: current.last_applied.as_ref().map(position).unwrap_or_default(),
             clock: current.group.clock,
             history_threshold: current.group.history_threshold,
         })
@@ -177,10 +160,7 @@ impl SharedState {
 
     fn store(&self) -> io::Result<ReplicaState> {
         let current = self.0.current.read();
-        current
-            .store
-            .clone()
-            .ok_or_else(|| io::Error::other("a snapshot is being swapped in"))
+        current.store.clone().ok_or_else(|| io::Error::other("a snapshot is being swapped in"))
     }
 
     /// Applies entries as one batch: written, then visible.
@@ -188,10 +168,7 @@ impl SharedState {
         // Only the state machine writes, one batch at a time, so what is read here stays true.
         let (store, mut group, mut membership) = {
             let current = self.0.current.read();
-            let store = current
-                .store
-                .clone()
-                .expect("the state machine swaps and applies in turn");
+            let store = current.store.clone().expect("the state machine swaps and applies in turn");
             (store, current.group.clone(), current.membership.clone())
         };
         let mut overlay = store.overlay();
@@ -211,10 +188,7 @@ impl SharedState {
                 }
             });
         }
-        let last = entries
-            .last()
-            .expect("a batch holds at least one entry")
-            .log_id;
+        let last = entries.last().expect("a batch holds at least one entry").log_id;
         group.store(&mut overlay);
         overlay.put_meta(MetaName::APPLIED, applied_bytes(&last));
         overlay.put_meta(MetaName::MEMBERSHIP, encode_stored_membership(&membership));
@@ -241,10 +215,7 @@ impl SharedState {
 
 impl Current {
     fn seen(&self) -> Seen {
-        let store = self
-            .store
-            .as_ref()
-            .expect("looked at only while a store is there");
+        let store = self.store.as_ref().expect("looked at only while a store is there");
         Seen {
             clock: self.group.clock,
             ceiling: self.group.ceiling,
@@ -264,12 +235,7 @@ impl Current {
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?,
             None => StoredMembership::default(),
         };
-        Ok(Self {
-            store: Some(store),
-            group,
-            last_applied,
-            membership,
-        })
+        Ok(Self { store: Some(store), group, last_applied, membership })
     }
 }
 
@@ -310,17 +276,7 @@ impl StateMachine {
         observer: Arc<dyn Observer>,
     ) -> Self {
         let fs = engines.fs();
-        Self {
-            shared,
-            exec,
-            engines,
-            fs,
-            live,
-            checkpoints: 0,
-            recent: None,
-            serving,
-            observer,
-        }
+        Self { shared, exec, engines, fs, live, checkpoints: 0, recent: None, serving, observer }
     }
 
     fn meta(&self) -> SnapshotMeta {
@@ -434,12 +390,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         // Senders keep their own handle; this one would pin what compaction wants to drop, and be
         // sent again although the log is about to be purged beyond it.
         self.recent = None;
-        DurableBuilder {
-            meta: self.meta(),
-            filter,
-            store: shared.store(),
-            exec,
-        }
+        DurableBuilder { meta: self.meta(), filter, store: shared.store(), exec }
     }
 
     async fn install_snapshot(
@@ -465,11 +416,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             current.last_applied, meta.last_log_id,
             "a snapshot's files hold exactly the state of the position that it names"
         );
-        let at = current
-            .last_applied
-            .as_ref()
-            .map(position)
-            .unwrap_or_default();
+        let at = current.last_applied.as_ref().map(position).unwrap_or_default();
         let seen = current.seen();
         *self.shared.0.current.write() = current;
         *self.shared.0.seen.write() = seen;
@@ -487,16 +434,12 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             // openraft asks at start, only for the position, and may purge up to it. It has just
             // applied committed entries again: only a flush makes them durable.
             let store = self.shared.store()?;
-            self.run(move || store.flush().map(drop).map_err(io::Error::other))
-                .await?;
+            self.run(move || store.flush().map(drop).map_err(io::Error::other)).await?;
             let (meta, snapshot) = (self.meta(), SnapshotData::Durable);
             return Ok(Some(openraft::Snapshot { meta, snapshot }));
         }
         let (meta, dir) = self.checkpoint().await?;
-        Ok(Some(openraft::Snapshot {
-            meta,
-            snapshot: SnapshotData::Checkpoint(dir),
-        }))
+        Ok(Some(openraft::Snapshot { meta, snapshot: SnapshotData::Checkpoint(dir) }))
     }
 }
 
@@ -533,10 +476,7 @@ impl RaftSnapshotBuilder<TypeConfig> for DurableBuilder {
             store.filter().set(filter);
             store.sweep(SWEEP_KEYS_MAX)
         });
-        flushed
-            .await
-            .map_err(io::Error::other)?
-            .map_err(io::Error::other)?;
+        flushed.await.map_err(io::Error::other)?.map_err(io::Error::other)?;
         let (meta, snapshot) = (self.meta.clone(), SnapshotData::Durable);
         Ok(openraft::Snapshot { meta, snapshot })
     }

@@ -96,17 +96,11 @@ pub(crate) type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfi
 pub(crate) type SnapshotMeta = openraft::alias::SnapshotMetaOf<TypeConfig>;
 
 pub(crate) fn log_id(position: Position) -> LogId {
-    LogId::new(
-        openraft::vote::leader_id_std::CommittedLeaderId::new(position.term),
-        position.index,
-    )
+    LogId::new(openraft::vote::leader_id_std::CommittedLeaderId::new(position.term), position.index)
 }
 
 pub(crate) fn position(id: &LogId) -> Position {
-    Position {
-        term: id.committed_leader_id().term,
-        index: id.index(),
-    }
+    Position { term: id.committed_leader_id().term, index: id.index() }
 }
 
 /// A log id as the shared log keeps it: term and index, big-endian.
@@ -119,14 +113,7 @@ pub(crate) fn id_bytes(id: &LogId) -> [u8; 16] {
 
 pub(crate) fn id_from_bytes(bytes: &[u8; 16]) -> LogId {
     let half = |at: usize| {
-        u64::from_be_bytes(
-            bytes[at..at + 8]
-                .try_into()
-                .expect("eight of sixteen bytes"),
-        )
+        u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight of sixteen bytes"))
     };
-    log_id(Position {
-        term: half(0),
-        index: half(8),
-    })
+    log_id(Position { term: half(0), index: half(8) })
 }

@@ -18,21 +18,15 @@ impl Reader {
     }
 
     pub(crate) fn u8(&mut self) -> Result<u8, Malformed> {
-        self.0
-            .try_get_u8()
-            .map_err(|_| Malformed("ends inside a byte field"))
+        self.0.try_get_u8().map_err(|_| Malformed("ends inside a byte field"))
     }
 
     pub(crate) fn u32(&mut self) -> Result<u32, Malformed> {
-        self.0
-            .try_get_u32()
-            .map_err(|_| Malformed("ends inside a 32-bit field"))
+        self.0.try_get_u32().map_err(|_| Malformed("ends inside a 32-bit field"))
     }
 
     pub(crate) fn u64(&mut self) -> Result<u64, Malformed> {
-        self.0
-            .try_get_u64()
-            .map_err(|_| Malformed("ends inside a 64-bit field"))
+        self.0.try_get_u64().map_err(|_| Malformed("ends inside a 64-bit field"))
     }
 
     pub(crate) fn bool(&mut self) -> Result<bool, Malformed> {
@@ -65,19 +59,11 @@ impl Reader {
         &mut self,
         read: impl FnOnce(&mut Self) -> Result<T, Malformed>,
     ) -> Result<Option<T>, Malformed> {
-        if self.bool()? {
-            read(self).map(Some)
-        } else {
-            Ok(None)
-        }
+        if self.bool()? { read(self).map(Some) } else { Ok(None) }
     }
 
     /// Refuses bytes behind what was read.
     pub(crate) fn end(self) -> Result<(), Malformed> {
-        if self.0.is_empty() {
-            Ok(())
-        } else {
-            Err(Malformed("bytes behind the end"))
-        }
+        if self.0.is_empty() { Ok(()) } else { Err(Malformed("bytes behind the end")) }
     }
 }

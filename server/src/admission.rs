@@ -48,18 +48,12 @@ impl Call {
     pub fn from_metadata(metadata: &MetadataMap) -> Result<Call, Fault> {
         let asked = match metadata.get("grpc-timeout") {
             Some(text) => Some(text.to_str().ok().and_then(parse_timeout).ok_or_else(|| {
-                Fault::invalid(
-                    "grpc-timeout",
-                    "grpc-timeout is not digits and one of HMSmun",
-                )
+                Fault::invalid("grpc-timeout", "grpc-timeout is not digits and one of HMSmun")
             })?),
             None => None,
         };
         let asked = asked.map(|asked| asked - (asked / 10).min(ANSWER_MARGIN));
-        Ok(Call {
-            may_forward: metadata.get(NO_FORWARD).is_none(),
-            ..Call::client(asked)
-        })
+        Ok(Call { may_forward: metadata.get(NO_FORWARD).is_none(), ..Call::client(asked) })
     }
 
     /// A client's request that may take so long, or as long as any may.
@@ -68,36 +62,20 @@ impl Call {
         // Beyond what can be added nobody waits.
         let ends = asked.and_then(|asked| now.checked_add(asked));
         let deadline = now + limits::deadline(asked);
-        Call {
-            deadline,
-            ends,
-            origin: Origin::Client,
-            may_forward: true,
-        }
+        Call { deadline, ends, origin: Origin::Client, may_forward: true }
     }
 
     /// The same for the next page of a scan: each has a deadline of its own.
     pub fn next_page(self) -> Call {
         let capped = Instant::now() + limits::DEADLINE_MAX;
-        Call {
-            deadline: self.ends.map_or(capped, |ends| ends.min(capped)),
-            ..self
-        }
+        Call { deadline: self.ends.map_or(capped, |ends| ends.min(capped)), ..self }
     }
 
     /// One operation of a client's pipeline; 0 is as long as any may take.
     pub fn pipelined(self, timeout_ms: u64) -> Call {
         let asked = (timeout_ms > 0).then(|| Duration::from_millis(timeout_ms));
-        let Call {
-            origin,
-            may_forward,
-            ..
-        } = self;
-        Call {
-            origin,
-            may_forward,
-            ..Call::client(asked)
-        }
+        let Call { origin, may_forward, .. } = self;
+        Call { origin, may_forward, ..Call::client(asked) }
     }
 
     /// What another node has passed on.
@@ -111,10 +89,7 @@ impl Call {
 
     /// The node's own request.
     pub fn own(timeout: Duration) -> Call {
-        Call {
-            origin: Origin::Node,
-            ..Call::client(Some(timeout))
-        }
+        Call { origin: Origin::Node, ..Call::client(Some(timeout)) }
     }
 
     /// How long the caller still waits.
@@ -157,13 +132,7 @@ impl Admission {
     /// signal from which on it takes nothing new.
     pub fn new(requests_max: usize, bytes_max: u64, draining: CancellationToken) -> Arc<Admission> {
         let (requests, bytes) = (AtomicUsize::new(0), AtomicU64::new(0));
-        Arc::new(Admission {
-            requests_max,
-            bytes_max,
-            requests,
-            bytes,
-            draining,
-        })
+        Arc::new(Admission { requests_max, bytes_max, requests, bytes, draining })
     }
 
     /// Takes a request of so many bytes on, until the permit is dropped. A draining node takes what
@@ -176,20 +145,14 @@ impl Admission {
             self.requests.fetch_sub(1, Ordering::AcqRel);
             return Err(overloaded("requests_in_flight"));
         }
-        let mut permit = Permit {
-            admission: self.clone(),
-            bytes: 0,
-        };
+        let mut permit = Permit { admission: self.clone(), bytes: 0 };
         permit.charge(bytes)?;
         Ok(permit)
     }
 
     /// Requests and bytes being worked on.
     pub fn in_flight(&self) -> (usize, u64) {
-        (
-            self.requests.load(Ordering::Acquire),
-            self.bytes.load(Ordering::Acquire),
-        )
+        (self.requests.load(Ordering::Acquire), self.bytes.load(Ordering::Acquire))
     }
 
     /// Cancelled when the node begins to shut down: streams end then.
@@ -209,10 +172,7 @@ impl Permit {
     pub fn charge(&mut self, bytes: u64) -> Result<(), Fault> {
         let max = self.admission.bytes_max;
         let add = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= max);
-        let charged = self
-            .admission
-            .bytes
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, add);
+        let charged = self.admission.bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, add);
         charged.map_err(|_| overloaded("request_bytes_in_flight"))?;
         self.bytes += bytes;
         Ok(())
@@ -232,10 +192,7 @@ fn overloaded(limit: &str) -> Fault {
 }
 
 #[cfg(test)]
-#[allow(
-    clippy::disallowed_methods,
-    reason = "tokio::test expands to Runtime::block_on"
-)]
+#[allow(clippy::disallowed_methods, reason = "tokio::test expands to Runtime::block_on")]
 mod tests {
     use super::*;
 
@@ -258,11 +215,7 @@ mod tests {
             ("1µ", None),
         ];
         for (text, micros) in cases {
-            assert_eq!(
-                parse_timeout(text),
-                micros.map(Duration::from_micros),
-                "{text}"
-            );
+            assert_eq!(parse_timeout(text), micros.map(Duration::from_micros), "{text}");
         }
     }
 
@@ -278,16 +231,10 @@ mod tests {
         let long = call("1H").unwrap();
         assert_eq!(long.left(), limits::DEADLINE_MAX);
         tokio::time::advance(Duration::from_secs(3_590)).await;
-        assert_eq!(
-            long.next_page().left(),
-            Duration::from_secs(10) - ANSWER_MARGIN
-        );
+        assert_eq!(long.next_page().left(), Duration::from_secs(10) - ANSWER_MARGIN);
         assert_eq!(call("soon").unwrap_err().reason, Reason::InvalidArgument);
         let none = Call::from_metadata(&MetadataMap::new()).unwrap();
-        assert_eq!(
-            (none.left(), none.may_forward),
-            (limits::DEADLINE_MAX, true)
-        );
+        assert_eq!((none.left(), none.may_forward), (limits::DEADLINE_MAX, true));
         let mut metadata = MetadataMap::new();
         metadata.insert(NO_FORWARD, "1".parse().unwrap());
         assert!(!Call::from_metadata(&metadata).unwrap().may_forward);
@@ -300,16 +247,10 @@ mod tests {
         let admission = Admission::new(2, 100, draining.clone());
         let mut first = admission.admit(60, Origin::Client).unwrap();
         let refused = admission.admit(41, Origin::Client).err().unwrap();
-        assert_eq!(
-            (refused.reason, refused.retry_after_ms),
-            (Reason::Overloaded, 100)
-        );
+        assert_eq!((refused.reason, refused.retry_after_ms), (Reason::Overloaded, 100));
         assert_eq!(admission.in_flight(), (1, 60));
         let second = admission.admit(40, Origin::Client).unwrap();
-        assert!(
-            admission.admit(0, Origin::Client).is_err(),
-            "two are in flight"
-        );
+        assert!(admission.admit(0, Origin::Client).is_err(), "two are in flight");
         drop(second);
         assert!(first.charge(41).is_err());
         first.charge(40).unwrap();
@@ -317,10 +258,7 @@ mod tests {
         drop(first);
         assert_eq!(admission.in_flight(), (0, 0));
         draining.cancel();
-        assert_eq!(
-            admission.admit(0, Origin::Client).err().unwrap().reason,
-            Reason::Draining
-        );
+        assert_eq!(admission.admit(0, Origin::Client).err().unwrap().reason, Reason::Draining);
         assert!(admission.admit(0, Origin::Peer).is_ok());
     }
 }

@@ -24,8 +24,7 @@ impl Clock for RealClock {
         #[allow(clippy::disallowed_methods, reason = "this is the seam")]
         let now = std::time::SystemTime::now();
         // Before 1970 means that it was never set: 0 is then as far out of bound as can be.
-        now.duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |since| since.as_millis() as u64)
+        now.duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
     }
 }
 
@@ -79,10 +78,7 @@ pub struct OutOfBound {
 impl PeerClocks {
     /// Knows no peer yet.
     pub fn new(clock: Arc<dyn Clock>) -> PeerClocks {
-        PeerClocks {
-            clock,
-            peers: Mutex::new(BTreeMap::new()),
-        }
+        PeerClocks { clock, peers: Mutex::new(BTreeMap::new()) }
     }
 
     /// This node's wall time.
@@ -127,20 +123,13 @@ impl PeerClocks {
         let own = self.clock.now_ms();
         let peers = self.peers.lock();
         let offset = |samples: &[Sample]| {
-            let fresh = samples
-                .iter()
-                .filter(|sample| sample.age(now) <= SAMPLE_AGE_MAX);
+            let fresh = samples.iter().filter(|sample| sample.age(now) <= SAMPLE_AGE_MAX);
             // The later one of equals: it has drifted less.
             let best = fresh.rev().min_by_key(|sample| sample.error)?;
-            let wall_ms = best
-                .wall_ms
-                .saturating_add(best.age(now).as_millis() as u64);
+            let wall_ms = best.wall_ms.saturating_add(best.age(now).as_millis() as u64);
             Some(difference(wall_ms, own))
         };
-        peers
-            .iter()
-            .filter_map(|(peer, samples)| Some((*peer, offset(samples)?)))
-            .collect()
+        peers.iter().filter_map(|(peer, samples)| Some((*peer, offset(samples)?))).collect()
     }
 
     /// How far this node's clock is ahead of the median of all clocks, in milliseconds.
@@ -149,11 +138,8 @@ impl PeerClocks {
     }
 
     fn offset_ms_at(&self, now: Instant) -> i64 {
-        let mut offsets: Vec<i64> = self
-            .offsets_at(now)
-            .into_iter()
-            .map(|(_, offset)| offset)
-            .collect();
+        let mut offsets: Vec<i64> =
+            self.offsets_at(now).into_iter().map(|(_, offset)| offset).collect();
         offsets.push(0);
         median(&mut offsets).saturating_neg()
     }
@@ -173,9 +159,7 @@ fn within(offset_ms: i64, bound: Duration) -> Result<(), OutOfBound> {
 
 impl std::fmt::Debug for PeerClocks {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("PeerClocks")
-            .field("peers", &self.peers)
-            .finish_non_exhaustive()
+        f.debug_struct("PeerClocks").field("peers", &self.peers).finish_non_exhaustive()
     }
 }
 
@@ -267,10 +251,7 @@ mod tests {
         );
         hand.0.fetch_sub(6_000, Ordering::SeqCst);
         let error = within(clocks.offset_ms_at(now), BOUND).expect_err("three seconds behind");
-        assert!(
-            error.to_string().contains("3021 ms behind the median"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("3021 ms behind the median"), "{error}");
     }
 
     #[test]

@@ -9,16 +9,15 @@
 //! conditional write, and from then on a replica id is never made again: a node that lost it must
 //! not come back empty under the same id.
 
+mod found;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::limits::HISTORY_DEFAULT;
-use coracle_proto::ring::equal_arcs;
-use coracle_proto::shard_map::{
-    DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME, META_SHARD, NodeId, ShardId,
-};
+use coracle_proto::shard_map::{DEFAULT_KEYSPACE, META_SHARD, NodeId};
 use coracle_proto::{peer, v1};
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::host::Host;
@@ -32,19 +31,14 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::map::MapCache;
-use crate::placement::{Candidate, place};
 use crate::records::{Records, RecordsError};
 
-/// Shards that a new cluster gets: enough to spread over dozens of nodes before the first split.
-pub const SHARDS_DEFAULT: u32 = 16;
-/// Voters of a shard: survives one node.
-pub const REPLICAS_DEFAULT: u32 = 3;
 /// Making a replica syncs a few files.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two looks at what is to be made or sent.
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
-/// A node without cluster asks again after so long.
-const JOIN_INTERVAL: Duration = Duration::from_millis(300);
+
+pub use found::{InitError, InitOptions, gather, join_when_alone};
 
 /// Whom a command goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,17 +83,6 @@ pub trait Membership: Send + Sync + 'static {
     fn drop_plan(&self);
 }
 
-/// What init was asked for.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct InitOptions {
-    /// 0 means [`SHARDS_DEFAULT`].
-    pub shards: u32,
-    /// 0 means [`REPLICAS_DEFAULT`].
-    pub replicas: u32,
-    /// Waits for so many nodes; 0 takes those that are known.
-    pub nodes: u32,
-}
-
 /// See the module.
 pub struct Cluster {
     /// Creates and hosts replicas.
@@ -118,177 +101,7 @@ pub struct Cluster {
     pub told: Mutex<BTreeMap<u64, u64>>,
 }
 
-/// The first half of init, on a node that may have no cluster yet: plans, and takes every node in.
-/// The second half is [`Cluster::found`].
-pub async fn gather(
-    commands: &dyn Commands,
-    membership: &dyn Membership,
-    options: InitOptions,
-    random: (String, u64),
-    deadline: Instant,
-) -> Result<v1::ShardMap, InitError> {
-    let plan = match membership.plan() {
-        Some(plan) => v1::ShardMap::decode(plan)
-            .map_err(|error| InitError::Failed(format!("the plan of an earlier init: {error}")))?,
-        None if membership.identity().is_some() => return Err(InitError::Already),
-        None => {
-            let nodes = first_nodes(commands, options.nodes, deadline).await?;
-            let plan = first_map(nodes, &options, random);
-            membership
-                .keep_plan(&plan.encode_to_vec())
-                .map_err(InitError::Failed)?;
-            plan
-        }
-    };
-    adopt_all(commands, membership, &plan, deadline).await?;
-    Ok(plan)
-}
-
-async fn first_nodes(
-    commands: &dyn Commands,
-    wanted: u32,
-    deadline: Instant,
-) -> Result<Vec<peer::KnownNode>, InitError> {
-    loop {
-        let mut known = commands.strangers();
-        known.sort_by(|a, b| a.peer_address.cmp(&b.peer_address));
-        known.dedup_by(|a, b| a.peer_address == b.peer_address);
-        if known.len() >= wanted.max(1) as usize {
-            return Ok(known);
-        }
-        let what = format!("for {wanted} nodes: {} are known so far", known.len());
-        pause(deadline, &what).await?;
-    }
-}
-
-async fn adopt_all(
-    commands: &dyn Commands,
-    membership: &dyn Membership,
-    plan: &v1::ShardMap,
-    deadline: Instant,
-) -> Result<(), InitError> {
-    let own = commands.own().peer_address;
-    // In the order of the addresses, the same on whichever node init runs: of two inits at once the
-    // first adoption decides, and the other one stops before it has touched anything.
-    let mut nodes: Vec<_> = plan.nodes.iter().collect();
-    nodes.sort_by(|a, b| a.peer_address.cmp(&b.peer_address));
-    for (n, node) in nodes.into_iter().enumerate() {
-        let adopt = peer::Adopt {
-            cluster_id: plan.cluster_id.clone(),
-            node: node.id,
-            hash_seed: plan.hash_seed,
-        };
-        if node.peer_address == own {
-            if let Err(error) = membership.adopt(&adopt) {
-                return Err(refused_adoption(membership, n, error));
-            }
-            continue;
-        }
-        let target = Target::Address(node.peer_address.clone());
-        loop {
-            let kind = Kind::Adopt(adopt.clone());
-            match commands
-                .command(target.clone(), kind, COMMAND_TIMEOUT)
-                .await
-            {
-                Ok(done) if done.error.is_empty() => break,
-                Ok(done) => return Err(refused_adoption(membership, n, done.error)),
-                Err(why) => pause(deadline, &format!("for {}: {why}", node.peer_address)).await?,
-            }
-        }
-    }
-    Ok(())
-}
-
-/// When the very first node refuses, it is in another cluster: this plan comes to nothing.
-fn refused_adoption(membership: &dyn Membership, n: usize, error: String) -> InitError {
-    if n == 0 {
-        membership.drop_plan();
-    }
-    InitError::Failed(error)
-}
-
 impl Cluster {
-    /// The second half of init, on the node that gathered: forms the meta group, writes the first
-    /// map, and waits until every shard was made. Returns the map, and warnings.
-    pub async fn found(
-        &self,
-        plan: &v1::ShardMap,
-        options: InitOptions,
-        deadline: Instant,
-    ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
-        if self
-            .map
-            .current()
-            .is_some_and(|map| map.epoch().0 > plan.epoch)
-        {
-            return Err(InitError::Already);
-        }
-        self.form_meta(plan, deadline).await?;
-        self.write_first(plan, deadline).await?;
-        loop {
-            let map = self.map.current();
-            let formed = map
-                .as_ref()
-                .is_some_and(|map| map.all_shards().all(|s| !s.forming));
-            if let (true, Some(map)) = (formed, map) {
-                return Ok((map.to_proto(), warnings(plan, &options)));
-            }
-            pause(deadline, "for the shards to be made").await?;
-        }
-    }
-
-    /// Makes the meta group's replicas; the first of them forms it.
-    async fn form_meta(&self, plan: &v1::ShardMap, deadline: Instant) -> Result<(), InitError> {
-        let meta = plan.shards.iter().find(|shard| shard.id == META_SHARD.0);
-        let meta =
-            meta.ok_or_else(|| InitError::Failed("the plan has no meta group".to_owned()))?;
-        // The one that initializes comes last, so that the others can already vote.
-        let first = meta.replicas.first().map(|replica| replica.id);
-        let later = meta
-            .replicas
-            .iter()
-            .filter(|replica| Some(replica.id) != first);
-        for replica in later.chain(meta.replicas.first()) {
-            let create = create_command(meta, replica, Some(replica.id) == first);
-            while let Err(why) = self.tell_create(replica.node, create.clone()).await {
-                pause(deadline, &format!("for n{}: {why}", replica.node)).await?;
-            }
-        }
-        Ok(())
-    }
-
-    async fn write_first(&self, plan: &v1::ShardMap, deadline: Instant) -> Result<(), InitError> {
-        let bytes = Bytes::from(plan.encode_to_vec());
-        loop {
-            let leader = self
-                .host
-                .group(META_SHARD)
-                .and_then(|group| group.status().leader);
-            let why = match (leader, self.membership.identity()) {
-                (Some(leader), Some((_, own))) if leader == own => {
-                    match self.take_first_map(bytes.clone()).await {
-                        Ok(()) => return Ok(()),
-                        Err(error) => error.to_string(),
-                    }
-                }
-                (Some(leader), _) => {
-                    let kind = Kind::FirstMap(bytes.clone());
-                    let asked = self
-                        .commands
-                        .command(Target::Node(leader), kind, COMMAND_TIMEOUT);
-                    match asked.await {
-                        Ok(done) if done.error.is_empty() => return Ok(()),
-                        Ok(done) => done.error,
-                        Err(why) => why,
-                    }
-                }
-                (None, _) => "it has no leader yet".to_owned(),
-            };
-            pause(deadline, &format!("for the meta group: {why}")).await?;
-        }
-    }
-
     async fn take_first_map(&self, bytes: Bytes) -> Result<(), RecordsError> {
         let map = v1::ShardMap::decode(bytes)
             .map_err(|error| RecordsError::Refused(format!("not a shard map: {error}")))?;
@@ -296,10 +109,7 @@ impl Cluster {
         let ids = peer::IdCounters {
             next_node: next(&mut map.nodes.iter().map(|node| node.id)),
             next_replica: next(
-                &mut map
-                    .shards
-                    .iter()
-                    .flat_map(|s| s.replicas.iter().map(|replica| replica.id)),
+                &mut map.shards.iter().flat_map(|s| s.replicas.iter().map(|replica| replica.id)),
             ),
             next_shard: next(&mut map.shards.iter().map(|shard| shard.id)),
             next_keyspace: DEFAULT_KEYSPACE.0 + 1,
@@ -322,49 +132,31 @@ impl Cluster {
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
         match result {
-            Ok(body) => peer::CommandDone {
-                body,
-                ..Default::default()
-            },
-            Err(error) => peer::CommandDone {
-                error,
-                ..Default::default()
-            },
+            Ok(body) => peer::CommandDone { body, ..Default::default() },
+            Err(error) => peer::CommandDone { error, ..Default::default() },
         }
     }
 
     async fn create(&self, create: peer::CreateReplica) -> Result<(), String> {
         let shard = v1::Shard::decode(create.descriptor).map_err(|error| error.to_string())?;
         let arc = (shard.id != META_SHARD.0).then_some((shard.start, shard.end));
-        let initial = Descriptor {
-            shard: shard.id,
-            arc,
-            epoch: shard.epoch,
-        };
+        let initial = Descriptor { shard: shard.id, arc, epoch: shard.epoch };
         if !initial.is_valid() {
             return Err(format!("the descriptor of s{} makes no sense", shard.id));
         }
         let group = self.host.create(ReplicaId(create.replica), initial).await;
         let group = group.map_err(|error| error.to_string())?;
         if create.initialize {
-            let members: BTreeMap<u64, NodeId> = shard
-                .replicas
-                .iter()
-                .map(|r| (r.id, NodeId(r.node)))
-                .collect();
-            group
-                .initialize(members)
-                .await
-                .map_err(|error| error.to_string())?;
+            let members: BTreeMap<u64, NodeId> =
+                shard.replicas.iter().map(|r| (r.id, NodeId(r.node))).collect();
+            group.initialize(members).await.map_err(|error| error.to_string())?;
         }
         Ok(())
     }
 
     fn take_map(&self, bytes: Bytes) -> Result<(), String> {
         let map = v1::ShardMap::decode(bytes).map_err(|error| error.to_string())?;
-        self.map
-            .update_from_proto(&map)
-            .map_err(|error| error.to_string())
+        self.map.update_from_proto(&map).map_err(|error| error.to_string())
     }
 
     /// Lets a node in: it gets a new id. A repeated question gets the same one.
@@ -373,11 +165,7 @@ impl Cluster {
             return refused("the question does not say who asks".to_owned());
         };
         let changed = self.records.change(|map, ids| {
-            if map
-                .nodes
-                .iter()
-                .any(|node| node.join_nonce == from.start_count)
-            {
+            if map.nodes.iter().any(|node| node.join_nonce == from.start_count) {
                 return Ok(false);
             }
             map.nodes.push(v1::Node {
@@ -395,21 +183,14 @@ impl Cluster {
         });
         match changed.await {
             Ok(snapshot) => {
-                let entry = snapshot
-                    .map
-                    .nodes
-                    .iter()
-                    .find(|n| n.join_nonce == from.start_count);
+                let entry = snapshot.map.nodes.iter().find(|n| n.join_nonce == from.start_count);
                 let adopt = peer::Adopt {
                     cluster_id: snapshot.map.cluster_id.clone(),
                     node: entry.expect("just found or added").id,
                     hash_seed: snapshot.map.hash_seed,
                 };
                 let body = adopt.encode_to_vec().into();
-                peer::CommandDone {
-                    body,
-                    ..Default::default()
-                }
+                peer::CommandDone { body, ..Default::default() }
             }
             Err(error) => done(Err(error), self),
         }
@@ -429,9 +210,7 @@ impl Cluster {
             let answer = match leader {
                 Some(leader) if Some(leader) != own => {
                     let kind = Kind::CreateKeyspace(body.clone());
-                    self.commands
-                        .command(Target::Node(leader), kind, COMMAND_TIMEOUT)
-                        .await
+                    self.commands.command(Target::Node(leader), kind, COMMAND_TIMEOUT).await
                 }
                 _ => Ok(self.create_keyspace_here(request.clone()).await),
             };
@@ -454,11 +233,7 @@ impl Cluster {
         let validate_only = request.validate_only;
         let mut created = None;
         let changed = self.records.change(|map, ids| {
-            if map
-                .keyspaces
-                .iter()
-                .any(|keyspace| keyspace.name == request.name)
-            {
+            if map.keyspaces.iter().any(|keyspace| keyspace.name == request.name) {
                 return Err("KEYSPACE_EXISTS".to_owned());
             }
             let history = if request.has_history || request.history_ms > 0 {
@@ -466,13 +241,12 @@ impl Cluster {
             } else {
                 HISTORY_DEFAULT.as_millis() as u64
             };
-            let whole = v1::EntityRule {
-                kind: Some(v1::entity_rule::Kind::Whole(v1::WholeKey {})),
-            };
+            let whole =
+                v1::EntityRule { kind: Some(v1::entity_rule::Kind::Whole(v1::WholeKey {})) };
             let keyspace = v1::Keyspace {
                 id: ids.next_keyspace,
                 name: request.name.clone(),
-                entity_rule: request.entity_rule.clone().or(Some(whole)),
+                entity_rule: request.entity_rule.or(Some(whole)),
                 history_ms: history,
             };
             ids.next_keyspace += 1;
@@ -482,13 +256,8 @@ impl Cluster {
         });
         match changed.await {
             Ok(_) => {
-                let body = created
-                    .expect("set by the change that was taken")
-                    .encode_to_vec();
-                peer::CommandDone {
-                    body: body.into(),
-                    ..Default::default()
-                }
+                let body = created.expect("set by the change that was taken").encode_to_vec();
+                peer::CommandDone { body: body.into(), ..Default::default() }
             }
             Err(RecordsError::Refused(reason)) => peer::CommandDone {
                 error: format!("a keyspace named {} exists", request.name),
@@ -501,10 +270,7 @@ impl Cluster {
 
     /// The meta group's leader, as this node's replica or its map knows it.
     pub fn meta_leader(&self) -> Option<NodeId> {
-        let here = self
-            .host
-            .group(META_SHARD)
-            .and_then(|group| group.status().leader);
+        let here = self.host.group(META_SHARD).and_then(|group| group.status().leader);
         here.or_else(|| self.map.current()?.shard(META_SHARD)?.leader)
     }
 
@@ -552,10 +318,7 @@ impl Cluster {
         let mut whole = BTreeSet::new();
         for shard in forming {
             let first = shard.replicas.first().map(|replica| replica.id);
-            let later = shard
-                .replicas
-                .iter()
-                .filter(|replica| Some(replica.id) != first);
+            let later = shard.replicas.iter().filter(|replica| Some(replica.id) != first);
             let mut all = true;
             for replica in later.chain(shard.replicas.first()) {
                 if self.made.lock().contains(&replica.id) {
@@ -576,11 +339,7 @@ impl Cluster {
         }
         let formed = self.records.change(|map, _| {
             let mut changed = false;
-            for shard in map
-                .shards
-                .iter_mut()
-                .filter(|shard| whole.contains(&shard.id))
-            {
+            for shard in map.shards.iter_mut().filter(|shard| whole.contains(&shard.id)) {
                 changed |= std::mem::replace(&mut shard.forming, false);
             }
             Ok(changed)
@@ -591,23 +350,12 @@ impl Cluster {
     }
 
     async fn tell_create(&self, node: u64, create: peer::CreateReplica) -> Result<(), String> {
-        if self
-            .membership
-            .identity()
-            .is_some_and(|(_, own)| own.0 == node)
-        {
+        if self.membership.identity().is_some_and(|(_, own)| own.0 == node) {
             return self.create(create).await;
         }
         let target = Target::Node(NodeId(node));
-        let answer = self
-            .commands
-            .command(target, Kind::Create(create), COMMAND_TIMEOUT)
-            .await?;
-        if answer.error.is_empty() {
-            Ok(())
-        } else {
-            Err(answer.error)
-        }
+        let answer = self.commands.command(target, Kind::Create(create), COMMAND_TIMEOUT).await?;
+        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
     }
 
     /// Nodes that came back at other addresses are entered under them.
@@ -648,16 +396,12 @@ impl Cluster {
         let behind: Vec<u64> = {
             let told = self.told.lock();
             let nodes = map.nodes.iter().map(|node| node.id);
-            nodes
-                .filter(|id| Some(*id) != own && told.get(id) != Some(&map.epoch))
-                .collect()
+            nodes.filter(|id| Some(*id) != own && told.get(id) != Some(&map.epoch)).collect()
         };
         let bytes = Bytes::from(map.encode_to_vec());
         let tell = behind.into_iter().map(|id| {
             let kind = Kind::Map(bytes.clone());
-            let asked = self
-                .commands
-                .command(Target::Node(NodeId(id)), kind, RECONCILE_INTERVAL);
+            let asked = self.commands.command(Target::Node(NodeId(id)), kind, RECONCILE_INTERVAL);
             async move {
                 if asked.await.is_ok_and(|done| done.error.is_empty()) {
                     self.told.lock().insert(id, map.epoch);
@@ -668,70 +412,8 @@ impl Cluster {
     }
 }
 
-/// Asks the members that this node meets to be let in, until one does.
-pub async fn join_when_alone(
-    commands: &dyn Commands,
-    membership: &dyn Membership,
-    nonce: u64,
-    stop: CancellationToken,
-) {
-    while membership.identity().is_none() {
-        let own = peer::KnownNode {
-            node: 0,
-            start_count: nonce,
-            ..commands.own()
-        };
-        let members = commands.known().into_iter().filter(|node| node.node != 0);
-        for member in members.collect::<Vec<_>>() {
-            let kind = Kind::Join(peer::Join {
-                from: Some(own.clone()),
-            });
-            let target = Target::Address(member.peer_address);
-            let answer = commands.command(target, kind, COMMAND_TIMEOUT).await;
-            let Ok(answer) = answer else { continue };
-            if answer.error.is_empty()
-                && let Ok(adopt) = peer::Adopt::decode(answer.body)
-            {
-                match membership.adopt(&adopt) {
-                    Ok(()) => return,
-                    Err(error) => tracing::error!(error, "joining failed"),
-                }
-            }
-        }
-        tokio::select! {
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(JOIN_INTERVAL) => {}
-        }
-    }
-}
-
-/// Why a cluster was not made.
-#[derive(Debug, thiserror::Error)]
-pub enum InitError {
-    /// It is one already.
-    #[error("this node belongs to a cluster already")]
-    Already,
-    /// Time ran out; run again, it goes on where it stopped.
-    #[error("time ran out while waiting {0}; run init again on this node, it goes on from there")]
-    TimedOut(String),
-    /// Something refused.
-    #[error("{0}")]
-    Failed(String),
-}
-
-async fn pause(deadline: Instant, what: &str) -> Result<(), InitError> {
-    if Instant::now() >= deadline {
-        return Err(InitError::TimedOut(what.to_owned()));
-    }
-    tokio::time::sleep(RECONCILE_INTERVAL).await;
-    Ok(())
-}
-
 fn refused(error: String) -> peer::CommandDone {
-    peer::CommandDone {
-        error,
-        ..Default::default()
-    }
+    peer::CommandDone { error, ..Default::default() }
 }
 
 fn done(result: Result<(), RecordsError>, cluster: &Cluster) -> peer::CommandDone {
@@ -756,103 +438,4 @@ fn create_command(
         descriptor: shard.encode_to_vec().into(),
         initialize,
     }
-}
-
-/// The plan of a new cluster: ids by the order of the nodes, arcs of equal length.
-fn first_map(
-    nodes: Vec<peer::KnownNode>,
-    options: &InitOptions,
-    (cluster_id, hash_seed): (String, u64),
-) -> v1::ShardMap {
-    let shards = if options.shards == 0 {
-        SHARDS_DEFAULT
-    } else {
-        options.shards
-    };
-    let replicas = if options.replicas == 0 {
-        REPLICAS_DEFAULT
-    } else {
-        options.replicas
-    };
-    let nodes: Vec<v1::Node> = nodes
-        .into_iter()
-        .zip(1..)
-        .map(|(known, id)| v1::Node {
-            id,
-            address: known.address,
-            peer_address: known.peer_address,
-            zone: known.zone,
-            state: v1::NodeState::Active.into(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            http_address: known.http_address,
-            join_nonce: 0,
-        })
-        .collect();
-    let candidates: Vec<Candidate> = nodes
-        .iter()
-        .map(|node| Candidate {
-            node: NodeId(node.id),
-            zone: node.zone.clone(),
-        })
-        .collect();
-    let mut next_replica = 0;
-    let placed = place(&candidates, shards as usize + 1, replicas as usize);
-    let arcs = std::iter::once(None).chain(equal_arcs(shards).into_iter().map(Some));
-    let shards = placed
-        .into_iter()
-        .zip(arcs)
-        .zip(0..)
-        .map(|((on, arc), id)| v1::Shard {
-            id: ShardId(id).0,
-            start: arc.map_or(0, |arc| arc.start().0),
-            end: arc.map_or(0, |arc| arc.end()),
-            epoch: 1,
-            replicas: on
-                .into_iter()
-                .map(|node| {
-                    next_replica += 1;
-                    let role = v1::ReplicaRole::Voter.into();
-                    v1::Replica {
-                        id: next_replica,
-                        node: node.0,
-                        role,
-                    }
-                })
-                .collect(),
-            leader_node: 0,
-            leader_term: 0,
-            forming: true,
-        });
-    v1::ShardMap {
-        cluster_id,
-        hash_seed,
-        epoch: 1,
-        shards: shards.collect(),
-        nodes,
-        keyspaces: vec![v1::Keyspace {
-            id: DEFAULT_KEYSPACE.0,
-            name: DEFAULT_KEYSPACE_NAME.to_owned(),
-            entity_rule: Some(v1::EntityRule {
-                kind: Some(v1::entity_rule::Kind::Whole(v1::WholeKey {})),
-            }),
-            history_ms: HISTORY_DEFAULT.as_millis() as u64,
-        }],
-        server_time_ms: 0,
-    }
-}
-
-fn warnings(plan: &v1::ShardMap, options: &InitOptions) -> Vec<String> {
-    let wanted = if options.replicas == 0 {
-        REPLICAS_DEFAULT
-    } else {
-        options.replicas
-    };
-    let have = plan.nodes.len() as u32;
-    if have >= wanted {
-        return Vec::new();
-    }
-    let survives = (have - 1) / 2;
-    vec![format!(
-        "only {have} of {wanted} replicas per shard: there are {have} nodes, and the cluster survives the loss of {survives}"
-    )]
 }

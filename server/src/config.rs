@@ -76,9 +76,7 @@ pub struct Listen {
 impl Listen {
     /// What clients are told to dial, once it is known where the listener is `bound`.
     pub fn client_address(&self, bound: SocketAddr) -> Address {
-        self.advertise_client
-            .clone()
-            .unwrap_or_else(|| bound.into())
+        self.advertise_client.clone().unwrap_or_else(|| bound.into())
     }
 
     /// What nodes are told to dial, once it is known where the listener is `bound`.
@@ -185,9 +183,7 @@ impl Config {
                 advertise_peer: take.address("listen.advertise_peer"),
                 insecure: take.bool("listen.insecure"),
             },
-            cluster: Cluster {
-                join: take.addresses("cluster.join"),
-            },
+            cluster: Cluster { join: take.addresses("cluster.join") },
             raft: Raft {
                 heartbeat_interval: take.span("raft.heartbeat_interval"),
                 election_timeout_min: take.span("raft.election_timeout_min"),
@@ -231,12 +227,7 @@ impl Config {
     /// The settings as a file that could be loaded again. `origin` says behind each where it came
     /// from; `diff_default` leaves out what is as it would be anyway.
     pub fn show(&self, origin: bool, diff_default: bool) -> String {
-        show::show(
-            |name| &self.found[name],
-            self.memory_bytes,
-            origin,
-            diff_default,
-        )
+        show::show(|name| &self.found[name], self.memory_bytes, origin, diff_default)
     }
 
     /// All about one key, or what it may have been meant to be.
@@ -265,9 +256,7 @@ pub fn split_set(text: &str) -> Result<(String, String), Box<Problem>> {
         None => Err(Box::new(Problem {
             code: Code::Form,
             what: format!("{text:?} has no '='"),
-            origin: Origin::Flag {
-                flag: "--set".to_owned(),
-            },
+            origin: Origin::Flag { flag: "--set".to_owned() },
             excerpt: None,
             allowed: "key=value".to_owned(),
             mend: "write for example --set raft.heartbeat_interval=150ms".to_owned(),

@@ -25,18 +25,12 @@ pub struct Leader {
 
 /// This replica does not lead; the leader where it is known, with its address.
 pub fn not_leader(map: Option<&ShardMap>, shard: ShardId, leader: Option<Leader>) -> Fault {
-    let fault = about(
-        Fault::new(Reason::NotLeader, "this node does not lead the shard"),
-        map,
-        shard,
-    );
+    let fault =
+        about(Fault::new(Reason::NotLeader, "this node does not lead the shard"), map, shard);
     let Some(leader) = leader else { return fault };
-    let fault = fault
-        .with(metadata::LEADER_NODE, leader.node)
-        .with(metadata::LEADER_TERM, leader.term);
-    let address = map
-        .and_then(|map| map.node(leader.node))
-        .map(|node| &node.address);
+    let fault =
+        fault.with(metadata::LEADER_NODE, leader.node).with(metadata::LEADER_TERM, leader.term);
+    let address = map.and_then(|map| map.node(leader.node)).map(|node| &node.address);
     match address.filter(|address| !address.is_empty()) {
         Some(address) => fault.with(metadata::LEADER_ADDR, address),
         None => fault,
@@ -46,10 +40,7 @@ pub fn not_leader(map: Option<&ShardMap>, shard: ShardId, leader: Option<Leader>
 /// The leader that a `NOT_LEADER` names.
 pub fn leader_of(fault: &Fault) -> Option<Leader> {
     let node = NodeId(fault.number(metadata::LEADER_NODE)?);
-    Some(Leader {
-        node,
-        term: fault.number(metadata::LEADER_TERM)?,
-    })
+    Some(Leader { node, term: fault.number(metadata::LEADER_TERM)? })
 }
 
 /// The shard has no leader that could be found.
@@ -163,10 +154,7 @@ impl From<StorageError> for Refusal {
                     .with(metadata::FILE, file.display())
                     .with(metadata::OFFSET, offset)
             }
-            _ => Fault::new(
-                Reason::Internal,
-                format!("the state could not be read: {error}"),
-            ),
+            _ => Fault::new(Reason::Internal, format!("the state could not be read: {error}")),
         };
         Refusal::from(fault)
     }
@@ -191,9 +179,7 @@ mod tests {
     fn every_refusal_but_the_unknown_says_not_applied() {
         let refusals = [
             GroupError::NotLeader { leader: None },
-            GroupError::Overloaded {
-                retry_after: Duration::from_millis(7),
-            },
+            GroupError::Overloaded { retry_after: Duration::from_millis(7) },
             GroupError::Expired,
             GroupError::ClockOutOfBound,
             GroupError::TooStale,
@@ -206,23 +192,14 @@ mod tests {
             assert_eq!(fault.outcome, Outcome::NotApplied, "{fault}");
         }
         let fault = of_group(None, ShardId(3), None, GroupError::Unknown("gone".into()));
-        assert_eq!(
-            (fault.reason, fault.outcome),
-            (Reason::OutcomeUnknown, Outcome::Unknown)
-        );
+        assert_eq!((fault.reason, fault.outcome), (Reason::OutcomeUnknown, Outcome::Unknown));
         assert_eq!(fault.number(metadata::SHARD), Some(3));
     }
 
     #[test]
     fn named_leader_comes_back() {
-        let leader = Leader {
-            node: NodeId(4),
-            term: 9,
-        };
-        assert_eq!(
-            leader_of(&not_leader(None, ShardId(1), Some(leader))),
-            Some(leader)
-        );
+        let leader = Leader { node: NodeId(4), term: 9 };
+        assert_eq!(leader_of(&not_leader(None, ShardId(1), Some(leader))), Some(leader));
         assert_eq!(leader_of(&not_leader(None, ShardId(1), None)), None);
     }
 }

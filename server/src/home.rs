@@ -75,10 +75,7 @@ impl Home {
     pub async fn joined(&self) -> Own {
         let mut own = self.own.subscribe();
         let joined = own.wait_for(Option::is_some).await;
-        joined
-            .expect("the sender lives in self")
-            .clone()
-            .expect("waited for")
+        joined.expect("the sender lives in self").clone().expect("waited for")
     }
 
     /// The nodes that this one has met before.
@@ -134,19 +131,12 @@ impl Home {
                 .map_err(|error| format!("{}: {error}", self.path("SALT")))?;
             let salt = bytes.try_into().map(u64::from_be_bytes);
             return salt.map_err(|_| {
-                format!(
-                    "{}: damaged; without it the log cannot be read",
-                    self.path("SALT")
-                )
+                format!("{}: damaged; without it the log cannot be read", self.path("SALT"))
             });
         }
         let log = self.dir.join("log");
         let begun = self.fs.exists(&log)
-            && !self
-                .fs
-                .read_dir(&log)
-                .map_err(|error| error.to_string())?
-                .is_empty();
+            && !self.fs.read_dir(&log).map_err(|error| error.to_string())?.is_empty();
         if begun {
             // Another salt would make every record of the log look torn.
             return Err(format!(
@@ -187,10 +177,7 @@ fn own_of(identity: &Identity) -> Own {
 
 impl Membership for Home {
     fn identity(&self) -> Option<(String, NodeId)> {
-        self.own
-            .borrow()
-            .as_ref()
-            .map(|own| (own.cluster_id.clone(), own.node))
+        self.own.borrow().as_ref().map(|own| (own.cluster_id.clone(), own.node))
     }
 
     fn adopt(&self, adopt: &peer::Adopt) -> Result<(), String> {
@@ -206,9 +193,7 @@ impl Membership for Home {
         if adopt.node == 0 {
             return Err("0 is no node id".to_owned());
         }
-        let taken = fresh
-            .take()
-            .ok_or("an earlier attempt failed: restart this node")?;
+        let taken = fresh.take().ok_or("an earlier attempt failed: restart this node")?;
         let identity = taken.adopt(cluster, NodeId(adopt.node), adopt.hash_seed);
         let identity = identity.map_err(|error| error.to_string())?;
         self.own.send_replace(Some(own_of(&identity)));

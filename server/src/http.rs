@@ -74,11 +74,7 @@ pub async fn serve(
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let accepted = stop.run_until_cancelled(async {
-            let slot = slots
-                .clone()
-                .acquire_owned()
-                .await
-                .expect("the semaphore is never closed");
+            let slot = slots.clone().acquire_owned().await.expect("the semaphore is never closed");
             (slot, listener.accept().await)
         });
         let Some((slot, accepted)) = accepted.await else {
@@ -97,8 +93,7 @@ pub async fn serve(
             }
             Err(error) => {
                 tracing::warn!(%error, "the http listener could not accept a connection");
-                stop.run_until_cancelled(tokio::time::sleep(ACCEPT_PAUSE))
-                    .await;
+                stop.run_until_cancelled(tokio::time::sleep(ACCEPT_PAUSE)).await;
             }
         }
     }
@@ -111,10 +106,7 @@ pub async fn serve(
 
 async fn connection(stream: Box<dyn Stream>, router: Router, stop: CancellationToken) {
     let mut builder = auto::Builder::new(TokioExecutor::new()).http1_only();
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADERS_WAIT_MAX);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADERS_WAIT_MAX);
     let service = TowerToHyperService::new(router);
     let serving = builder.serve_connection(TokioIo::new(stream), service);
     let mut serving = std::pin::pin!(serving);
@@ -144,37 +136,24 @@ fn router(probe: Arc<dyn Probe>) -> Router {
 
 async fn metrics(State(probe): State<Arc<dyn Probe>>) -> Response {
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    (
-        [(CONTENT_TYPE, kind), (CACHE_CONTROL, "no-store")],
-        probe.metrics(),
-    )
-        .into_response()
+    ([(CONTENT_TYPE, kind), (CACHE_CONTROL, "no-store")], probe.metrics()).into_response()
 }
 
 async fn livez(State(probe): State<Arc<dyn Probe>>) -> Response {
     match probe.live() {
         Ok(()) => plain(StatusCode::OK, "live\n".to_owned()),
-        Err(why) => plain(
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("not live: {why}\n"),
-        ),
+        Err(why) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("not live: {why}\n")),
     }
 }
 
 async fn readyz(State(probe): State<Arc<dyn Probe>>, RawQuery(query): RawQuery) -> Response {
     let verbose = query.is_some_and(|query| {
-        query
-            .split('&')
-            .any(|pair| pair == "verbose" || pair.starts_with("verbose="))
+        query.split('&').any(|pair| pair == "verbose" || pair.starts_with("verbose="))
     });
     let checks = probe.ready();
     let ready = checks.iter().all(|check| check.ok);
     plain(
-        if ready {
-            StatusCode::OK
-        } else {
-            StatusCode::SERVICE_UNAVAILABLE
-        },
+        if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE },
         verdict(&checks, ready, verbose),
     )
 }
@@ -191,9 +170,6 @@ fn verdict(checks: &[Check], ready: bool, verbose: bool) -> String {
 }
 
 fn plain(status: StatusCode, body: String) -> Response {
-    let headers = [
-        (CONTENT_TYPE, "text/plain; charset=utf-8"),
-        (CACHE_CONTROL, "no-store"),
-    ];
+    let headers = [(CONTENT_TYPE, "text/plain; charset=utf-8"), (CACHE_CONTROL, "no-store")];
     (status, headers, body).into_response()
 }

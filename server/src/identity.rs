@@ -27,16 +27,8 @@ pub const FORMAT: u32 = 1;
 
 /// What may lie in a directory that is not a node's yet: what an interrupted start leaves, the plan of
 /// an init that was begun here (it comes before the identity), and what `mkfs` puts into a mount point.
-const HARMLESS: [&str; 8] = [
-    LOCK,
-    PROBE,
-    "IDENTITY.new",
-    "PEERS",
-    "PEERS.new",
-    "INIT",
-    "INIT.new",
-    "lost+found",
-];
+const HARMLESS: [&str; 8] =
+    [LOCK, PROBE, "IDENTITY.new", "PEERS", "PEERS.new", "INIT", "INIT.new", "lost+found"];
 
 /// Written and removed to see whether the directory takes files at all.
 const PROBE: &str = "PROBE";
@@ -56,13 +48,7 @@ impl ClusterId {
         bits = bits & !(0xf << 76) | 0x4 << 76;
         bits = bits & !(0x3 << 62) | 0x2 << 62;
         let hex = format!("{bits:032x}");
-        let parts = [
-            &hex[..8],
-            &hex[8..12],
-            &hex[12..16],
-            &hex[16..20],
-            &hex[20..],
-        ];
+        let parts = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]];
         ClusterId(parts.join("-"))
     }
 
@@ -284,11 +270,7 @@ impl Identity {
             Locking::Process => Some(lock(dir)?),
             Locking::None => None,
         };
-        let home = Home {
-            fs,
-            dir: dir.to_owned(),
-            _lock: lock,
-        };
+        let home = Home { fs, dir: dir.to_owned(), _lock: lock };
         // Looked at again under the lock: another process may just have given it an identity.
         if !home.fs.exists(&dir.join(IDENTITY)) {
             home.probe()?;
@@ -360,18 +342,10 @@ impl Identity {
         let dir = &self.home.dir;
         if let Some(wanted) = cluster.filter(|wanted| **wanted != self.cluster_id) {
             let (found, wanted) = (self.cluster_id.clone(), wanted.clone());
-            return Err(Error::OtherCluster {
-                dir: dir.clone(),
-                found,
-                wanted,
-            });
+            return Err(Error::OtherCluster { dir: dir.clone(), found, wanted });
         }
         if let Some(wanted) = node.filter(|wanted| *wanted != self.node_id) {
-            return Err(Error::OtherNode {
-                dir: dir.clone(),
-                found: self.node_id,
-                wanted,
-            });
+            return Err(Error::OtherNode { dir: dir.clone(), found: self.node_id, wanted });
         }
         Ok(())
     }
@@ -386,13 +360,7 @@ impl Fresh {
         hash_seed: u64,
     ) -> Result<Identity, Error> {
         assert!(node_id.0 != 0, "node 0 stands for a node without identity");
-        let identity = Identity {
-            home: self.home,
-            cluster_id,
-            node_id,
-            hash_seed,
-            start_count: 1,
-        };
+        let identity = Identity { home: self.home, cluster_id, node_id, hash_seed, start_count: 1 };
         identity.write()?;
         Ok(identity)
     }
@@ -419,26 +387,19 @@ impl Home {
 /// Makes the directory with those above it, durably: a synced IDENTITY is worth nothing in a directory
 /// whose own name a power cut takes away.
 fn make_dir(fs: &dyn Fs, dir: &Path) -> io::Result<()> {
-    let missing: Vec<&Path> = dir
-        .ancestors()
-        .take_while(|dir| !dir.as_os_str().is_empty() && !fs.exists(dir))
-        .collect();
+    let missing: Vec<&Path> =
+        dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !fs.exists(dir)).collect();
     fs.create_dir_all(dir)?;
     for made in missing {
-        let parent = made
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
+        let parent = made.parent().filter(|parent| !parent.as_os_str().is_empty());
         fs.sync_dir(parent.unwrap_or(Path::new(".")))?;
     }
     Ok(())
 }
 
 fn refuse_foreign(dir: &Path, names: &[String]) -> Result<(), Error> {
-    let foreign: Vec<&str> = names
-        .iter()
-        .map(String::as_str)
-        .filter(|name| !HARMLESS.contains(name))
-        .collect();
+    let foreign: Vec<&str> =
+        names.iter().map(String::as_str).filter(|name| !HARMLESS.contains(name)).collect();
     let dir = dir.to_owned();
     if foreign.is_empty() {
         return Ok(());
@@ -454,18 +415,11 @@ fn refuse_foreign(dir: &Path, names: &[String]) -> Result<(), Error> {
 }
 
 /// Takes the lock, and leaves the process id for whoever comes next.
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the lock is the system's; the simulation takes none"
-)]
+#[allow(clippy::disallowed_methods, reason = "the lock is the system's; the simulation takes none")]
 fn lock(dir: &Path) -> Result<std::fs::File, Error> {
     let path = dir.join(LOCK);
-    let open = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path);
+    let open =
+        std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
     let mut file = open.map_err(|error| Error::io(&path, error))?;
     match file.try_lock() {
         Ok(()) => {}
@@ -476,10 +430,7 @@ fn lock(dir: &Path) -> Result<std::fs::File, Error> {
             let holder = read.ok().map(|_| holder.trim().to_owned());
             let holder =
                 holder.filter(|pid| !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()));
-            return Err(Error::InUse {
-                dir: dir.to_owned(),
-                holder,
-            });
+            return Err(Error::InUse { dir: dir.to_owned(), holder });
         }
         Err(std::fs::TryLockError::Error(error)) => return Err(Error::io(&path, error)),
     }

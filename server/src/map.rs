@@ -108,13 +108,7 @@ mod tests {
             start,
             end,
             epoch: 1,
-            replicas: [1, 2]
-                .map(|node| v1::Replica {
-                    id: id * 10 + node,
-                    node,
-                    role: 1,
-                })
-                .to_vec(),
+            replicas: [1, 2].map(|node| v1::Replica { id: id * 10 + node, node, role: 1 }).to_vec(),
             leader_node: leader,
             leader_term: term,
             ..Default::default()
@@ -142,23 +136,14 @@ mod tests {
     #[test]
     fn leader_of_the_higher_term_stands_over_every_map() {
         let cache = MapCache::new();
-        assert!(
-            !cache.observe_leader(ShardId(1), 5, NodeId(2)),
-            "there is no map to hint on"
-        );
+        assert!(!cache.observe_leader(ShardId(1), 5, NodeId(2)), "there is no map to hint on");
         cache.update(map(2, 1, 3)).unwrap();
         let watch = cache.watch();
-        assert!(
-            !cache.observe_leader(ShardId(1), 3, NodeId(2)),
-            "one leader a term"
-        );
+        assert!(!cache.observe_leader(ShardId(1), 3, NodeId(2)), "one leader a term");
         assert!(!watch.has_changed().unwrap());
         assert!(cache.observe_leader(ShardId(1), 5, NodeId(2)));
         assert!(watch.has_changed().unwrap());
-        assert!(
-            !cache.observe_leader(ShardId(1), 6, NodeId(9)),
-            "it holds no replica"
-        );
+        assert!(!cache.observe_leader(ShardId(1), 6, NodeId(9)), "it holds no replica");
         assert_eq!(cache.update(map(9, 1, 4)), Ok(true));
         let shard = cache.current().unwrap().shard(ShardId(1)).unwrap().clone();
         assert_eq!((shard.leader, shard.leader_term), (Some(NodeId(2)), 5));
@@ -170,11 +155,7 @@ mod tests {
         cache.update(map(2, 0, 0)).unwrap();
         let mut foreign = map(9, 0, 0).to_proto();
         foreign.cluster_id = "d".into();
-        assert!(
-            cache
-                .update(ShardMap::from_proto(&foreign).unwrap())
-                .is_err()
-        );
+        assert!(cache.update(ShardMap::from_proto(&foreign).unwrap()).is_err());
         assert_eq!(cache.current().unwrap().epoch().0, 2);
     }
 }

@@ -204,25 +204,16 @@ metrics! {
 /// What the labels hold: closed sets, all of them, so that the number of series is bounded.
 const LABELS: &[(&str, &str)] = &[
     ("code", "gRPC code: `OK`, `UNAVAILABLE`, …"),
-    (
-        "consistency",
-        "`linearizable`, `session`, `bounded`, `any`; empty for writes and the rest",
-    ),
+    ("consistency", "`linearizable`, `session`, `bounded`, `any`; empty for writes and the rest"),
     ("engine", "where state is kept: `rocksdb` or `memory`"),
     ("git", "commit of the build"),
     ("method", "gRPC method: `Get`, `Put`, …"),
     ("node", "this node: `n1`"),
     ("peer", "another node: `n2`"),
-    (
-        "reason",
-        "the error's reason from the closed list; empty for `OK` and for foreign errors",
-    ),
+    ("reason", "the error's reason from the closed list; empty for `OK` and for foreign errors"),
     ("rocksdb", "version of RocksDB"),
     ("shard", "a shard with a replica on this node: `s7`"),
-    (
-        "stage",
-        "`queue`, `propose`, `log_sync`, `replicate`, `apply`, `read`",
-    ),
+    ("stage", "`queue`, `propose`, `log_sync`, `replicate`, `apply`, `read`"),
     ("version", "version of the program"),
     ("zone", "this node's failure domain"),
 ];
@@ -259,14 +250,8 @@ pub enum Stage {
 
 impl Stage {
     /// All of them.
-    pub const ALL: [Stage; 6] = [
-        Stage::Queue,
-        Stage::Propose,
-        Stage::LogSync,
-        Stage::Replicate,
-        Stage::Apply,
-        Stage::Read,
-    ];
+    pub const ALL: [Stage; 6] =
+        [Stage::Queue, Stage::Propose, Stage::LogSync, Stage::Replicate, Stage::Apply, Stage::Read];
 
     /// As in labels and in the slow-request log.
     pub const fn as_str(self) -> &'static str {
@@ -321,16 +306,8 @@ impl Metrics {
     /// first touched, except the stages, which are always shown.
     pub fn new(build: &Build) -> Arc<Metrics> {
         let metrics = Metrics::register();
-        let Build {
-            version,
-            git,
-            rocksdb,
-            engine,
-        } = build;
-        metrics
-            .build_info
-            .with([version, git, rocksdb, engine])
-            .set(1);
+        let Build { version, git, rocksdb, engine } = build;
+        metrics.build_info.with([version, git, rocksdb, engine]).set(1);
         for stage in Stage::ALL {
             metrics.stage_duration_seconds.with([stage.as_str()]);
         }
@@ -367,8 +344,7 @@ impl Metrics {
 
     /// Everything in OpenMetrics' text form.
     pub fn render(&self) -> String {
-        self.uptime_seconds
-            .set(self.started.elapsed().as_secs_f64());
+        self.uptime_seconds.set(self.started.elapsed().as_secs_f64());
         let mut out = String::with_capacity(16 << 10);
         let registry = self.registry.lock();
         text::encode(&mut out, &registry).expect("a string takes every write");
@@ -416,9 +392,7 @@ impl Method {
     /// A request was answered well.
     pub fn succeed(&self, consistency: Consistency, took: Duration) {
         self.ok.inc();
-        self.durations[consistency as usize]
-            .get()
-            .observe(took.as_secs_f64());
+        self.durations[consistency as usize].get().observe(took.as_secs_f64());
     }
 
     /// A request failed for one of our reasons.
@@ -433,9 +407,7 @@ impl Method {
 
     fn fail_foreign(&self, code: &str, reason: &str, consistency: Consistency, took: Duration) {
         self.requests.with([self.method, code, reason]).inc();
-        self.durations[consistency as usize]
-            .get()
-            .observe(took.as_secs_f64());
+        self.durations[consistency as usize].get().observe(took.as_secs_f64());
     }
 }
 

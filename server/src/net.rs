@@ -59,10 +59,7 @@ impl Net for RealNet {
             #[allow(clippy::disallowed_methods, reason = "this is the seam")]
             let listener = TcpListener::bind(address).await?;
             let local_address = listener.local_addr()?.to_string();
-            Ok(Box::new(RealListener {
-                listener,
-                local_address,
-            }) as Box<dyn Listener>)
+            Ok(Box::new(RealListener { listener, local_address }) as Box<dyn Listener>)
         })
     }
 }

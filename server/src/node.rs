@@ -41,7 +41,7 @@ use crate::http::{Check, Probe};
 use crate::identity::{ClusterId, Locking};
 use crate::map::MapCache;
 use crate::metrics::{Build, Metrics};
-use crate::net::Net;
+use crate::net::{Listener, Net};
 use crate::peers::Neighbours;
 use crate::service::admin::{Admin, Operator, not_initialized};
 use crate::service::cluster::ClusterFacts;
@@ -102,6 +102,50 @@ pub struct Shared {
 }
 
 impl Shared {
+    fn new(parts: Parts, home: Arc<Home>, addresses: &Addresses) -> Arc<Self> {
+        let stop = CancellationToken::new();
+        let mut rng = StdRng::seed_from_u64(parts.seed);
+        let in_memory = parts.config.test.in_memory;
+        let map = MapCache::new();
+        if let Some(kept) = home.map()
+            && let Err(error) = map.update_from_proto(&kept)
+        {
+            tracing::warn!(%error, "the kept shard map is not used");
+        }
+        let clocks = Arc::new(PeerClocks::new(parts.clock.clone()));
+        let neighbours = Neighbours::new(
+            (parts.fs.clone(), parts.exec.clone()),
+            parts.config.storage.disk_reserve_bytes,
+            clocks,
+            map.clone(),
+            home.clone(),
+            parts.on_fatal.clone(),
+        );
+        let transport = PeerTransport::new(
+            settings(&home, &parts.config, addresses, &mut rng),
+            parts.net.clone(),
+            parts.exec.clone(),
+            stop.clone(),
+        );
+        Arc::new(Shared {
+            parts,
+            home,
+            map,
+            metrics: Metrics::new(&Build {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                engine: if in_memory { "memory" } else { "rocksdb" }.to_owned(),
+                ..Build::default()
+            }),
+            neighbours,
+            transport,
+            draining: CancellationToken::new(),
+            stop,
+            member: watch::Sender::new(None),
+            rng: Mutex::new(rng),
+            began: Instant::now(),
+        })
+    }
+
     pub(crate) fn member(&self) -> Option<Arc<Member>> {
         self.member.borrow().clone()
     }
@@ -110,10 +154,7 @@ impl Shared {
     async fn started(&self) -> Arc<Member> {
         let mut members = self.member.subscribe();
         let started = members.wait_for(Option::is_some).await;
-        started
-            .expect("the sender lives in self")
-            .clone()
-            .expect("waited for")
+        started.expect("the sender lives in self").clone().expect("waited for")
     }
 
     pub(crate) fn commands(&self) -> Arc<dyn Commands> {
@@ -137,10 +178,7 @@ impl Operator for Shared {
     ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
         let random = {
             let mut rng = self.rng.lock();
-            (
-                ClusterId::generate(&mut *rng).as_str().to_owned(),
-                rng.random(),
-            )
+            (ClusterId::generate(&mut *rng).as_str().to_owned(), rng.random())
         };
         let commands = self.commands();
         let plan = cluster::gather(&*commands, &*self.home, options, random, deadline).await?;
@@ -173,27 +211,13 @@ impl Operator for Shared {
                 http_address: known.http_address,
                 join_nonce: 0,
             }),
-            cluster_id: self
-                .home
-                .own()
-                .map(|own| own.cluster_id)
-                .unwrap_or_default(),
+            cluster_id: self.home.own().map(|own| own.cluster_id).unwrap_or_default(),
             start_count: known.start_count,
-            groups: member
-                .as_ref()
-                .map(|member| groups(member))
-                .unwrap_or_default(),
-            peers: self
-                .transport
-                .status()
-                .into_iter()
-                .map(peer_status)
-                .collect(),
+            groups: member.as_ref().map(|member| groups(member)).unwrap_or_default(),
+            peers: self.transport.status().into_iter().map(peer_status).collect(),
             disk_free_bytes: space.map_or(0, |space| space.free_bytes),
             disk_total_bytes: space.map_or(0, |space| space.total_bytes),
-            log_bytes: member
-                .as_ref()
-                .map_or(0, |member| member.log.stats().bytes_on_disk),
+            log_bytes: member.as_ref().map_or(0, |member| member.log.stats().bytes_on_disk),
             recovering: member.iter().flat_map(|member| damages(member)).collect(),
             uptime_ms: self.began.elapsed().as_millis() as u64,
             draining: self.draining.is_cancelled(),
@@ -230,17 +254,9 @@ fn groups(member: &Member) -> Vec<v1::GroupStatus> {
 fn damages(member: &Member) -> Vec<String> {
     let one = |damage: &coracle_storage::log::Damage| {
         let file = damage.file.display();
-        format!(
-            "replica {}: {file} at {}: {}",
-            damage.replica.0, damage.offset, damage.why
-        )
+        format!("replica {}: {file} at {}: {}", damage.replica.0, damage.offset, damage.why)
     };
-    member
-        .recovering
-        .iter()
-        .map(one)
-        .chain(member.host.failed())
-        .collect()
+    member.recovering.iter().map(one).chain(member.host.failed()).collect()
 }
 
 fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
@@ -248,12 +264,8 @@ fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {
         node: status.known.node,
         address: status.known.peer_address,
         // The other lanes are dialled when they are first needed.
-        connected: status
-            .dialled
-            .contains(&crate::transport::Connection::Control),
-        silent_ms: status
-            .silence
-            .map_or(u64::MAX, |silence| silence.as_millis() as u64),
+        connected: status.dialled.contains(&crate::transport::Connection::Control),
+        silent_ms: status.silence.map_or(u64::MAX, |silence| silence.as_millis() as u64),
     }
 }
 
@@ -270,81 +282,28 @@ impl Node {
         let dir: &Path = &config.node.data_dir;
         let home = Home::open(parts.fs.clone(), dir, parts.locking);
         let home = home.map_err(|error| error.to_string())?;
-        let listen = async |address: String, key: &'static str| {
-            let bound = parts.net.listen(&address).await;
-            bound.map_err(|error| {
-                format!("cannot listen at {address} ({key}): {error}. Stop what listens there, or choose another address")
-            })
-        };
-        let client = listen(config.listen.client.to_string(), "listen.client").await?;
-        let peer = listen(config.listen.peer.to_string(), "listen.peer").await?;
-        let http = listen(config.listen.http.to_string(), "listen.http").await?;
+        let client = listen(&*parts.net, &config.listen.client, "listen.client").await?;
+        let peer = listen(&*parts.net, &config.listen.peer, "listen.peer").await?;
+        let http = listen(&*parts.net, &config.listen.http, "listen.http").await?;
         let addresses = Addresses {
             client: advertised(&client.local_address(), &config.listen.advertise_client),
             peer: advertised(&peer.local_address(), &config.listen.advertise_peer),
             http: http.local_address(),
         };
-        let stop = CancellationToken::new();
-        let mut rng = StdRng::seed_from_u64(parts.seed);
-        let map = MapCache::new();
-        if let Some(kept) = home.map()
-            && let Err(error) = map.update_from_proto(&kept)
-        {
-            tracing::warn!(%error, "the kept shard map is not used");
-        }
-        let clocks = Arc::new(PeerClocks::new(parts.clock.clone()));
-        let neighbours = Neighbours::new(
-            (parts.fs.clone(), parts.exec.clone()),
-            config.storage.disk_reserve_bytes,
-            clocks,
-            map.clone(),
-            home.clone(),
-            parts.on_fatal.clone(),
-        );
-        let transport = PeerTransport::new(
-            settings(&home, &config, &addresses, &mut rng),
-            parts.net.clone(),
-            parts.exec.clone(),
-            stop.clone(),
-        );
-        let shared = Arc::new(Shared {
-            parts,
-            home,
-            map,
-            metrics: Metrics::new(&Build {
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                engine: if config.test.in_memory {
-                    "memory"
-                } else {
-                    "rocksdb"
-                }
-                .to_owned(),
-                ..Build::default()
-            }),
-            neighbours: neighbours.clone(),
-            transport,
-            draining: CancellationToken::new(),
-            stop: stop.clone(),
-            member: watch::Sender::new(None),
-            rng: Mutex::new(rng),
-            began: Instant::now(),
-        });
+        let shared = Shared::new(parts, home, &addresses);
         let exec = shared.parts.exec.clone();
+        let stop = shared.stop.clone();
         let (front, accept) = Front::new(client, config.limits.connections, stop.clone());
         exec.spawn("client listener", Box::pin(accept));
         let probe = Arc::new(NodeHealth(shared.clone()));
-        let metrics = crate::http::serve(http, probe, exec.clone(), stop.clone());
+        let metrics = crate::http::serve(http, probe, exec.clone(), stop);
         exec.spawn("http listener", Box::pin(metrics));
-        let already = match shared.home.own() {
-            Some(own) => Some(Member::start(own, &shared).await?),
-            None => None,
-        };
-        if let Some(member) = &already {
-            shared.member.send_replace(Some(member.clone()));
+        if let Some(own) = shared.home.own() {
+            let member = Member::start(own, &shared).await?;
+            shared.member.send_replace(Some(member));
         }
-        shared
-            .transport
-            .start(peer, Arc::new(Answers(shared.clone())), neighbours);
+        let answers = Arc::new(Answers(shared.clone()));
+        shared.transport.start(peer, answers, shared.neighbours.clone());
         for seed in &config.cluster.join {
             let seed = seed.to_string();
             if seed != addresses.peer {
@@ -394,19 +353,26 @@ impl Node {
     }
 }
 
+async fn listen(
+    net: &dyn Net,
+    address: &std::net::SocketAddr,
+    key: &str,
+) -> Result<Box<dyn Listener>, String> {
+    net.listen(&address.to_string()).await.map_err(|error| {
+        format!(
+            "cannot listen at {address} ({key}): {error}. Stop what listens there, or choose another address"
+        )
+    })
+}
+
 fn advertised(bound: &str, advertise: &Option<crate::config::Address>) -> String {
-    advertise
-        .as_ref()
-        .map_or_else(|| bound.to_owned(), ToString::to_string)
+    advertise.as_ref().map_or_else(|| bound.to_owned(), ToString::to_string)
 }
 
 fn settings(home: &Home, config: &Config, addresses: &Addresses, rng: &mut StdRng) -> Settings {
     let own = home.own();
     Settings {
-        cluster_id: own
-            .as_ref()
-            .map(|own| own.cluster_id.clone())
-            .unwrap_or_default(),
+        cluster_id: own.as_ref().map(|own| own.cluster_id.clone()).unwrap_or_default(),
         own: KnownNode {
             node: own.as_ref().map_or(0, |own| own.node.0),
             peer_address: addresses.peer.clone(),
@@ -436,13 +402,9 @@ impl Shared {
                 member
             }
         };
-        self.metrics
-            .identify(&member.own.node.to_string(), &self.parts.config.node.zone);
+        self.metrics.identify(&member.own.node.to_string(), &self.parts.config.node.zone);
         let keeping = self.clone();
-        self.parts.exec.spawn(
-            "keep map",
-            Box::pin(async move { keeping.keep_maps().await }),
-        );
+        self.parts.exec.spawn("keep map", Box::pin(async move { keeping.keep_maps().await }));
         health.set_ready(true).await;
         let (v1, v1alpha) = reflection();
         let keyspaces = Arc::new(KeyspacesOfCluster(member.cluster.clone()));
@@ -568,21 +530,12 @@ impl Probe for NodeHealth {
             Check {
                 name: "joined",
                 ok: member.is_some(),
-                detail: self
-                    .0
-                    .home
-                    .own()
-                    .map_or("no cluster yet".to_owned(), |own| own.cluster_id),
+                detail: self.0.home.own().map_or("no cluster yet".to_owned(), |own| own.cluster_id),
             },
             Check {
                 name: "disk",
                 ok: !full,
-                detail: if full {
-                    "under its reserve"
-                } else {
-                    "has room"
-                }
-                .to_owned(),
+                detail: if full { "under its reserve" } else { "has room" }.to_owned(),
             },
             Check {
                 name: "serving",

@@ -94,8 +94,7 @@ impl Neighbours {
 
     /// Whether this node's disk is under its reserve.
     pub fn disk_full(&self) -> bool {
-        self.space()
-            .is_some_and(|space| space.free_bytes < self.reserve_bytes)
+        self.space().is_some_and(|space| space.free_bytes < self.reserve_bytes)
     }
 }
 
@@ -154,9 +153,7 @@ impl WriteGate for Neighbours {
             "the disk of n{node} is under its reserve: only deletes are taken for shard {shard}. Free space there, or add a node"
         );
         let fault = Fault::new(Reason::DiskFull, message);
-        Err(fault
-            .with(metadata::SHARD, shard)
-            .with(metadata::NODE, node))
+        Err(fault.with(metadata::SHARD, shard).with(metadata::NODE, node))
     }
 }
 

@@ -65,10 +65,8 @@ mod tests {
     fn replicas_of_a_shard_stand_on_distinct_nodes_in_distinct_zones() {
         let candidates = nodes(&["a", "b", "c", "a", "b"]);
         for shard in place(&candidates, 16, 3) {
-            let zones: BTreeSet<&str> = shard
-                .iter()
-                .map(|node| candidates[node.0 as usize - 1].zone.as_str())
-                .collect();
+            let zones: BTreeSet<&str> =
+                shard.iter().map(|node| candidates[node.0 as usize - 1].zone.as_str()).collect();
             assert_eq!((shard.len(), zones.len()), (3, 3));
         }
     }
@@ -77,31 +75,18 @@ mod tests {
     fn leaders_and_replicas_are_balanced_within_a_zone_and_over_equal_nodes() {
         let placed = place(&nodes(&["a", "b", "c"]), 17, 3);
         let mut led = BTreeMap::<NodeId, usize>::new();
-        placed
-            .iter()
-            .for_each(|shard| *led.entry(shard[0]).or_default() += 1);
+        placed.iter().for_each(|shard| *led.entry(shard[0]).or_default() += 1);
         assert_eq!(led.values().max(), Some(&6));
         assert_eq!(led.values().min(), Some(&5));
         let placed = place(&nodes(&["a"; 4]), 16, 3);
         let mut held = BTreeMap::<NodeId, usize>::new();
-        placed
-            .iter()
-            .flatten()
-            .for_each(|node| *held.entry(*node).or_default() += 1);
+        placed.iter().flatten().for_each(|node| *held.entry(*node).or_default() += 1);
         assert!(held.values().all(|count| *count == 12), "{held:?}");
     }
 
     #[test]
     fn fewer_nodes_than_replicas_give_fewer_replicas() {
-        assert!(
-            place(&nodes(&["a", "a"]), 4, 3)
-                .iter()
-                .all(|shard| shard.len() == 2)
-        );
-        assert!(
-            place(&nodes(&["a"]), 4, 3)
-                .iter()
-                .all(|shard| shard.len() == 1)
-        );
+        assert!(place(&nodes(&["a", "a"]), 4, 3).iter().all(|shard| shard.len() == 2));
+        assert!(place(&nodes(&["a"]), 4, 3).iter().all(|shard| shard.len() == 1));
     }
 }

@@ -74,12 +74,7 @@ pub struct Records {
 impl Records {
     /// `client` is the random id under which this start of the node writes records.
     pub fn new(host: Arc<Host>, clock: Arc<dyn Clock>, client: u64) -> Self {
-        Self {
-            host,
-            clock,
-            client,
-            sequence: AtomicU64::new(1),
-        }
+        Self { host, clock, client, sequence: AtomicU64::new(1) }
     }
 
     fn group(&self) -> Result<Arc<Group>, RecordsError> {
@@ -119,9 +114,7 @@ impl Records {
                 return Ok(snapshot);
             }
         }
-        Err(RecordsError::Unavailable(
-            "others keep changing the records".to_owned(),
-        ))
+        Err(RecordsError::Unavailable("others keep changing the records".to_owned()))
     }
 
     /// Writes the first map of a new cluster; one that is there stays.
@@ -130,11 +123,7 @@ impl Records {
         map: v1::ShardMap,
         ids: peer::IdCounters,
     ) -> Result<(), RecordsError> {
-        let snapshot = Snapshot {
-            map,
-            ids,
-            version: 0,
-        };
+        let snapshot = Snapshot { map, ids, version: 0 };
         self.write(&snapshot, Condition::IfAbsent).await.map(drop)
     }
 
@@ -144,10 +133,7 @@ impl Records {
         let put = |key: &'static [u8], value: Vec<u8>, condition| Operation {
             key: Bytes::from_static(key),
             condition,
-            change: Change::Put {
-                value: value.into(),
-                ttl_ms: 0,
-            },
+            change: Change::Put { value: value.into(), ttl_ms: 0 },
         };
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let request = Request {
@@ -197,9 +183,7 @@ fn read(state: &ReadState) -> Result<Snapshot, RecordsError> {
     let unreadable = |error: &dyn std::fmt::Display| RecordsError::Unavailable(error.to_string());
     let get = |key: &[u8]| {
         let found = state.reader.get_at(SYSTEM_KEYSPACE.0, key, u64::MAX);
-        found
-            .map_err(|error| unreadable(&error))?
-            .ok_or(RecordsError::NoMap)
+        found.map_err(|error| unreadable(&error))?.ok_or(RecordsError::NoMap)
     };
     let (map, ids) = (get(MAP)?, get(IDS)?);
     Ok(Snapshot {

@@ -116,11 +116,7 @@ impl Router {
     /// A router over its parts.
     pub fn new(parts: Parts) -> Arc<Router> {
         let stages = parts.metrics.stages();
-        Arc::new(Router {
-            parts,
-            stages,
-            refreshing: tokio::sync::Mutex::default(),
-        })
+        Arc::new(Router { parts, stages, refreshing: tokio::sync::Mutex::default() })
     }
 
     /// This node.
@@ -233,10 +229,7 @@ impl Router {
     /// The cached map, or the reason why there is none.
     pub fn current_map(&self) -> Result<Arc<ShardMap>, Fault> {
         let message = "the cluster has not been made yet: run `coracle init`";
-        self.parts
-            .map
-            .current()
-            .ok_or_else(|| Fault::new(Reason::NotInitialized, message))
+        self.parts.map.current().ok_or_else(|| Fault::new(Reason::NotInitialized, message))
     }
 
     /// Keys of any shards, answered in the caller's order.
@@ -266,26 +259,14 @@ impl Router {
         let keyspace = plan::keyspace(&map, &request.keyspace, call.origin)?;
         let mut parts: BTreeMap<ShardId, Vec<usize>> = BTreeMap::new();
         for (place, key) in request.keys.iter().enumerate() {
-            parts
-                .entry(map.locate_key(keyspace, key).id)
-                .or_default()
-                .push(place);
+            parts.entry(map.locate_key(keyspace, key).id).or_default().push(place);
         }
         let parts: Vec<_> = parts.into_values().collect();
         let ask = |places: Vec<usize>| async move {
-            let keys = places
-                .iter()
-                .map(|place| request.keys[*place].clone())
-                .collect();
+            let keys = places.iter().map(|place| request.keys[*place].clone()).collect();
             let (keyspace, read) = (request.keyspace.clone(), request.read.clone());
-            let part = Operation::BatchGet(v1::BatchGetRequest {
-                keyspace,
-                keys,
-                read,
-            });
-            self.on_shard(&part, call, false)
-                .await
-                .map(|answer| (places, answer))
+            let part = Operation::BatchGet(v1::BatchGetRequest { keyspace, keys, read });
+            self.on_shard(&part, call, false).await.map(|answer| (places, answer))
         };
         let mut answers =
             stream::iter(parts.into_iter().map(ask)).buffer_unordered(PARTS_AT_A_TIME);
@@ -301,10 +282,7 @@ impl Router {
             if found.items.len() != places.len() {
                 return Err(mismatched());
             }
-            places
-                .into_iter()
-                .zip(found.items)
-                .for_each(|(place, item)| items[place] = item);
+            places.into_iter().zip(found.items).for_each(|(place, item)| items[place] = item);
         }
         Ok(Answer::BatchGet(v1::BatchGetResponse { items }))
     }
@@ -350,9 +328,7 @@ impl Router {
             return false;
         };
         if let Some(shard) = fault.number(metadata::SHARD) {
-            self.parts
-                .map
-                .observe_leader(ShardId(shard), leader.term, leader.node);
+            self.parts.map.observe_leader(ShardId(shard), leader.term, leader.node);
         }
         let news = leader.term > trail.term && leader.node != self.parts.node;
         if news {
@@ -368,8 +344,7 @@ impl Router {
         }
         let hint = || {
             let map = self.parts.map.current()?;
-            map.shard(shard?)
-                .map(|shard| (shard.leader, shard.leader_term))
+            map.shard(shard?).map(|shard| (shard.leader, shard.leader_term))
         };
         let mut changes = self.parts.map.watch();
         let before = hint();
@@ -413,21 +388,13 @@ impl Router {
         match (whom, group) {
             (Whom::Here, Some(group)) => self.serve(&map, &group, plan, call).await,
             (Whom::Node(node), _) if call.may_forward => {
-                self.forward(node, plan::named(operation, &plan), plan.shard, call)
-                    .await
+                self.forward(node, plan::named(operation, &plan), plan.shard, call).await
             }
             (_, _) => {
                 let hinted = map.shard(plan.shard).and_then(|shard| {
-                    Some(Leader {
-                        node: shard.leader?,
-                        term: shard.leader_term,
-                    })
+                    Some(Leader { node: shard.leader?, term: shard.leader_term })
                 });
-                let leader = status
-                    .as_ref()
-                    .and_then(leader_in)
-                    .into_iter()
-                    .chain(hinted);
+                let leader = status.as_ref().and_then(leader_in).into_iter().chain(hinted);
                 let leader = leader.filter(|leader| leader.node != self.parts.node);
                 let leader = leader.max_by_key(|leader| leader.term);
                 Err(fault::not_leader(Some(&map), plan.shard, leader))
@@ -444,16 +411,9 @@ impl Router {
     ) -> Result<(Arc<ShardMap>, Plan), Fault> {
         let planned = |map: Arc<ShardMap>| {
             let plan = plan::plan(&map, operation, call.origin)?;
-            let descriptor = self
-                .parts
-                .host
-                .group(plan.shard)
-                .and_then(|group| group.descriptor());
+            let descriptor = self.parts.host.group(plan.shard).and_then(|group| group.descriptor());
             let epoch = map.shard(plan.shard).map(|shard| shard.epoch.0);
-            let epoch = descriptor
-                .as_ref()
-                .map(|descriptor| descriptor.epoch)
-                .or(epoch);
+            let epoch = descriptor.as_ref().map(|descriptor| descriptor.epoch).or(epoch);
             plan::check_epoch(&map, &plan, epoch)?;
             // The group's own word is above the map's.
             let owned = descriptor.is_some_and(|descriptor| match plan.position {
@@ -486,19 +446,12 @@ impl Router {
         call: &Call,
     ) -> Result<Answer, Fault> {
         let left = call.left().min(FORWARD_MAX);
-        let Some(timeout) = left
-            .checked_sub(FORWARD_MARGIN)
-            .filter(|left| !left.is_zero())
-        else {
+        let Some(timeout) = left.checked_sub(FORWARD_MARGIN).filter(|left| !left.is_zero()) else {
             self.stages.drop_late(Stage::Queue);
             return Err(fault::expired());
         };
         let timeout_ms = (timeout.as_millis() as u64).max(1);
-        let request = v1::PipelineRequest {
-            id: 0,
-            timeout_ms,
-            operation: Some(operation),
-        };
+        let request = v1::PipelineRequest { id: 0, timeout_ms, operation: Some(operation) };
         self.parts.metrics.forwarded_requests.inc();
         let body = Bytes::from(request.encode_to_vec());
         let answered = self.parts.forwarder.forward(to, body, left).await;
@@ -518,10 +471,7 @@ impl Router {
 }
 
 fn is_write(operation: &Operation) -> bool {
-    matches!(
-        operation,
-        Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)
-    )
+    matches!(operation, Operation::Put(_) | Operation::Delete(_) | Operation::Write(_))
 }
 
 /// As in logs.
@@ -543,10 +493,7 @@ fn key_bytes(operation: &Operation) -> usize {
         Operation::Get(request) => request.key.len(),
         Operation::Put(request) => request.key.len(),
         Operation::Delete(request) => request.key.len(),
-        Operation::Write(request) => request
-            .operations
-            .first()
-            .map_or(0, |first| first.key.len()),
+        Operation::Write(request) => request.operations.first().map_or(0, |first| first.key.len()),
         Operation::BatchGet(request) => request.keys.first().map_or(0, Bytes::len),
         Operation::Scan(request) => request.start.len().max(request.prefix.len()),
         Operation::FixVersion(_) => 0,

@@ -58,43 +58,25 @@ pub async fn run(config: Config) -> Result<RunningNode, StartError> {
         fatal_sender.send_replace(Some(why));
         end_process_soon();
     });
-    let exec = Arc::new(RealExec::new(
-        tokio::runtime::Handle::current(),
-        BLOCKING_MAX,
-    ));
-    let memory = StateOptions {
-        memory_bytes: config.storage.memory_budget,
-        ..StateOptions::default()
-    };
+    let exec = Arc::new(RealExec::new(tokio::runtime::Handle::current(), BLOCKING_MAX));
+    let memory =
+        StateOptions { memory_bytes: config.storage.memory_budget, ..StateOptions::default() };
     let store_fatal = on_fatal.clone();
     let store_fatal = Arc::new(move |error: &coracle_storage::Error| {
         store_fatal(error.to_string());
     });
-    #[allow(
-        clippy::disallowed_methods,
-        reason = "the one place where randomness enters a node"
-    )]
+    #[allow(clippy::disallowed_methods, reason = "the one place where randomness enters a node")]
     let seed = rand::random();
     let (fs, engines): (Arc<dyn Fs>, _) = if config.test.in_memory {
         // The same code on a file system and a RocksDB environment that end with the process.
         let fs: Arc<dyn Fs> = Arc::new(FaultyFs::new(seed));
-        (
-            fs.clone(),
-            RocksEngines::in_memory(&memory, fs, store_fatal),
-        )
+        (fs.clone(), RocksEngines::in_memory(&memory, fs, store_fatal))
     } else {
-        (
-            Arc::new(RealFs),
-            RocksEngines::on_disk(&memory, store_fatal),
-        )
+        (Arc::new(RealFs), RocksEngines::on_disk(&memory, store_fatal))
     };
     let engines: Arc<dyn Engines> =
         Arc::new(engines.map_err(|error| StartError(error.to_string()))?);
-    let locking = if config.test.in_memory {
-        Locking::None
-    } else {
-        Locking::Process
-    };
+    let locking = if config.test.in_memory { Locking::None } else { Locking::Process };
     let parts = Parts {
         config,
         net: Arc::new(RealNet),
@@ -128,24 +110,19 @@ impl RunningNode {
     pub async fn drain_and_stop(&self, within: Duration) {
         let left = self.node.drain_and_stop(Instant::now() + within).await;
         if left > 0 {
-            tracing::warn!(
-                left,
-                "some leaderships were not taken over: their shards elect anew"
-            );
+            tracing::warn!(left, "some leaderships were not taken over: their shards elect anew");
         }
         self.exec.shutdown().await;
     }
 }
 
 /// Ends the process, also when the disk hangs and nothing that waits for it would ever return.
+#[allow(clippy::disallowed_methods, reason = "the runtime may be what hangs")]
 fn end_process_soon() {
-    #[allow(clippy::disallowed_methods, reason = "the runtime may be what hangs")]
-    let ended = std::thread::Builder::new()
-        .name("last words".to_owned())
-        .spawn(|| {
-            std::thread::sleep(LAST_WORDS);
-            std::process::abort()
-        });
+    let ended = std::thread::Builder::new().name("last words".to_owned()).spawn(|| {
+        std::thread::sleep(LAST_WORDS);
+        std::process::abort()
+    });
     if ended.is_err() {
         std::process::abort();
     }

@@ -98,10 +98,7 @@ impl Scan {
             Ok((one, spec))
         };
         let (one, spec) = match plan() {
-            Err(Fault {
-                reason: Reason::UnknownKeyspace,
-                ..
-            }) => {
+            Err(Fault { reason: Reason::UnknownKeyspace, .. }) => {
                 router.refresh(call.deadline).await;
                 plan()?
             }
@@ -141,10 +138,8 @@ impl Scan {
     }
 
     async fn page_of_one(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
-        let mut request = v1::ScanRequest {
-            page_bytes: self.page_bytes as u32,
-            ..self.request.clone()
-        };
+        let mut request =
+            v1::ScanRequest { page_bytes: self.page_bytes as u32, ..self.request.clone() };
         if self.token.version > 0 {
             request.resume_token = self.token.encode();
         }
@@ -171,9 +166,7 @@ impl Scan {
     }
 
     async fn merged_page(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
-        let Shape::All(slot) = &mut self.shape else {
-            unreachable!("asked by page_of_all alone")
-        };
+        let Shape::All(slot) = &mut self.shape else { unreachable!("asked by page_of_all alone") };
         let lanes = match slot {
             Some(lanes) => lanes,
             None => {
@@ -192,10 +185,7 @@ impl Scan {
                 self.charged = ahead;
             }
         }
-        let most = self
-            .token
-            .remaining
-            .and_then(|left| usize::try_from(left).ok());
+        let most = self.token.remaining.and_then(|left| usize::try_from(left).ok());
         let most = most.map_or(SCAN_PAGE_ENTRIES, |left| left.min(SCAN_PAGE_ENTRIES));
         let (mut entries, mut bytes, mut over) = (Vec::new(), 0, false);
         while entries.len() < most && bytes < self.page_bytes {
@@ -230,10 +220,7 @@ impl Lanes {
         let ask = |at: usize| {
             let lane = &self.lanes[at];
             let request = v1::ScanRequest {
-                only_shard: Some(v1::Route {
-                    shard: lane.shard,
-                    shard_epoch: lane.epoch,
-                }),
+                only_shard: Some(v1::Route { shard: lane.shard, shard_epoch: lane.epoch }),
                 resume_token: lane.token.encode(),
                 page_bytes: self.page_bytes as u32,
                 ..request.clone()
@@ -245,9 +232,7 @@ impl Lanes {
         let pages: Vec<_> = pages.try_collect().await?;
         for (at, page) in pages {
             self.lanes[at].token = position_of(&page)?;
-            self.merge
-                .bring(at, page.entries, !page.done)
-                .map_err(broken)?;
+            self.merge.bring(at, page.entries, !page.done).map_err(broken)?;
         }
         Ok(())
     }
@@ -263,18 +248,9 @@ async fn lay_out(
 ) -> Result<(u64, Lanes), Fault> {
     let map = router.current_map()?;
     let ask = |shard: u64| async move {
-        let route = Some(v1::Route {
-            shard,
-            shard_epoch: 0,
-        });
-        let question = v1::FixVersionRequest {
-            route,
-            version: token.version,
-        };
-        match router
-            .execute(Operation::FixVersion(question), call)
-            .await?
-        {
+        let route = Some(v1::Route { shard, shard_epoch: 0 });
+        let question = v1::FixVersionRequest { route, version: token.version };
+        match router.execute(Operation::FixVersion(question), call).await? {
             Answer::FixVersion(fixed) => Ok((shard, fixed)),
             _ => Err(mismatched()),
         }
@@ -283,29 +259,16 @@ async fn lay_out(
     let asked = stream::iter(shards.into_iter().map(ask)).buffer_unordered(ASKED_AT_A_TIME);
     let mut fixed: Vec<(u64, v1::FixVersionResponse)> = asked.try_collect().await?;
     fixed.sort_by_key(|(_, fixed)| fixed.start);
-    let arcs: Option<Vec<_>> = fixed
-        .iter()
-        .map(|(_, fixed)| ring::Arc::new(fixed.start, fixed.end))
-        .collect();
+    let arcs: Option<Vec<_>> =
+        fixed.iter().map(|(_, fixed)| ring::Arc::new(fixed.start, fixed.end)).collect();
     let tiled = arcs.is_some_and(|arcs| ring::check_tiling(arcs).is_ok());
     if !tiled {
         let first = map.shards().first().map_or(map.meta().id, |shard| shard.id);
         return Err(fault::stale_route(Some(&map), first, None));
     }
-    let highest = fixed
-        .iter()
-        .map(|(_, fixed)| fixed.version)
-        .max()
-        .unwrap_or(0);
-    let version = if token.version > 0 {
-        token.version
-    } else {
-        highest
-    };
-    let token = ScanToken {
-        version,
-        ..token.clone()
-    };
+    let highest = fixed.iter().map(|(_, fixed)| fixed.version).max().unwrap_or(0);
+    let version = if token.version > 0 { token.version } else { highest };
+    let token = ScanToken { version, ..token.clone() };
     let lane = |(shard, fixed): (u64, v1::FixVersionResponse)| Lane {
         shard,
         epoch: fixed.epoch,
@@ -314,14 +277,7 @@ async fn lay_out(
     let lanes: Vec<Lane> = fixed.into_iter().map(lane).collect();
     let page_bytes = (AHEAD_BYTES / lanes.len()).clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES);
     let merge = Merge::new(lanes.len(), request.reverse);
-    Ok((
-        version,
-        Lanes {
-            merge,
-            lanes,
-            page_bytes,
-        },
-    ))
+    Ok((version, Lanes { merge, lanes, page_bytes }))
 }
 
 async fn ask_page(

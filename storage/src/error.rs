@@ -97,11 +97,7 @@ impl Error {
 
     /// Damage in a file, with its place.
     pub fn corruption(file: &Path, offset: u64, why: impl Into<String>) -> Error {
-        Error::Corruption {
-            file: file.to_path_buf(),
-            offset,
-            why: why.into(),
-        }
+        Error::Corruption { file: file.to_path_buf(), offset, why: why.into() }
     }
 
     /// A broken rule of a call.

@@ -70,10 +70,7 @@ impl RealExec {
     /// Runs tasks on `runtime`, and at most `blocking_max` blocking jobs at a time: beyond it, jobs
     /// wait.
     pub fn new(runtime: Handle, blocking_max: usize) -> RealExec {
-        assert!(
-            blocking_max > 0,
-            "a pool without a thread would never run a job"
-        );
+        assert!(blocking_max > 0, "a pool without a thread would never run a job");
         RealExec {
             runtime,
             blocking_slots: Arc::new(Semaphore::new(blocking_max)),
@@ -140,10 +137,7 @@ impl Exec for RealExec {
         self.keep(
             "blocking",
             Box::pin(async move {
-                let slot = slots
-                    .acquire_owned()
-                    .await
-                    .expect("the semaphore is never closed");
+                let slot = slots.acquire_owned().await.expect("the semaphore is never closed");
                 #[allow(clippy::disallowed_methods, reason = "this is the seam")]
                 let done = runtime.spawn_blocking(move || {
                     job();
@@ -169,10 +163,7 @@ mod tests {
     use super::*;
 
     fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .build()
-            .expect("a runtime")
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().expect("a runtime")
     }
 
     #[test]
@@ -197,10 +188,7 @@ mod tests {
         drop(release);
         drop(wake);
         runtime.block_on(exec.shutdown());
-        assert!(
-            was_entered.recv().is_err(),
-            "two wakes in one step coalesce"
-        );
+        assert!(was_entered.recv().is_err(), "two wakes in one step coalesce");
     }
 
     #[test]

@@ -79,10 +79,7 @@ pub trait File: Send + Sync {
 pub fn read_exact_at(file: &dyn File, buf: &mut [u8], offset: u64) -> io::Result<()> {
     let read = read_full_at(file, buf, offset)?;
     if read < buf.len() {
-        return Err(io::Error::new(
-            io::ErrorKind::UnexpectedEof,
-            "the file ends too early",
-        ));
+        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file ends too early"));
     }
     Ok(())
 }

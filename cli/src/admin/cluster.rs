@@ -24,19 +24,8 @@ struct InitView {
 pub async fn init(init: args::Init, global: &Global, output: &Output) -> Result<(), Failure> {
     let target = resolve(global, &Environment::read())?;
     let client = target.client_lazy(global)?;
-    let args::Init {
-        nodes,
-        shards,
-        replicas,
-    } = init;
-    let made = client
-        .admin()
-        .init(Init {
-            shards,
-            replicas,
-            nodes,
-        })
-        .await;
+    let args::Init { nodes, shards, replicas } = init;
+    let made = client.admin().init(Init { shards, replicas, nodes }).await;
     let made = made.map_err(|error| {
         let failure = Failure::call("make the cluster", &error);
         match error.reason() {
@@ -54,12 +43,7 @@ pub async fn init(init: args::Init, global: &Global, output: &Output) -> Result<
         warnings: made.warnings,
     };
     output.item("Cluster", &view, || {
-        let InitView {
-            cluster_id,
-            shards,
-            replicas,
-            ..
-        } = &view;
+        let InitView { cluster_id, shards, replicas, .. } = &view;
         format!("cluster {cluster_id}: {shards} shards × {replicas} replicas. Next: coracle status")
     })
 }
@@ -99,11 +83,9 @@ pub async fn status(global: &Global, output: &Output) -> Result<(), Failure> {
     output.item("ClusterStatus", &view, || text(&view))?;
     match view.health.is_available() {
         true => Ok(()),
-        false => Err(
-            Failure::new(Exit::Unhealthy, "some keys are not served").next(
-                "coracle node ls and coracle shard ls show which; start the nodes that are down",
-            ),
-        ),
+        false => Err(Failure::new(Exit::Unhealthy, "some keys are not served").next(
+            "coracle node ls and coracle shard ls show which; start the nodes that are down",
+        )),
     }
 }
 
@@ -111,21 +93,11 @@ fn text(view: &StatusView) -> String {
     let mut lines = vec![
         view.health.sentence(),
         String::new(),
-        format!(
-            "cluster    {}  (map epoch {})",
-            view.cluster_id, view.map_epoch
-        ),
-        format!(
-            "nodes      {} of {} answer",
-            view.nodes_answering, view.nodes
-        ),
+        format!("cluster    {}  (map epoch {})", view.cluster_id, view.map_epoch),
+        format!("nodes      {} of {} answer", view.nodes_answering, view.nodes),
         format!("shards     {}", view.shards),
         format!("keyspaces  {}", view.keyspaces),
-        format!(
-            "data       {}, log {}",
-            bytes(view.state_bytes),
-            bytes(view.log_bytes)
-        ),
+        format!("data       {}, log {}", bytes(view.state_bytes), bytes(view.log_bytes)),
     ];
     let problems = view.health.problems();
     if !problems.is_empty() {

@@ -19,11 +19,7 @@ pub fn run(command: Config, output: &Output) -> Result<(), Failure> {
             load(&settings, file.as_deref())?;
             output.line("the settings are sound")
         }
-        Config::Show {
-            origin,
-            diff_default,
-            settings,
-        } => {
+        Config::Show { origin, diff_default, settings } => {
             let config = load(&settings, None)?;
             output.data(config.show(origin, diff_default).as_bytes())
         }

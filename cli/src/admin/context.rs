@@ -27,16 +27,11 @@ struct ShownView {
 }
 
 const COLUMNS: &[Column<ContextView>] = &[
-    Column::text("CURRENT", |context| {
-        if context.current { "*" } else { "" }.to_owned()
-    }),
+    Column::text("CURRENT", |context| if context.current { "*" } else { "" }.to_owned()),
     Column::text("NAME", |context| context.name.clone()),
     Column::text("NODES", |context| context.endpoints.join(",")),
     Column::text("KEYSPACE", |context| {
-        context
-            .keyspace
-            .clone()
-            .unwrap_or_else(|| "default".to_owned())
+        context.keyspace.clone().unwrap_or_else(|| "default".to_owned())
     }),
 ];
 
@@ -74,18 +69,8 @@ pub fn run(command: Context, global: &Global, output: &Output) -> Result<(), Fai
             contexts.save(&path)?;
             output.line(&format!("commands mean {name} now"))
         }
-        Context::Add {
-            name,
-            nodes,
-            keyspace,
-        } => {
-            contexts.contexts.insert(
-                name.clone(),
-                Entry {
-                    endpoints: nodes,
-                    keyspace,
-                },
-            );
+        Context::Add { name, nodes, keyspace } => {
+            contexts.contexts.insert(name.clone(), Entry { endpoints: nodes, keyspace });
             let is_first = contexts.current.is_none();
             if is_first {
                 contexts.choose(&name);
@@ -115,9 +100,7 @@ fn known(contexts: &Contexts, name: &str) -> Result<(), Failure> {
 }
 
 fn views(contexts: Contexts) -> Vec<ContextView> {
-    let Contexts {
-        current, contexts, ..
-    } = contexts;
+    let Contexts { current, contexts, .. } = contexts;
     let view = |(name, entry): (String, Entry)| ContextView {
         current: current.as_deref() == Some(&name),
         name,

@@ -35,10 +35,7 @@ impl Health {
         let silent = map.nodes.iter().filter(|node| !answers(node.id));
         let recovering = nodes.values().flat_map(|status| {
             let node = status.node.id;
-            status
-                .recovering
-                .iter()
-                .map(move |text| format!("n{node}: {text}"))
+            status.recovering.iter().map(move |text| format!("n{node}: {text}"))
         });
         let mut health = Health {
             nodes_to_lose: usize::MAX,
@@ -51,11 +48,7 @@ impl Health {
         for shard in &map.shards {
             let voters: Vec<NodeId> = voters(shard).collect();
             let majority = voters.len() / 2 + 1;
-            let live: Vec<NodeId> = voters
-                .iter()
-                .copied()
-                .filter(|node| answers(*node))
-                .collect();
+            let live: Vec<NodeId> = voters.iter().copied().filter(|node| answers(*node)).collect();
             let id = shard.id.0;
             if live.len() < majority {
                 health.without_quorum.push(id);
@@ -65,13 +58,10 @@ impl Health {
             if live.len() < voters.len() {
                 health.under_replicated.push(id);
             }
-            health.nodes_to_lose = health
-                .nodes_to_lose
-                .min(live.len().saturating_sub(majority));
+            health.nodes_to_lose = health.nodes_to_lose.min(live.len().saturating_sub(majority));
             health.zone_to_lose &= zones.iter().all(|zone| {
-                let elsewhere = live
-                    .iter()
-                    .filter(|id| map.node(**id).is_none_or(|node| node.zone != *zone));
+                let elsewhere =
+                    live.iter().filter(|id| map.node(**id).is_none_or(|node| node.zone != *zone));
                 elsewhere.count() >= majority
             });
         }
@@ -111,11 +101,7 @@ impl Health {
             1 => "any 1 node".to_owned(),
             many => format!("any {many} nodes"),
         };
-        let zone = if self.zone_to_lose {
-            ", or any 1 zone,"
-        } else {
-            ""
-        };
+        let zone = if self.zone_to_lose { ", or any 1 zone," } else { "" };
         format!("Fault tolerance: can lose {nodes}{zone} and keep every key and every write")
     }
 
@@ -125,11 +111,7 @@ impl Health {
             let names: Vec<String> = ids.iter().map(u64::to_string).collect();
             (!ids.is_empty()).then(|| format!("{what}: shards {}", names.join(", ")))
         };
-        let nodes: Vec<String> = self
-            .silent_nodes
-            .iter()
-            .map(|id| format!("n{id}"))
-            .collect();
+        let nodes: Vec<String> = self.silent_nodes.iter().map(|id| format!("n{id}")).collect();
         let silent = (!nodes.is_empty()).then(|| format!("no answer from: {}", nodes.join(", ")));
         let lists = [
             silent,
@@ -137,40 +119,25 @@ impl Health {
             shards(&self.without_leader, "no leader"),
             shards(&self.under_replicated, "a voter is missing"),
         ];
-        let recovering = self
-            .recovering
-            .iter()
-            .map(|text| format!("recovering: {text}"));
+        let recovering = self.recovering.iter().map(|text| format!("recovering: {text}"));
         lists.into_iter().flatten().chain(recovering).collect()
     }
 }
 
 fn plural(number: usize, one: &str, many: &str) -> String {
-    if number == 1 {
-        format!("1 {one}")
-    } else {
-        format!("{number} {many}")
-    }
+    if number == 1 { format!("1 {one}") } else { format!("{number} {many}") }
 }
 
 /// The nodes that vote on a shard.
 pub fn voters(shard: &Shard) -> impl Iterator<Item = NodeId> + '_ {
-    shard
-        .replicas
-        .iter()
-        .filter(|replica| replica.voter)
-        .map(|replica| replica.node)
+    shard.replicas.iter().filter(|replica| replica.voter).map(|replica| replica.node)
 }
 
 /// Who leads a shard: of the nodes that say so of themselves, the one in the highest term. The map's
 /// word counts only where that node answers and does not deny it.
 pub fn leader(shard: &Shard, nodes: &BTreeMap<NodeId, NodeStatus>) -> Option<NodeId> {
     let group = |node: NodeId, id: ShardId| {
-        nodes
-            .get(&node)?
-            .groups
-            .iter()
-            .find(move |group| group.shard == id)
+        nodes.get(&node)?.groups.iter().find(move |group| group.shard == id)
     };
     let claims = voters(shard).filter_map(|node| {
         let group = group(node, shard.id)?;
@@ -197,11 +164,8 @@ mod tests {
             state: coracle_client::topology::NodeState::Active,
             version: String::new(),
         });
-        let replicas = (1..=3).map(|id| Replica {
-            id: ReplicaId(id),
-            node: NodeId(id),
-            voter: true,
-        });
+        let replicas =
+            (1..=3).map(|id| Replica { id: ReplicaId(id), node: NodeId(id), voter: true });
         let shard = Shard {
             id: ShardId(1),
             start: 0,
@@ -211,11 +175,7 @@ mod tests {
             leader: Some(NodeId(1)),
             leader_term: 1,
         };
-        ClusterMap {
-            nodes: nodes.collect(),
-            shards: vec![shard],
-            ..ClusterMap::default()
-        }
+        ClusterMap { nodes: nodes.collect(), shards: vec![shard], ..ClusterMap::default() }
     }
 
     fn statuses(map: &ClusterMap, ids: &[u64], leader: u64) -> BTreeMap<NodeId, NodeStatus> {
@@ -272,30 +232,17 @@ mod tests {
         let health = Health::of(&map, &statuses(&map, &[1, 2, 4, 5], 1));
         assert!(health.is_available() && !health.is_well() && !health.zone_to_lose);
         assert!(health.sentence().contains("none"), "{}", health.sentence());
-        assert_eq!(
-            health.problems(),
-            ["no answer from: n3", "a voter is missing: shards 1"]
-        );
+        assert_eq!(health.problems(), ["no answer from: n3", "a voter is missing: shards 1"]);
     }
 
     #[test]
     fn no_leader_and_no_quorum_are_told_apart() {
         let map = map();
         let headless = Health::of(&map, &statuses(&map, &[2, 3, 4, 5], 1));
-        assert_eq!(
-            (headless.without_leader, headless.without_quorum),
-            (vec![1], vec![])
-        );
+        assert_eq!((headless.without_leader, headless.without_quorum), (vec![1], vec![]));
         let lost = Health::of(&map, &statuses(&map, &[3, 4, 5], 1));
-        assert!(
-            lost.sentence().contains("1 shard has no quorum"),
-            "{}",
-            lost.sentence()
-        );
-        assert_eq!(
-            (lost.without_leader, lost.without_quorum),
-            (vec![], vec![1])
-        );
+        assert!(lost.sentence().contains("1 shard has no quorum"), "{}", lost.sentence());
+        assert_eq!((lost.without_leader, lost.without_quorum), (vec![], vec![1]));
     }
 
     #[test]

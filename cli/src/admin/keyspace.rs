@@ -42,18 +42,8 @@ pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<
             let views: Vec<KeyspaceView> = keyspaces.into_iter().map(view).collect();
             output.list("KeyspaceList", COLUMNS, &views)
         }
-        Keyspace::Create {
-            name,
-            entity,
-            history,
-            dry_run,
-        } => {
-            let new = NewKeyspace {
-                name,
-                entity_rule: entity,
-                history,
-                validate_only: dry_run,
-            };
+        Keyspace::Create { name, entity, history, dry_run } => {
+            let new = NewKeyspace { name, entity_rule: entity, history, validate_only: dry_run };
             let what = format!("make keyspace {:?}", new.name);
             let made = admin.create_keyspace(new).await;
             let view = view(made.map_err(|error| Failure::call(what, &error))?);

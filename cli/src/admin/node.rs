@@ -45,36 +45,21 @@ const COLUMNS: &[Column<NodeView>] = &[
     Column::text("ZONE", |node| node.zone.clone()),
     Column::text("ADDR", |node| node.address.clone()),
     Column::text("VERSION", |node| node.version.clone()),
-    Column::number("LEADERS", |node| {
-        said(node, |answer| answer.leaders.to_string())
-    }),
-    Column::number("REPLICAS", |node| {
-        said(node, |answer| answer.replicas.to_string())
-    }),
-    Column::number("DATA", |node| {
-        said(node, |answer| bytes(answer.state_bytes))
-    }),
+    Column::number("LEADERS", |node| said(node, |answer| answer.leaders.to_string())),
+    Column::number("REPLICAS", |node| said(node, |answer| answer.replicas.to_string())),
+    Column::number("DATA", |node| said(node, |answer| bytes(answer.state_bytes))),
     Column::number("UPTIME", |node| {
-        said(node, |answer| {
-            duration(std::time::Duration::from_millis(answer.uptime_ms))
-        })
+        said(node, |answer| duration(std::time::Duration::from_millis(answer.uptime_ms)))
     }),
-    Column::number("LOG", |node: &NodeView| {
-        said(node, |answer| bytes(answer.log_bytes))
-    })
-    .wide(),
+    Column::number("LOG", |node: &NodeView| said(node, |answer| bytes(answer.log_bytes))).wide(),
     Column::number("DISK-FREE", |node: &NodeView| {
         said(node, |answer| bytes(answer.disk_free_bytes))
     })
     .wide(),
-    Column::number("STARTS", |node: &NodeView| {
-        said(node, |answer| answer.starts.to_string())
-    })
-    .wide(),
+    Column::number("STARTS", |node: &NodeView| said(node, |answer| answer.starts.to_string()))
+        .wide(),
     Column::number("PEERS", |node| {
-        said(node, |answer| {
-            format!("{}/{}", answer.peers_connected, answer.peers)
-        })
+        said(node, |answer| format!("{}/{}", answer.peers_connected, answer.peers))
     })
     .wide(),
     Column::text("PEER-ADDR", |node: &NodeView| node.peer_address.clone()).wide(),
@@ -109,11 +94,7 @@ fn views(picture: &Picture) -> Vec<NodeView> {
             http_address: node.http_address.clone(),
             version: node.version.clone(),
             answer: status.map(|status| Answer {
-                leaders: status
-                    .groups
-                    .iter()
-                    .filter(|group| group.role == "leader")
-                    .count(),
+                leaders: status.groups.iter().filter(|group| group.role == "leader").count(),
                 replicas: status.groups.len(),
                 state_bytes: status.groups.iter().map(|group| group.state_bytes).sum(),
                 log_bytes: status.log_bytes,

@@ -37,22 +37,12 @@ const COLUMNS: &[Column<ShardView>] = &[
         true => format!("{} meta", shard.id),
         false => shard.id.to_string(),
     }),
-    Column::text("FROM", |shard| {
-        if shard.is_meta {
-            "-".to_owned()
-        } else {
-            shard.start.clone()
-        }
-    }),
+    Column::text("FROM", |shard| if shard.is_meta { "-".to_owned() } else { shard.start.clone() }),
     Column::text("LEADER", |shard| {
-        shard
-            .leader
-            .map_or_else(|| "none".to_owned(), |node| format!("n{node}"))
+        shard.leader.map_or_else(|| "none".to_owned(), |node| format!("n{node}"))
     }),
     Column::text("VOTERS", |shard| names(&shard.voters)),
-    Column::number("LIVE", |shard| {
-        format!("{}/{}", shard.live, shard.voters.len())
-    }),
+    Column::number("LIVE", |shard| format!("{}/{}", shard.live, shard.voters.len())),
     Column::number("TERM", |shard| shard.term.to_string()),
     Column::number("APPLIED", |shard| shard.applied_index.to_string()),
     Column::number("LAG", |shard| shard.lag.to_string()),
@@ -64,11 +54,7 @@ const COLUMNS: &[Column<ShardView>] = &[
 
 fn names(nodes: &[u64]) -> String {
     let names: Vec<String> = nodes.iter().map(|node| format!("n{node}")).collect();
-    if names.is_empty() {
-        "-".to_owned()
-    } else {
-        names.join(" ")
-    }
+    if names.is_empty() { "-".to_owned() } else { names.join(" ") }
 }
 
 #[derive(Serialize)]
@@ -98,25 +84,15 @@ async fn transfer(
     let what = format!("hand over the leadership of shard {shard}");
     let leader = client.admin().transfer_leader(shard, to).await;
     let leader = leader.map_err(|error| Failure::call(what, &error))?;
-    let view = TransferView {
-        shard: shard.0,
-        leader: leader.0,
-    };
-    output.item("LeaderTransfer", &view, || {
-        format!("n{leader} leads shard {shard} now")
-    })
+    let view = TransferView { shard: shard.0, leader: leader.0 };
+    output.item("LeaderTransfer", &view, || format!("n{leader} leads shard {shard} now"))
 }
 
 fn views(picture: &Picture) -> Vec<ShardView> {
     let view = |shard: &coracle_client::topology::Shard| {
         let (mut voters, mut learners) = (Vec::new(), Vec::new());
         for replica in &shard.replicas {
-            if replica.voter {
-                &mut voters
-            } else {
-                &mut learners
-            }
-            .push(replica.node.0);
+            if replica.voter { &mut voters } else { &mut learners }.push(replica.node.0);
         }
         let groups: Vec<_> = shard
             .replicas
@@ -125,10 +101,7 @@ fn views(picture: &Picture) -> Vec<ShardView> {
             .filter_map(|status| status.groups.iter().find(|group| group.shard == shard.id))
             .collect();
         let applied = groups.iter().map(|group| group.applied_index);
-        let (least, most) = (
-            applied.clone().min().unwrap_or(0),
-            applied.max().unwrap_or(0),
-        );
+        let (least, most) = (applied.clone().min().unwrap_or(0), applied.max().unwrap_or(0));
         let is_live = |node: &&u64| picture.nodes.contains_key(&NodeId(**node));
         ShardView {
             id: shard.id.0,
@@ -136,19 +109,11 @@ fn views(picture: &Picture) -> Vec<ShardView> {
             end: format!("{:016x}", shard.end),
             epoch: shard.epoch,
             leader: health::leader(shard, &picture.nodes).map(|node| node.0),
-            term: groups
-                .iter()
-                .map(|group| group.term)
-                .max()
-                .unwrap_or(shard.leader_term),
+            term: groups.iter().map(|group| group.term).max().unwrap_or(shard.leader_term),
             live: voters.iter().filter(is_live).count(),
             voters,
             learners,
-            state_bytes: groups
-                .iter()
-                .map(|group| group.state_bytes)
-                .max()
-                .unwrap_or(0),
+            state_bytes: groups.iter().map(|group| group.state_bytes).max().unwrap_or(0),
             applied_index: most,
             lag: most - least,
             is_meta: shard.id == ShardId(0),

@@ -122,23 +122,14 @@ impl Cluster {
         let (ports, is_preferred) =
             chosen.map_err(|error| Failure::failed(format!("cannot choose ports: {error}")))?;
         let nodes = plans(plan, &dir, &ports).into_iter();
-        let nodes = nodes.map(|plan| Node {
-            id: NodeId(0),
-            process: NodeProcess::new(plan),
-        });
+        let nodes = nodes.map(|plan| Node { id: NodeId(0), process: NodeProcess::new(plan) });
         let client = Client::builder()
             .seeds(ports.iter().map(|ports| ports.client.to_string()))
             .name("coracle-demo")
             .connect_lazy()
             .map_err(|error| Failure::call("make a client", &error))?;
         let keep = plan.data_dir.is_some();
-        Ok(Cluster {
-            nodes: nodes.collect(),
-            client,
-            keep,
-            is_preferred,
-            scratch,
-        })
+        Ok(Cluster { nodes: nodes.collect(), client, keep, is_preferred, scratch })
     }
 
     /// Whether all ports are those to be remembered.
@@ -186,11 +177,7 @@ impl Cluster {
         }
         if !stands {
             let nodes = self.nodes.len() as u32;
-            let init = Init {
-                nodes,
-                shards: SHARDS,
-                replicas: 3.min(nodes),
-            };
+            let init = Init { nodes, shards: SHARDS, replicas: 3.min(nodes) };
             let made = self.client.admin().init(init).await;
             made.map_err(|error| self.explained("make the cluster", &error))?;
         }
@@ -204,13 +191,10 @@ impl Cluster {
 
     /// Where a node stands in [`Cluster::nodes`].
     pub fn find(&self, id: NodeId) -> Result<usize, Failure> {
-        self.nodes
-            .iter()
-            .position(|node| node.id == id)
-            .ok_or_else(|| {
-                let names: Vec<String> = self.nodes.iter().map(Node::name).collect();
-                Failure::usage(format!("there is no n{id}: {}", names.join(", ")))
-            })
+        self.nodes.iter().position(|node| node.id == id).ok_or_else(|| {
+            let names: Vec<String> = self.nodes.iter().map(Node::name).collect();
+            Failure::usage(format!("there is no n{id}: {}", names.join(", ")))
+        })
     }
 
     /// SIGKILL, now.
@@ -249,17 +233,9 @@ impl Cluster {
     /// Cuts a node off from all others.
     pub async fn partition(&self, at: usize) -> Result<(), Failure> {
         let node = &self.nodes[at];
-        let others = self
-            .nodes
-            .iter()
-            .map(|node| node.id)
-            .filter(|id| *id != node.id);
+        let others = self.nodes.iter().map(|node| node.id).filter(|id| *id != node.id);
         let cut_from: Vec<NodeId> = others.collect();
-        let cut = self
-            .client
-            .admin()
-            .inject_fault(&node.address(), &cut_from)
-            .await;
+        let cut = self.client.admin().inject_fault(&node.address(), &cut_from).await;
         cut.map_err(|error| Failure::call(format!("cut off {}", node.name()), &error))
     }
 
@@ -345,12 +321,7 @@ impl Cluster {
             }
             let address = node.address();
             let log = node.process.plan().log();
-            let what = || {
-                format!(
-                    "no answer from {address} in time; its log: {}",
-                    log.display()
-                )
-            };
+            let what = || format!("no answer from {address} in time; its log: {}", log.display());
             self.pause(deadline, what).await?;
         }
     }
@@ -366,10 +337,8 @@ impl Cluster {
                     return Ok(());
                 }
             }
-            self.pause(deadline, || {
-                "not every shard has found a leader in time".to_owned()
-            })
-            .await?;
+            self.pause(deadline, || "not every shard has found a leader in time".to_owned())
+                .await?;
         }
     }
 
@@ -390,10 +359,7 @@ impl Cluster {
 }
 
 async fn status(admin: &Admin, address: String) -> Option<NodeStatus> {
-    tokio::time::timeout(STATUS_TIMEOUT, admin.node_status(&address))
-        .await
-        .ok()?
-        .ok()
+    tokio::time::timeout(STATUS_TIMEOUT, admin.node_status(&address)).await.ok()?.ok()
 }
 
 fn plans(plan: &ClusterPlan, dir: &Path, ports: &[Ports]) -> Vec<NodePlan> {
@@ -418,14 +384,9 @@ fn kept_dir(dir: &Path, nodes: usize) -> Result<PathBuf, Failure> {
     let failed = |error: std::io::Error| Failure::io("use", dir, &error);
     fs::create_dir_all(dir).map_err(failed)?;
     let dir = dir.canonicalize().map_err(failed)?;
-    let found = (1..)
-        .take_while(|at| dir.join(format!("node{at}")).is_dir())
-        .count();
+    let found = (1..).take_while(|at| dir.join(format!("node{at}")).is_dir()).count();
     if found != 0 && found != nodes {
-        let text = format!(
-            "{} holds a cluster of {found} nodes, not {nodes}",
-            dir.display()
-        );
+        let text = format!("{} holds a cluster of {found} nodes, not {nodes}", dir.display());
         return Err(Failure::usage(text).next(format!("--nodes {found}, or another --data-dir")));
     }
     Ok(dir)

@@ -68,9 +68,7 @@ impl Dataset {
             }
         }
         Dataset::read(Path::new(STATUS), STATUS.to_owned()).map_err(|failure| {
-            failure.next(format!(
-                "name a file of Debian control records with {OVERRIDE}"
-            ))
+            failure.next(format!("name a file of Debian control records with {OVERRIDE}"))
         })
     }
 
@@ -90,12 +88,7 @@ impl Dataset {
                 }
             }
         }
-        Ok(Dataset {
-            file: file.to_owned(),
-            origin,
-            records,
-            count,
-        })
+        Ok(Dataset { file: file.to_owned(), origin, records, count })
     }
 
     /// Reads all of it back and compares it byte for byte.
@@ -124,8 +117,7 @@ impl Compared {
     fn wrong(&mut self, key: &[u8], how: &str) {
         self.wrong_count += 1;
         if self.wrong.len() < NAMED_MAX {
-            self.wrong
-                .push(format!("{} {how}", String::from_utf8_lossy(key)));
+            self.wrong.push(format!("{} {how}", String::from_utf8_lossy(key)));
         }
     }
 }
@@ -133,16 +125,8 @@ impl Compared {
 /// The package lists of this machine, written to a file; `None` where there are none.
 async fn dumpavail(dir: &Path) -> Option<PathBuf> {
     let mut command = Command::new("apt-cache");
-    command
-        .arg("dumpavail")
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .kill_on_drop(true);
-    let dumped = command
-        .output()
-        .await
-        .ok()
-        .filter(|output| output.status.success())?;
+    command.arg("dumpavail").stdin(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    let dumped = command.output().await.ok().filter(|output| output.status.success())?;
     let file = dir.join("packages.txt");
     fs::write(&file, dumped.stdout).ok()?;
     Some(file)
@@ -160,13 +144,7 @@ mod tests {
             format!("Package: {name}\nVersion: 1\nArchitecture: all\nDescription: {text}\n\n")
         };
         let bad = "Package: bad\n\n";
-        let text = [
-            &record("a", "old"),
-            bad,
-            &record("b", "b"),
-            &record("a", "new"),
-        ]
-        .concat();
+        let text = [&record("a", "old"), bad, &record("b", "b"), &record("a", "new")].concat();
         fs::write(&file, text).unwrap();
         let dataset = Dataset::read(&file, "test".to_owned()).unwrap();
         assert_eq!((dataset.count, dataset.records.len()), (3, 2));

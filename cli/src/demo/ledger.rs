@@ -104,10 +104,7 @@ struct State {
 impl Ledger {
     /// Empty. `run` must differ from every other run on the same cluster.
     pub fn new(run: impl Into<String>) -> Ledger {
-        Ledger {
-            run: run.into(),
-            state: Mutex::default(),
-        }
+        Ledger { run: run.into(), state: Mutex::default() }
     }
 
     /// A key that nobody has written, for one writer alone.
@@ -125,23 +122,14 @@ impl Ledger {
     /// The next write of a key begins now.
     pub fn begin(&self, id: KeyId) -> Attempt {
         let mut state = self.state();
-        assert!(
-            state.keys[id.0 as usize].unknown.is_none(),
-            "a retired key is not written again"
-        );
+        assert!(state.keys[id.0 as usize].unknown.is_none(), "a retired key is not written again");
         let sequence = state.next_sequence.entry(id).or_insert(0);
         *sequence += 1;
         let sequence = *sequence;
         state.attempts += 1;
         let number = state.attempts;
         state.in_flight.insert(number, id);
-        Attempt {
-            id,
-            sequence,
-            key: self.key(id),
-            value: value(id, sequence),
-            number,
-        }
+        Attempt { id, sequence, key: self.key(id), value: value(id, sequence), number }
     }
 
     /// It was acknowledged, by this node.
@@ -153,10 +141,7 @@ impl Ledger {
         key.acknowledgements += 1;
         state.acknowledged += 1;
         state.shard_of.insert(attempt.id, shard);
-        let seen = state
-            .shards
-            .entry(shard)
-            .or_insert(ShardSeen { node, writes: 0 });
+        let seen = state.shards.entry(shard).or_insert(ShardSeen { node, writes: 0 });
         seen.node = node;
         seen.writes += 1;
         if let Some(failover) = &mut state.failover {
@@ -188,13 +173,9 @@ impl Ledger {
     /// Every key that was written, and what may be read of it.
     pub fn all(&self) -> Vec<(KeyId, Expected)> {
         let state = self.state();
-        let keys = state
-            .keys
-            .iter()
-            .enumerate()
-            .map(|(id, expected)| (KeyId(id as u64), *expected));
-        keys.filter(|(_, expected)| *expected != Expected::default())
-            .collect()
+        let keys =
+            state.keys.iter().enumerate().map(|(id, expected)| (KeyId(id as u64), *expected));
+        keys.filter(|(_, expected)| *expected != Expected::default()).collect()
     }
 
     /// Writes that were acknowledged.
@@ -210,29 +191,14 @@ impl Ledger {
     /// The writes under way whose key was last seen on one of these shards, by number.
     pub fn in_flight_on(&self, shards: &BTreeSet<ShardId>) -> BTreeSet<u64> {
         let state = self.state();
-        let on = |id: &KeyId| {
-            state
-                .shard_of
-                .get(id)
-                .is_some_and(|shard| shards.contains(shard))
-        };
-        state
-            .in_flight
-            .iter()
-            .filter(|(_, id)| on(id))
-            .map(|(number, _)| *number)
-            .collect()
+        let on = |id: &KeyId| state.shard_of.get(id).is_some_and(|shard| shards.contains(shard));
+        state.in_flight.iter().filter(|(_, id)| on(id)).map(|(number, _)| *number).collect()
     }
 
     /// A node was killed: from now on the first writes of the shards that it led are noted.
     pub fn watch_failover(&self, victim: NodeId, led: BTreeSet<ShardId>, at: Instant) {
         let first_writes = BTreeMap::new();
-        self.state().failover = Some(Failover {
-            victim,
-            at,
-            led,
-            first_writes,
-        });
+        self.state().failover = Some(Failover { victim, at, led, first_writes });
     }
 
     /// What has been noted since.
@@ -320,10 +286,7 @@ mod tests {
         let unknown = ledger.begin(id);
         ledger.unknown(&unknown);
         assert_eq!(ledger.judge(id, Some(&acknowledged.value)), Verdict::Kept);
-        assert_eq!(
-            ledger.judge(id, Some(&unknown.value)),
-            Verdict::UnknownApplied
-        );
+        assert_eq!(ledger.judge(id, Some(&unknown.value)), Verdict::UnknownApplied);
         assert_eq!(ledger.judge(id, None), Verdict::Lost);
         let again = std::panic::catch_unwind(|| ledger.begin(id));
         assert!(again.is_err(), "a retired key was written again");
@@ -336,10 +299,7 @@ mod tests {
         let unknown = ledger.begin(id);
         ledger.unknown(&unknown);
         assert_eq!(ledger.judge(id, None), Verdict::Kept);
-        assert_eq!(
-            ledger.judge(id, Some(&unknown.value)),
-            Verdict::UnknownApplied
-        );
+        assert_eq!(ledger.judge(id, Some(&unknown.value)), Verdict::UnknownApplied);
         assert_eq!(ledger.all().len(), 1);
     }
 
@@ -352,11 +312,7 @@ mod tests {
         let shards = BTreeSet::from([SHARD]);
         let before = ledger.in_flight_on(&shards);
         assert_eq!(before.len(), 1);
-        assert!(
-            ledger
-                .in_flight_on(&BTreeSet::from([ShardId(2)]))
-                .is_empty()
-        );
+        assert!(ledger.in_flight_on(&BTreeSet::from([ShardId(2)])).is_empty());
         ledger.refused(&pending);
         assert!(ledger.in_flight_on(&shards).is_empty());
     }
@@ -371,12 +327,7 @@ mod tests {
         assert!(ledger.failover().unwrap().first_writes.is_empty());
         for ms in [300, 400] {
             let attempt = ledger.begin(id);
-            ledger.acknowledged(
-                &attempt,
-                SHARD,
-                NodeId(2),
-                killed + Duration::from_millis(ms),
-            );
+            ledger.acknowledged(&attempt, SHARD, NodeId(2), killed + Duration::from_millis(ms));
         }
         let first = ledger.failover().unwrap().first_writes;
         assert_eq!(first, BTreeMap::from([(SHARD, Duration::from_millis(300))]));

@@ -84,11 +84,7 @@ impl Window {
     /// In percent; 100 where nothing happened.
     pub fn success(&self) -> f64 {
         let all = self.ok + self.failed;
-        if all == 0 {
-            100.0
-        } else {
-            self.ok as f64 * 100.0 / all as f64
-        }
+        if all == 0 { 100.0 } else { self.ok as f64 * 100.0 / all as f64 }
     }
 }
 
@@ -110,12 +106,7 @@ impl Load {
             };
             tasks.spawn(writer.run(interval, stopped.clone()));
         }
-        Load {
-            ledger,
-            window,
-            stop,
-            writers: tasks,
-        }
+        Load { ledger, window, stop, writers: tasks }
     }
 
     /// What happened since the last call.
@@ -166,10 +157,7 @@ impl Writer {
             }
             let (place, read) = {
                 let mut rng = rand::rng();
-                (
-                    rng.random_range(0..self.keys.len()),
-                    rng.random_ratio(1, READ_ONE_OF),
-                )
+                (rng.random_range(0..self.keys.len()), rng.random_ratio(1, READ_ONE_OF))
             };
             let went_well = match read {
                 true => self.read(self.keys[place]).await,
@@ -184,15 +172,11 @@ impl Writer {
     async fn write(&mut self, place: usize) -> bool {
         let attempt = self.ledger.begin(self.keys[place]);
         let started = Instant::now();
-        let written = self
-            .keyspace
-            .put(attempt.key.clone(), attempt.value.clone())
-            .await;
+        let written = self.keyspace.put(attempt.key.clone(), attempt.value.clone()).await;
         match &written {
             Ok(written) => {
                 let served = written.served;
-                self.ledger
-                    .acknowledged(&attempt, served.shard, served.node, Instant::now());
+                self.ledger.acknowledged(&attempt, served.shard, served.node, Instant::now());
             }
             Err(error) if error.outcome() == Outcome::NotApplied => self.ledger.refused(&attempt),
             Err(_) => {
@@ -216,9 +200,7 @@ impl Writer {
 
     fn note(&self, started: Instant, error: Option<&Error>, lost: bool) -> bool {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        window
-            .latencies
-            .saturating_record(started.elapsed().as_micros() as u64);
+        window.latencies.saturating_record(started.elapsed().as_micros() as u64);
         window.lost += u64::from(lost);
         match error {
             None => window.ok += 1,
@@ -261,10 +243,7 @@ pub async fn verify(client: &Client, keyspace: &str, ledger: &Ledger) -> Result<
                 }
                 Err(error) => {
                     let failure = Failure::call("read the acknowledged writes back", &error);
-                    return Err(Failure {
-                        exit: Exit::Unhealthy,
-                        ..failure
-                    });
+                    return Err(Failure { exit: Exit::Unhealthy, ..failure });
                 }
             }
         };
@@ -288,16 +267,11 @@ fn loss(ledger: &Ledger, id: KeyId, entry: Option<&coracle_client::Entry>) -> St
     let found = match entry {
         None => "is absent".to_owned(),
         Some(entry) => {
-            let text = String::from_utf8_lossy(&entry.value)
-                .trim_end_matches('.')
-                .to_owned();
+            let text = String::from_utf8_lossy(&entry.value).trim_end_matches('.').to_owned();
             format!("is {text:?} at version {}", entry.version)
         }
     };
-    format!(
-        "{key}: write {} was acknowledged, the key {found}",
-        expected.acknowledged
-    )
+    format!("{key}: write {} was acknowledged, the key {found}", expected.acknowledged)
 }
 
 #[cfg(test)]

@@ -36,9 +36,7 @@ pub fn preferred_or_free(nodes: usize, rng: &mut impl Rng) -> io::Result<(Vec<Po
             Ports { client, peer, http }
         })
         .collect();
-    let all = preferred
-        .iter()
-        .flat_map(|ports| [ports.client, ports.peer, ports.http]);
+    let all = preferred.iter().flat_map(|ports| [ports.client, ports.peer, ports.http]);
     let held: io::Result<Vec<TcpListener>> = all.map(TcpListener::bind).collect();
     match held {
         Ok(_) => Ok((preferred, true)),
@@ -60,10 +58,7 @@ pub fn free(nodes: usize, range: Range<u16>, rng: &mut impl Rng) -> io::Result<V
         }
     }
     if held.len() < nodes * 3 {
-        return Err(io::Error::other(format!(
-            "no {} free ports in {range:?}",
-            nodes * 3
-        )));
+        return Err(io::Error::other(format!("no {} free ports in {range:?}", nodes * 3)));
     }
     let mut ports: Vec<SocketAddr> = held.iter().map(|(port, _)| local(*port)).collect();
     ports.sort();
@@ -71,11 +66,7 @@ pub fn free(nodes: usize, range: Range<u16>, rng: &mut impl Rng) -> io::Result<V
     let (peer, http) = rest.split_at(nodes);
     let each = client.iter().zip(peer).zip(http);
     Ok(each
-        .map(|((client, peer), http)| Ports {
-            client: *client,
-            peer: *peer,
-            http: *http,
-        })
+        .map(|((client, peer), http)| Ports { client: *client, peer: *peer, http: *http })
         .collect())
 }
 
@@ -92,9 +83,7 @@ mod tests {
     #[test]
     fn ports_are_distinct_and_free() {
         let ports = free(5, OTHERS, &mut rand::rng()).unwrap();
-        let all = ports
-            .iter()
-            .flat_map(|ports| [ports.client, ports.peer, ports.http]);
+        let all = ports.iter().flat_map(|ports| [ports.client, ports.peer, ports.http]);
         let all: BTreeSet<SocketAddr> = all.collect();
         assert_eq!(all.len(), 15);
         assert!(all.iter().all(|address| OTHERS.contains(&address.port())));

@@ -48,11 +48,7 @@ impl NodePlan {
             "--log-format=text".to_owned(),
             format!("--exit-with-parent={}", std::process::id()),
         ];
-        args.extend(
-            self.settings
-                .iter()
-                .map(|setting| format!("--set={setting}")),
-        );
+        args.extend(self.settings.iter().map(|setting| format!("--set={setting}")));
         args
     }
 
@@ -87,10 +83,7 @@ impl NodeProcess {
 
     /// Starts it. Returns at once: that it serves shows when it answers.
     pub fn start(&mut self) -> Result<(), Failure> {
-        assert!(
-            self.child.is_none(),
-            "a node is started when it does not run"
-        );
+        assert!(self.child.is_none(), "a node is started when it does not run");
         let path = self.plan.log();
         let opened = || -> std::io::Result<[fs::File; 2]> {
             if let Some(dir) = path.parent() {
@@ -101,11 +94,7 @@ impl NodeProcess {
         };
         let [out, err] = opened().map_err(|error| Failure::io("write", &path, &error))?;
         let mut command = Command::new(&self.plan.program);
-        command
-            .args(self.plan.args())
-            .stdin(Stdio::null())
-            .stdout(out)
-            .stderr(err);
+        command.args(self.plan.args()).stdin(Stdio::null()).stdout(out).stderr(err);
         // Ctrl-C is for whoever started it, who then ends it in its own way.
         command.process_group(0).kill_on_drop(true);
         // What is set for a node of the user's own is not meant for this one.
@@ -129,10 +118,7 @@ impl NodeProcess {
     pub fn ended(&mut self) -> Option<String> {
         let status = self.child.as_mut()?.try_wait().ok()??;
         self.child = None;
-        Some(format!(
-            "it ended ({status}); its log ends with:\n{}",
-            self.log_tail()
-        ))
+        Some(format!("it ended ({status}); its log ends with:\n{}", self.log_tail()))
     }
 
     /// SIGKILL, now: it is on its way when this returns. Then [`NodeProcess::reap`].
@@ -164,9 +150,7 @@ impl NodeProcess {
 
     /// Waits until it has ended by itself; `None` when it has not after so long.
     pub async fn wait(&mut self, patience: Duration) -> Option<ExitStatus> {
-        let status = tokio::time::timeout(patience, self.child.as_mut()?.wait())
-            .await
-            .ok()?;
+        let status = tokio::time::timeout(patience, self.child.as_mut()?.wait()).await.ok()?;
         self.child = None;
         status.ok()
     }
@@ -186,9 +170,7 @@ impl NodeProcess {
 
     fn signal(&self, child: &Child, signal: Signal) {
         // A child that is waited for keeps its id to itself: no other process can have it.
-        let pid = child
-            .id()
-            .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+        let pid = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
         if let Some(pid) = pid {
             let _ = kill_process(pid, signal);
         }

@@ -67,16 +67,14 @@ impl Command {
 pub fn typed() -> mpsc::Receiver<String> {
     let (tx, rx) = mpsc::channel(16);
     // Detached: a read of a terminal cannot be ended, and the process does not wait for it.
-    let reading = std::thread::Builder::new()
-        .name("keys".to_owned())
-        .spawn(move || {
-            for line in std::io::stdin().lock().lines() {
-                let Ok(line) = line else { return };
-                if tx.blocking_send(line).is_err() {
-                    return;
-                }
+    let reading = std::thread::Builder::new().name("keys".to_owned()).spawn(move || {
+        for line in std::io::stdin().lock().lines() {
+            let Ok(line) = line else { return };
+            if tx.blocking_send(line).is_err() {
+                return;
             }
-        });
+        }
+    });
     // Without the thread nothing is typed; Ctrl-C still ends the demo.
     drop(reading);
     rx
@@ -94,20 +92,12 @@ impl<'a> Screen<'a> {
     /// Its clock starts now.
     pub fn new(output: &'a Output, plain: bool) -> Screen<'a> {
         let figures = Mutex::new(output.progress());
-        Screen {
-            output,
-            started: Instant::now(),
-            figures,
-            plain: plain || !output.is_terminal(),
-        }
+        Screen { output, started: Instant::now(), figures, plain: plain || !output.is_terminal() }
     }
 
     /// A line without the time.
     pub fn line(&self, text: &str) {
-        self.figures
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.figures.lock().unwrap_or_else(PoisonError::into_inner).clear();
         // When nobody reads any more, the demo still ends in order.
         let _ = self.output.line(text).and_then(|()| self.output.flush());
     }
@@ -160,14 +150,8 @@ mod tests {
     #[test]
     fn keys_and_words() {
         assert_eq!(Command::parse("k"), Ok(Some(Command::Kill(None))));
-        assert_eq!(
-            Command::parse(" :kill n3 "),
-            Ok(Some(Command::Kill(Some(NodeId(3)))))
-        );
-        assert_eq!(
-            Command::parse(":restart 2"),
-            Ok(Some(Command::Restart(Some(NodeId(2)))))
-        );
+        assert_eq!(Command::parse(" :kill n3 "), Ok(Some(Command::Kill(Some(NodeId(3))))));
+        assert_eq!(Command::parse(":restart 2"), Ok(Some(Command::Restart(Some(NodeId(2))))));
         assert_eq!(Command::parse("p"), Ok(Some(Command::Partition(None))));
         assert_eq!(Command::parse(":heal"), Ok(Some(Command::Heal)));
         assert_eq!(Command::parse("q"), Ok(Some(Command::Quit)));

@@ -78,31 +78,17 @@ pub async fn run(
     figures.shards_led = failover.led.len();
     figures.failover_first = failover.first_writes.values().min().copied();
     let all = failover.first_writes.len() == failover.led.len();
-    figures.failover_last = failover
-        .first_writes
-        .values()
-        .max()
-        .copied()
-        .filter(|_| all);
+    figures.failover_last = failover.first_writes.values().max().copied().filter(|_| all);
 
     screen.caption("Start it again, and wait until it has caught up");
     let restarted = Instant::now();
     cluster.restart(&[victim]).await?;
-    cluster
-        .wait_caught_up(victim, restarted + CATCH_UP_DEADLINE)
-        .await?;
+    cluster.wait_caught_up(victim, restarted + CATCH_UP_DEADLINE).await?;
     figures.caught_up = restarted.elapsed();
     let name = cluster.nodes()[victim].name();
-    screen.event(&format!(
-        "{name} is back, caught up after {}",
-        duration(figures.caught_up)
-    ));
+    screen.event(&format!("{name} is back, caught up after {}", duration(figures.caught_up)));
 
-    watch
-        .until(LOAD_DEADLINE, |ledger| {
-            ledger.acknowledgements() >= WRITES_AIM
-        })
-        .await;
+    watch.until(LOAD_DEADLINE, |ledger| ledger.acknowledgements() >= WRITES_AIM).await;
     figures.lost_under_load = watch.lost;
     load.finish().await;
 
@@ -120,10 +106,7 @@ pub async fn run(
     screen.line(figures.block().trim_end());
     match figures.shortcomings().is_empty() {
         true => Ok(()),
-        false => Err(Failure::new(
-            Exit::Unhealthy,
-            "the tour has not shown what it should",
-        )),
+        false => Err(Failure::new(Exit::Unhealthy, "the tour has not shown what it should")),
     }
 }
 
@@ -136,10 +119,7 @@ async fn import(
 ) -> Result<Compared, Failure> {
     screen.caption("Import a real data set, one record per package");
     let writer = client(cluster, 0)?;
-    let made = writer
-        .admin()
-        .create_keyspace(NewKeyspace::new(KEYSPACE))
-        .await;
+    let made = writer.admin().create_keyspace(NewKeyspace::new(KEYSPACE)).await;
     made.map_err(|error| Failure::call("make the keyspace", &error))?;
     let plan = Plan {
         file: dataset.file.clone(),
@@ -160,19 +140,13 @@ async fn import(
     ));
     let other = cluster.nodes().len() - 1;
     let started = Instant::now();
-    let compared = dataset
-        .compare(&client(cluster, other)?.keyspace(KEYSPACE))
-        .await?;
+    let compared = dataset.compare(&client(cluster, other)?.keyspace(KEYSPACE)).await?;
     screen.event(&format!(
         "{} read back through {} in {}, each the same byte for byte: {}",
         count(compared.equal),
         cluster.nodes()[other].name(),
         duration(started.elapsed()),
-        if compared.wrong_count == 0 {
-            "yes"
-        } else {
-            "NO"
-        }
+        if compared.wrong_count == 0 { "yes" } else { "NO" }
     ));
     Ok(compared)
 }
@@ -180,9 +154,7 @@ async fn import(
 /// A client that knows only one node to begin with.
 fn client(cluster: &Cluster, at: usize) -> Result<Client, Failure> {
     let node = &cluster.nodes()[at];
-    let builder = Client::builder()
-        .seeds([node.address()])
-        .name("coracle-tour");
+    let builder = Client::builder().seeds([node.address()]).name("coracle-tour");
     builder
         .operation_timeout(crate::context::TIMEOUT_DEFAULT)
         .connect_lazy()
@@ -192,14 +164,8 @@ fn client(cluster: &Cluster, at: usize) -> Result<Client, Failure> {
 /// The node whose shard took most writes, and all shards that it leads.
 pub fn busiest(ledger: &Ledger) -> Option<(NodeId, BTreeSet<coracle_client::ShardId>)> {
     let shards = ledger.shards();
-    let node = shards
-        .values()
-        .max_by_key(|seen: &&ShardSeen| seen.writes)?
-        .node;
-    let led = shards
-        .iter()
-        .filter(|(_, seen)| seen.node == node)
-        .map(|(shard, _)| *shard);
+    let node = shards.values().max_by_key(|seen: &&ShardSeen| seen.writes)?.node;
+    let led = shards.iter().filter(|(_, seen)| seen.node == node).map(|(shard, _)| *shard);
     Some((node, led.collect()))
 }
 
@@ -231,10 +197,7 @@ async fn kill(
                 return Ok((at, in_flight));
             }
         } else if Instant::now() >= deadline {
-            return Err(Failure::new(
-                Exit::Unhealthy,
-                "no write was acknowledged at all",
-            ));
+            return Err(Failure::new(Exit::Unhealthy, "no write was acknowledged at all"));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -243,16 +206,12 @@ async fn kill(
 /// Waits until every shard that the killed node led has taken a write again.
 async fn watch_failover(watch: &mut Watch<'_>, ledger: &Ledger, screen: &Screen<'_>) -> Failover {
     let done = |ledger: &Ledger| {
-        ledger
-            .failover()
-            .is_some_and(|failover| failover.first_writes.len() == failover.led.len())
+        ledger.failover().is_some_and(|failover| failover.first_writes.len() == failover.led.len())
     };
     watch.until(FAILOVER_DEADLINE, done).await;
     let failover = ledger.failover().expect("the kill has begun it");
-    let (first, last) = (
-        failover.first_writes.values().min(),
-        failover.first_writes.values().max(),
-    );
+    let (first, last) =
+        (failover.first_writes.values().min(), failover.first_writes.values().max());
     if let (Some(first), Some(last)) = (first, last) {
         screen.event(&format!(
             "first write after {:.2} s; {} of {} shards write again, the slowest after {:.2} s",
@@ -276,12 +235,7 @@ struct Watch<'a> {
 
 impl<'a> Watch<'a> {
     fn new(load: &'a Load, screen: &'a Screen<'a>) -> Watch<'a> {
-        Watch {
-            load,
-            screen,
-            shown: Instant::now(),
-            lost: 0,
-        }
+        Watch { load, screen, shown: Instant::now(), lost: 0 }
     }
 
     /// Waits so long, or until `done`. Returns the acknowledged writes.

@@ -48,21 +48,12 @@ impl Figures {
                 wrong.push(text);
             }
         };
-        expect(
-            self.lost() == 0,
-            format!("{} acknowledged writes were lost", count(self.lost())),
-        );
+        expect(self.lost() == 0, format!("{} acknowledged writes were lost", count(self.lost())));
         let differ = self.imported.wrong_count;
-        expect(
-            differ == 0,
-            format!("{} records were not read back as written", count(differ)),
-        );
+        expect(differ == 0, format!("{} records were not read back as written", count(differ)));
         expect(
             self.imported.equal >= RECORDS_MIN as u64,
-            format!(
-                "only {} records, at least {RECORDS_MIN} are wanted",
-                self.imported.equal
-            ),
+            format!("only {} records, at least {RECORDS_MIN} are wanted", self.imported.equal),
         );
         expect(
             self.verified.acknowledged >= WRITES_MIN,
@@ -71,10 +62,7 @@ impl Figures {
                 self.verified.acknowledged
             ),
         );
-        expect(
-            self.in_flight_at_kill > 0,
-            "no write was in flight at the kill".to_owned(),
-        );
+        expect(self.in_flight_at_kill > 0, "no write was in flight at the kill".to_owned());
         expect(
             self.failover_last.is_some(),
             "not every shard of the killed node took a write again".to_owned(),
@@ -85,23 +73,11 @@ impl Figures {
     /// The block at the end.
     pub fn block(&self) -> String {
         let seconds = |span: Option<Duration>| {
-            span.map_or_else(
-                || "never".to_owned(),
-                |span| format!("{:.2} s", span.as_secs_f64()),
-            )
+            span.map_or_else(|| "never".to_owned(), |span| format!("{:.2} s", span.as_secs_f64()))
         };
-        let Verified {
-            keys,
-            acknowledged,
-            unknown,
-            unknown_applied,
-            ..
-        } = self.verified;
+        let Verified { keys, acknowledged, unknown, unknown_applied, .. } = self.verified;
         let mut lines = vec![
-            format!(
-                "records imported and compared   {}",
-                count(self.imported.equal)
-            ),
+            format!("records imported and compared   {}", count(self.imported.equal)),
             format!(
                 "acknowledged writes checked     {} on {} keys",
                 count(acknowledged),
@@ -116,18 +92,9 @@ impl Figures {
                 seconds(self.failover_last),
                 self.shards_led
             ),
-            format!(
-                "caught up after the restart     {}",
-                duration(self.caught_up)
-            ),
+            format!("caught up after the restart     {}", duration(self.caught_up)),
         ];
-        lines.extend(
-            self.verified
-                .lost
-                .iter()
-                .take(10)
-                .map(|loss| format!("LOST  {loss}")),
-        );
+        lines.extend(self.verified.lost.iter().take(10).map(|loss| format!("LOST  {loss}")));
         let wrong = self.imported.wrong.iter().chain(&self.imported_after.wrong);
         lines.extend(wrong.map(|wrong| format!("WRONG {wrong}")));
         let shortcomings = self.shortcomings();
@@ -145,15 +112,8 @@ mod tests {
 
     fn good() -> Figures {
         Figures {
-            imported: Compared {
-                equal: 1_000,
-                ..Compared::default()
-            },
-            verified: Verified {
-                acknowledged: 10_000,
-                keys: 10,
-                ..Verified::default()
-            },
+            imported: Compared { equal: 1_000, ..Compared::default() },
+            verified: Verified { acknowledged: 10_000, keys: 10, ..Verified::default() },
             in_flight_at_kill: 1,
             failover_first: Some(Duration::from_millis(610)),
             failover_last: Some(Duration::from_millis(900)),
@@ -165,43 +125,27 @@ mod tests {
     fn a_tour_that_showed_everything_passes() {
         assert_eq!(good().shortcomings(), Vec::<String>::new());
         let block = good().block();
-        assert!(
-            block.contains("PASS") && block.contains("0.61 s"),
-            "{block}"
-        );
+        assert!(block.contains("PASS") && block.contains("0.61 s"), "{block}");
     }
 
     #[test]
     fn each_shortcoming_fails_it() {
         let cases: [(&str, fn(&mut Figures)); 9] = [
-            ("1 acknowledged writes were lost", |figures| {
-                figures.lost_under_load = 1
-            }),
-            ("were lost", |figures| {
-                figures.verified.lost.push("key".to_owned())
-            }),
-            ("were lost", |figures| {
-                figures.imported_after.wrong_count = 1
-            }),
+            ("1 acknowledged writes were lost", |figures| figures.lost_under_load = 1),
+            ("were lost", |figures| figures.verified.lost.push("key".to_owned())),
+            ("were lost", |figures| figures.imported_after.wrong_count = 1),
             ("read back", |figures| figures.imported.wrong_count = 1),
             ("only 999 records", |figures| figures.imported.equal = 999),
-            ("only 9999 acknowledged", |figures| {
-                figures.verified.acknowledged = 9_999
-            }),
+            ("only 9999 acknowledged", |figures| figures.verified.acknowledged = 9_999),
             ("in flight", |figures| figures.in_flight_at_kill = 0),
             ("took a write again", |figures| figures.failover_last = None),
-            ("were lost", |figures| {
-                figures.lost_under_load = u64::from(u32::MAX)
-            }),
+            ("were lost", |figures| figures.lost_under_load = u64::from(u32::MAX)),
         ];
         for (what, spoil) in cases {
             let mut figures = good();
             spoil(&mut figures);
             let shortcomings = figures.shortcomings();
-            assert!(
-                shortcomings.len() == 1 && shortcomings[0].contains(what),
-                "{shortcomings:?}"
-            );
+            assert!(shortcomings.len() == 1 && shortcomings[0].contains(what), "{shortcomings:?}");
             assert!(figures.block().contains("FAIL"));
         }
     }

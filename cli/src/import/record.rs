@@ -78,12 +78,7 @@ enum Line {
 impl<R: BufRead> Records<R> {
     /// `reader` stands at `position`.
     pub fn new(reader: R, format: RecordFormat, position: Position) -> Records<R> {
-        Records {
-            reader,
-            format,
-            position,
-            line: Vec::new(),
-        }
+        Records { reader, format, position, line: Vec::new() }
     }
 
     /// Reads the next line into the buffer.
@@ -132,11 +127,7 @@ impl<R: BufRead> Records<R> {
                     _ => ndjson(&self.line),
                 },
             };
-            return Ok(Some(Step {
-                line,
-                end: self.position,
-                record,
-            }));
+            return Ok(Some(Step { line, end: self.position, record }));
         }
     }
 
@@ -164,16 +155,8 @@ impl<R: BufRead> Records<R> {
             }
             first.get_or_insert(line);
         }
-        let record = if is_too_long {
-            Err(too_long())
-        } else {
-            package(text)
-        };
-        Ok(first.map(|line| Step {
-            line,
-            end: self.position,
-            record,
-        }))
+        let record = if is_too_long { Err(too_long()) } else { package(text) };
+        Ok(first.map(|line| Step { line, end: self.position, record }))
     }
 }
 
@@ -227,9 +210,7 @@ fn ndjson(line: &[u8]) -> Result<Record, String> {
         let written: Written = serde_json::from_value(value).map_err(|_| {
             format!("{name} must be a string, {{\"utf8\":\"…\"}} or {{\"base64\":\"…\"}}")
         })?;
-        written
-            .into_bytes()
-            .map_err(|error| format!("{name}: {error}"))
+        written.into_bytes().map_err(|error| format!("{name}: {error}"))
     };
     let lifetime = match (parsed.ttl_ms, parsed.expires_at_ms) {
         (None, None) => Lifetime::Forever,
@@ -238,11 +219,7 @@ fn ndjson(line: &[u8]) -> Result<Record, String> {
         (None, Some(ms)) => Lifetime::UntilMs(ms),
         (Some(_), Some(_)) => return Err("ttl_ms and expires_at_ms exclude each other".to_owned()),
     };
-    Ok(Record {
-        key: bytes("key", parsed.key)?,
-        value: bytes("value", parsed.value)?,
-        lifetime,
-    })
+    Ok(Record { key: bytes("key", parsed.key)?, value: bytes("value", parsed.value)?, lifetime })
 }
 
 fn tsv(line: &[u8]) -> Result<Record, String> {
@@ -254,22 +231,14 @@ fn tsv(line: &[u8]) -> Result<Record, String> {
     let lifetime = match expires {
         None => Lifetime::Forever,
         Some(text) => {
-            let ms = std::str::from_utf8(text)
-                .ok()
-                .and_then(|text| text.parse().ok());
+            let ms = std::str::from_utf8(text).ok().and_then(|text| text.parse().ok());
             Lifetime::UntilMs(ms.ok_or("the third column is not a time in milliseconds")?)
         }
     };
     let bytes = |name: &str, text: &[u8]| {
-        unescape(text)
-            .map(Bytes::from)
-            .map_err(|error| format!("{name}: {error}"))
+        unescape(text).map(Bytes::from).map_err(|error| format!("{name}: {error}"))
     };
-    Ok(Record {
-        key: bytes("key", key)?,
-        value: bytes("value", value)?,
-        lifetime,
-    })
+    Ok(Record { key: bytes("key", key)?, value: bytes("value", value)?, lifetime })
 }
 
 fn package(text: Vec<u8>) -> Result<Record, String> {
@@ -277,27 +246,14 @@ fn package(text: Vec<u8>) -> Result<Record, String> {
         let line = text.split(|byte| *byte == b'\n').find_map(|line| {
             let (field, value) = line.split_at(line.iter().position(|byte| *byte == b':')?);
             // Lines that continue a field begin with a space and so never have its name.
-            field
-                .eq_ignore_ascii_case(name.as_bytes())
-                .then(|| value[1..].trim_ascii())
+            field.eq_ignore_ascii_case(name.as_bytes()).then(|| value[1..].trim_ascii())
         });
         let value = line.filter(|value| !value.is_empty());
         let value = value.and_then(|value| std::str::from_utf8(value).ok());
-        value
-            .map(str::to_owned)
-            .ok_or_else(|| format!("the record has no field {name}"))
+        value.map(str::to_owned).ok_or_else(|| format!("the record has no field {name}"))
     };
-    let key = format!(
-        "{}/{}/{}",
-        field("Package")?,
-        field("Version")?,
-        field("Architecture")?
-    );
-    Ok(Record {
-        key: Bytes::from(key),
-        value: Bytes::from(text),
-        lifetime: Lifetime::Forever,
-    })
+    let key = format!("{}/{}/{}", field("Package")?, field("Version")?, field("Architecture")?);
+    Ok(Record { key: Bytes::from(key), value: Bytes::from(text), lifetime: Lifetime::Forever })
 }
 
 /// A record as it stands in a file, with the end of its line. What [`Records`] reads back.
@@ -311,17 +267,11 @@ pub fn write(format: RecordFormat, key: &[u8], value: &[u8], expires_at_ms: Opti
     }
     match format {
         RecordFormat::Tsv => {
-            let expires = expires_at_ms
-                .map(|ms| format!("\t{ms}"))
-                .unwrap_or_default();
+            let expires = expires_at_ms.map(|ms| format!("\t{ms}")).unwrap_or_default();
             format!("{}\t{}{expires}\n", escape(key), escape(value))
         }
         RecordFormat::Ndjson | RecordFormat::Packages => {
-            let line = Line {
-                key: Text::of(key),
-                value: Text::of(value),
-                expires_at_ms,
-            };
+            let line = Line { key: Text::of(key), value: Text::of(value), expires_at_ms };
             let json = serde_json::to_string(&line).expect("texts and a number are always JSON");
             format!("{json}\n")
         }
@@ -335,18 +285,12 @@ mod tests {
     fn read(format: RecordFormat, text: &[u8]) -> Vec<Step> {
         // A buffer of three bytes: every boundary falls everywhere.
         let reader = io::BufReader::with_capacity(3, text);
-        Records::new(reader, format, Position::default())
-            .map(Result::unwrap)
-            .collect()
+        Records::new(reader, format, Position::default()).map(Result::unwrap).collect()
     }
 
     fn record(key: &[u8], value: &[u8]) -> Record {
         let (key, value) = (Bytes::copy_from_slice(key), Bytes::copy_from_slice(value));
-        Record {
-            key,
-            value,
-            lifetime: Lifetime::Forever,
-        }
+        Record { key, value, lifetime: Lifetime::Forever }
     }
 
     #[test]
@@ -359,17 +303,8 @@ mod tests {
         assert_eq!(steps[1].record, Ok(record("ä".as_bytes(), b"\xff\0")));
         let third = steps[2].record.as_ref().unwrap();
         assert_eq!(third.lifetime, Lifetime::For(Duration::from_millis(5)));
-        assert_eq!(
-            steps.iter().map(|step| step.line).collect::<Vec<_>>(),
-            [1, 3, 4]
-        );
-        assert_eq!(
-            steps[2].end,
-            Position {
-                offset: text.len() as u64,
-                lines: 4
-            }
-        );
+        assert_eq!(steps.iter().map(|step| step.line).collect::<Vec<_>>(), [1, 3, 4]);
+        assert_eq!(steps[2].end, Position { offset: text.len() as u64, lines: 4 });
     }
 
     #[test]
@@ -381,10 +316,7 @@ mod tests {
             ("{\"key\":\"a\",\"value\":{\"base64\":\"!\"}}", "value: "),
             ("{\"key\":\"a\",\"value\":\"b\",\"ttl\":1}", "ttl"),
             ("{\"key\":\"a\",\"value\":\"b\",\"ttl_ms\":0}", "ttl_ms"),
-            (
-                "{\"key\":\"a\",\"value\":\"b\",\"ttl_ms\":1,\"expires_at_ms\":1}",
-                "exclude",
-            ),
+            ("{\"key\":\"a\",\"value\":\"b\",\"ttl_ms\":1,\"expires_at_ms\":1}", "exclude"),
         ] {
             let steps = read(
                 RecordFormat::Ndjson,
@@ -392,17 +324,11 @@ mod tests {
             );
             let error = steps[0].record.as_ref().unwrap_err();
             assert!(error.contains(why), "{line}: {error}");
-            assert_eq!(
-                (steps.len(), &steps[1].record),
-                (2, &Ok(record(b"a", b"b")))
-            );
+            assert_eq!((steps.len(), &steps[1].record), (2, &Ok(record(b"a", b"b"))));
         }
-        for (line, why) in [
-            ("a", "tab"),
-            ("a\tb\tc", "third"),
-            ("a\tb\t1\t2", "tab"),
-            ("\\q\tb", "key: "),
-        ] {
+        for (line, why) in
+            [("a", "tab"), ("a\tb\tc", "third"), ("a\tb\t1\t2", "tab"), ("\\q\tb", "key: ")]
+        {
             let steps = read(RecordFormat::Tsv, line.as_bytes());
             let error = steps[0].record.as_ref().unwrap_err();
             assert!(error.contains(why), "{line}: {error}");
@@ -433,10 +359,7 @@ mod tests {
             bash.value,
             "Package: bash\nVersion: 5.2-1\nArchitecture: amd64\nDescription: shell\n Package: no\n"
         );
-        assert_eq!(
-            steps[1].record,
-            Err("the record has no field Architecture".to_owned())
-        );
+        assert_eq!(steps[1].record, Err("the record has no field Architecture".to_owned()));
         assert_eq!(steps[1].line, 9);
         assert_eq!(steps[2].record.as_ref().unwrap().key, "y/2/all");
         assert_eq!(steps[2].end.offset, text.len() as u64);
@@ -450,10 +373,8 @@ mod tests {
             text.push_str(&write(format, "ä\t".as_bytes(), &all, Some(7)));
             let steps = read(format, text.as_bytes());
             assert_eq!(steps[0].record, Ok(record(&all, b"")));
-            let expected = Record {
-                lifetime: Lifetime::UntilMs(7),
-                ..record("ä\t".as_bytes(), &all)
-            };
+            let expected =
+                Record { lifetime: Lifetime::UntilMs(7), ..record("ä\t".as_bytes(), &all) };
             assert_eq!(steps[1].record, Ok(expected));
         }
     }
@@ -464,9 +385,8 @@ mod tests {
         let whole = read(RecordFormat::Tsv, text);
         for (at, step) in whole.iter().enumerate() {
             let rest = &text[step.end.offset as usize..];
-            let again: Vec<Step> = Records::new(rest, RecordFormat::Tsv, step.end)
-                .map(Result::unwrap)
-                .collect();
+            let again: Vec<Step> =
+                Records::new(rest, RecordFormat::Tsv, step.end).map(Result::unwrap).collect();
             assert_eq!(again, whole[at + 1..]);
         }
     }

@@ -18,11 +18,8 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Failure> {
         Err(error) => return Err(Failure::io("read", path, &error)),
     };
     serde_json::from_slice(&text).map(Some).map_err(|error| {
-        Failure::failed(format!(
-            "{} is no state of this command: {error}",
-            path.display()
-        ))
-        .next("name another file, or remove it to begin anew")
+        Failure::failed(format!("{} is no state of this command: {error}", path.display()))
+            .next("name another file, or remove it to begin anew")
     })
 }
 

@@ -19,11 +19,7 @@ pub struct Progress {
 
 impl Progress {
     pub(super) fn new(terminal: bool) -> Progress {
-        Progress {
-            terminal,
-            last: Instant::now(),
-            drawn: false,
-        }
+        Progress { terminal, last: Instant::now(), drawn: false }
     }
 
     /// Shows the text if it is time to.

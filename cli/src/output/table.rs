@@ -16,22 +16,12 @@ pub struct Column<T> {
 impl<T> Column<T> {
     /// Of words.
     pub const fn text(title: &'static str, cell: fn(&T) -> String) -> Column<T> {
-        Column {
-            title,
-            right: false,
-            wide: false,
-            cell,
-        }
+        Column { title, right: false, wide: false, cell }
     }
 
     /// Of numbers.
     pub const fn number(title: &'static str, cell: fn(&T) -> String) -> Column<T> {
-        Column {
-            title,
-            right: true,
-            wide: false,
-            cell,
-        }
+        Column { title, right: true, wide: false, cell }
     }
 
     /// Only in the wide table.
@@ -47,25 +37,15 @@ const GAP: &str = "  ";
 
 /// The table as text, each line with its end. Without items only the headings.
 pub fn render<T>(columns: &[Column<T>], items: &[T], wide: bool, headers: bool) -> String {
-    let columns: Vec<&Column<T>> = columns
-        .iter()
-        .filter(|column| wide || !column.wide)
-        .collect();
+    let columns: Vec<&Column<T>> = columns.iter().filter(|column| wide || !column.wide).collect();
     let mut rows: Vec<Vec<String>> = Vec::with_capacity(items.len() + 1);
     if headers {
-        rows.push(
-            columns
-                .iter()
-                .map(|column| column.title.to_owned())
-                .collect(),
-        );
+        rows.push(columns.iter().map(|column| column.title.to_owned()).collect());
     }
     let cells = |item| columns.iter().map(|column| (column.cell)(item)).collect();
     rows.extend(items.iter().map(cells));
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..columns.len())
-        .map(|column| width(column).unwrap_or(0))
-        .collect();
+    let widths: Vec<usize> = (0..columns.len()).map(|column| width(column).unwrap_or(0)).collect();
     let mut out = String::new();
     for row in &rows {
         let mut line = String::new();

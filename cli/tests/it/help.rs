@@ -35,18 +35,11 @@ fn the_reference_page_says_what_the_program_says() {
 #[test]
 fn every_leaf_command_says_what_it_does() {
     fn check(command: &clap::Command, path: &str) {
-        for sub in command
-            .get_subcommands()
-            .filter(|sub| sub.get_name() != "help")
-        {
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
             let path = format!("{path} {}", sub.get_name());
             assert!(sub.get_about().is_some(), "{path} has no help");
             for arg in sub.get_arguments().filter(|arg| !arg.is_hide_set()) {
-                assert!(
-                    arg.get_help().is_some(),
-                    "{path}: {} has no help",
-                    arg.get_id()
-                );
+                assert!(arg.get_help().is_some(), "{path}: {} has no help", arg.get_id());
             }
             check(sub, &path);
         }
@@ -88,24 +81,14 @@ fn same(path: &Path, before: &str, now: &str) {
         return fs::write(path, now).unwrap();
     }
     let then = fs::read_to_string(path).unwrap_or_default();
-    assert_eq!(
-        then,
-        now,
-        "{} has drifted: CORACLE_REGENERATE=1 writes it",
-        path.display()
-    );
+    assert_eq!(then, now, "{} has drifted: CORACLE_REGENERATE=1 writes it", path.display());
 }
 
 /// clap leaves spaces at the ends of lines.
 fn trimmed(text: &str) -> String {
-    text.lines()
-        .map(|line| format!("{}\n", line.trim_end()))
-        .collect()
+    text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap()
-        .to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }

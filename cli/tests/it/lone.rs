@@ -18,10 +18,7 @@ pub(crate) fn coracle(home: &Path, args: &[&str]) -> Command {
             command.env_remove(name);
         }
     }
-    command
-        .env("HOME", home)
-        .env_remove("XDG_CONFIG_HOME")
-        .args(args);
+    command.env("HOME", home).env_remove("XDG_CONFIG_HOME").args(args);
     command.stdin(Stdio::null());
     command
 }
@@ -30,11 +27,7 @@ pub(crate) fn coracle(home: &Path, args: &[&str]) -> Command {
 fn run(home: &TempDir, args: &[&str], code: i32) -> Output {
     let output = coracle(home.path(), args).output().unwrap();
     let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert_eq!(
-        output.status.code(),
-        Some(code),
-        "{args:?}\nstdout: {out}\nstderr: {err}"
-    );
+    assert_eq!(output.status.code(), Some(code), "{args:?}\nstdout: {out}\nstderr: {err}");
     output
 }
 
@@ -60,58 +53,32 @@ fn help_and_version_are_data_and_mistakes_are_not() {
     assert_eq!(version, format!("coracle {}\n", env!("CARGO_PKG_VERSION")));
     let mistake = run(&home, &["gett", "a"], 2);
     assert!(mistake.stdout.is_empty());
-    assert!(
-        text(&mistake.stderr).contains("'get'"),
-        "{}",
-        text(&mistake.stderr)
-    );
+    assert!(text(&mistake.stderr).contains("'get'"), "{}", text(&mistake.stderr));
     run(&home, &["put", "a"], 2);
-    run(
-        &home,
-        &["put", "a", "b", "--if-absent", "--if-version", "1"],
-        2,
-    );
+    run(&home, &["put", "a", "b", "--if-absent", "--if-version", "1"], 2);
     run(&home, &["put", "a", "b", "--ttl", "5"], 2);
-    run(
-        &home,
-        &["get", "zz", "--encoding", "hex", "--endpoints", &nobody()],
-        5,
-    );
+    run(&home, &["get", "zz", "--encoding", "hex", "--endpoints", &nobody()], 5);
 }
 
 #[test]
 fn a_cluster_that_is_not_there_is_exit_code_5_and_says_what_next() {
     let home = home();
     let endpoint = nobody();
-    let output = run(
-        &home,
-        &["get", "a", "--endpoints", &endpoint, "--timeout", "500ms"],
-        5,
-    );
+    let output = run(&home, &["get", "a", "--endpoints", &endpoint, "--timeout", "500ms"], 5);
     let stderr = text(&output.stderr);
     assert!(output.stdout.is_empty());
-    assert!(
-        stderr.contains(&endpoint) && stderr.contains("next:"),
-        "{stderr}"
-    );
+    assert!(stderr.contains(&endpoint) && stderr.contains("next:"), "{stderr}");
     assert!(!stderr.contains("Error {"), "a Debug dump: {stderr}");
 }
 
 #[test]
 fn contexts_are_kept_in_a_private_file() {
     let home = home();
-    run(
-        &home,
-        &["context", "add", "a", "h1:7400,h2:7400", "-k", "orders"],
-        0,
-    );
+    run(&home, &["context", "add", "a", "h1:7400,h2:7400", "-k", "orders"], 0);
     run(&home, &["context", "add", "b", "h3:7400"], 0);
     run(&home, &["context", "use", "b"], 0);
     let file = home.path().join(".config/coracle/contexts.toml");
-    assert_eq!(
-        fs::metadata(&file).unwrap().permissions().mode() & 0o777,
-        0o600
-    );
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     let list = text(&run(&home, &["context", "ls"], 0).stdout);
     let expected = "CURRENT  NAME  NODES            KEYSPACE\n         \
         a     h1:7400,h2:7400  orders\n*        b     h3:7400          default\n";
@@ -124,10 +91,7 @@ fn contexts_are_kept_in_a_private_file() {
 
     run(&home, &["context", "use", "-"], 0);
     let shown = text(&run(&home, &["context", "show"], 0).stdout);
-    assert!(
-        shown.contains("context a") && shown.contains("current context"),
-        "{shown}"
-    );
+    assert!(shown.contains("context a") && shown.contains("current context"), "{shown}");
     run(&home, &["context", "use", "c"], 2);
     run(&home, &["get", "a", "--context", "c"], 2);
     run(&home, &["context", "rm", "a"], 0);
@@ -138,57 +102,27 @@ fn contexts_are_kept_in_a_private_file() {
 fn settings_are_checked_together() {
     let home = home();
     let file = home.path().join("coracle.toml");
-    fs::write(
-        &file,
-        "[raft]\nheartbeat = \"100ms\"\n[storage]\nmemory_budget = 64\n",
-    )
-    .unwrap();
+    fs::write(&file, "[raft]\nheartbeat = \"100ms\"\n[storage]\nmemory_budget = 64\n").unwrap();
     let path = file.display().to_string();
     let args = ["config", "check", &path, "--listen", "0.0.0.0:7400"];
     let stderr = text(&run(&home, &args, 1).stderr);
-    for wanted in [
-        "heartbeat_interval",
-        "memory_budget",
-        "INSECURE",
-        "coracle.toml:2",
-    ] {
+    for wanted in ["heartbeat_interval", "memory_budget", "INSECURE", "coracle.toml:2"] {
         assert!(stderr.contains(wanted), "{wanted} in {stderr}");
     }
     // The server itself refuses the same in the same words, and leaves nothing behind.
     let data = home.path().join("data");
     let data_dir = data.display().to_string();
-    let args = [
-        "server",
-        "--config",
-        &path,
-        "--listen",
-        "0.0.0.0:7400",
-        "--data-dir",
-        &data_dir,
-    ];
+    let args = ["server", "--config", &path, "--listen", "0.0.0.0:7400", "--data-dir", &data_dir];
     let stderr = text(&run(&home, &args, 1).stderr);
     assert!(stderr.contains("INSECURE") && !data.exists(), "{stderr}");
 
     fs::write(&file, "[raft]\nheartbeat_interval = \"150ms\"\n").unwrap();
     run(&home, &["config", "check", &path], 0);
-    let args = [
-        "config",
-        "show",
-        "--config",
-        &path,
-        "--diff-default",
-        "--origin",
-    ];
+    let args = ["config", "show", "--config", &path, "--diff-default", "--origin"];
     let shown = text(&run(&home, &args, 0).stdout);
-    assert!(
-        shown.contains("150ms") && shown.contains("coracle.toml:2"),
-        "{shown}"
-    );
+    assert!(shown.contains("150ms") && shown.contains("coracle.toml:2"), "{shown}");
     let explained = text(&run(&home, &["config", "explain", "raft.heartbeat_interval"], 0).stdout);
-    assert!(
-        explained.contains("CORACLE__RAFT__HEARTBEAT_INTERVAL"),
-        "{explained}"
-    );
+    assert!(explained.contains("CORACLE__RAFT__HEARTBEAT_INTERVAL"), "{explained}");
     run(&home, &["config", "explain", "raft.heartbeet_interval"], 2);
     let sample = text(&run(&home, &["config", "sample"], 0).stdout);
     assert!(sample.contains("[raft]"), "{sample}");
@@ -197,19 +131,9 @@ fn settings_are_checked_together() {
 #[test]
 fn a_set_that_is_none_is_reported_with_the_rest() {
     let home = home();
-    let args = [
-        "config",
-        "check",
-        "--set",
-        "raft",
-        "--set",
-        "raft.nothing=1",
-    ];
+    let args = ["config", "check", "--set", "raft", "--set", "raft.nothing=1"];
     let stderr = text(&run(&home, &args, 1).stderr);
-    assert!(
-        stderr.contains("2 problems") && stderr.contains("raft.nothing"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("2 problems") && stderr.contains("raft.nothing"), "{stderr}");
 }
 
 #[test]
@@ -235,10 +159,7 @@ fn a_reader_that_goes_away_ends_it_quietly() {
         .unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
-    assert_eq!(
-        (output.status.code(), text(&output.stderr)),
-        (Some(0), String::new())
-    );
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), String::new()));
 }
 
 #[test]
@@ -257,9 +178,5 @@ fn values_that_cannot_be_read_write_nothing() {
     while stdin.write_all(&block).is_ok() {}
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(
-        text(&output.stderr).contains("no value"),
-        "{}",
-        text(&output.stderr)
-    );
+    assert!(text(&output.stderr).contains("no value"), "{}", text(&output.stderr));
 }

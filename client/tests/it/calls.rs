@@ -19,10 +19,7 @@ async fn what_is_written_is_read() {
     let kv = cluster.client().await;
     let written = kv.put("a", "1").await.expect("a put");
     assert!(written.version > Version(0));
-    assert_eq!(
-        (written.served.node, written.served.leader),
-        (NodeId(1), true)
-    );
+    assert_eq!((written.served.node, written.served.leader), (NodeId(1), true));
     let entry = kv.get("a").await.expect("a get").expect("present");
     assert_eq!((&entry.value[..], entry.expires_at_ms), (&b"1"[..], None));
     kv.delete("a").await.expect("a delete");
@@ -44,20 +41,11 @@ async fn a_failed_condition_is_an_answer() {
     };
     let current = current.expect("present");
     assert_eq!(&current.value[..], b"me");
-    let second = kv
-        .put("lock", "you")
-        .ttl(Duration::from_secs(1))
-        .if_version(current.version);
+    let second = kv.put("lock", "you").ttl(Duration::from_secs(1)).if_version(current.version);
     assert!(second.await.expect("an answer").is_applied());
     let stale = kv.delete("lock").if_value("me").await.expect("an answer");
     assert!(!stale.is_applied());
-    assert!(
-        kv.delete("lock")
-            .if_value("you")
-            .await
-            .expect("an answer")
-            .is_applied()
-    );
+    assert!(kv.delete("lock").if_value("you").await.expect("an answer").is_applied());
 }
 
 #[tokio::test(start_paused = true)]
@@ -76,9 +64,7 @@ async fn batches_and_counters() {
     assert_eq!(outcome.results[1].counter, -3);
     assert_eq!(kv.increment("n", 10).await.expect("a counter").value, 7);
     let seen = cluster.take_seen();
-    let Wire::Write(write) = &seen[0].operation else {
-        panic!("a batch")
-    };
+    let Wire::Write(write) = &seen[0].operation else { panic!("a batch") };
     let Some(coracle_proto::v1::operation::Kind::Put(put)) = &write.operations[0].kind else {
         panic!("a put");
     };
@@ -91,28 +77,14 @@ async fn multi_get_keeps_the_callers_order_over_shards() {
     let kv = cluster.client().await;
     cluster.with(|state| (0..50).for_each(|n| state.put(format!("k{n}"), format!("v{n}"))));
     let wanted: Vec<u32> = [49, 7, 7, 100, 0].into_iter().chain(10..40).collect();
-    let got = kv
-        .multi_get(wanted.iter().map(|n| format!("k{n}")))
-        .await
-        .expect("a multi-get");
-    let got: Vec<_> = got
-        .into_iter()
-        .map(|entry| entry.map(|entry| entry.value))
-        .collect();
-    let expected: Vec<_> = wanted
-        .iter()
-        .map(|n| (*n < 50).then(|| format!("v{n}").into()))
-        .collect();
+    let got = kv.multi_get(wanted.iter().map(|n| format!("k{n}"))).await.expect("a multi-get");
+    let got: Vec<_> = got.into_iter().map(|entry| entry.map(|entry| entry.value)).collect();
+    let expected: Vec<_> =
+        wanted.iter().map(|n| (*n < 50).then(|| format!("v{n}").into())).collect();
     assert_eq!(got, expected);
     let parts = cluster.take_seen().len();
     assert!((2..=8).contains(&parts), "one request a shard: {parts}");
-    assert_eq!(
-        kv.multi_get(Vec::<&str>::new())
-            .await
-            .expect("nothing")
-            .len(),
-        0
-    );
+    assert_eq!(kv.multi_get(Vec::<&str>::new()).await.expect("nothing").len(), 0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -122,15 +94,9 @@ async fn multi_get_reports_each_key_by_itself() {
     cluster.with(|state| state.put("k", "v"));
     let each = kv.multi_get(["k", "", "none"]).each().await;
     assert!(matches!(&each[0], Ok(Some(entry)) if entry.value == "v"));
-    assert_eq!(
-        each[1].as_ref().expect_err("empty").kind(),
-        ErrorKind::InvalidArgument
-    );
+    assert_eq!(each[1].as_ref().expect_err("empty").kind(), ErrorKind::InvalidArgument);
     assert!(matches!(each[2], Ok(None)));
-    let whole = kv
-        .multi_get(["k", ""])
-        .await
-        .expect_err("one key fails the whole");
+    let whole = kv.multi_get(["k", ""]).await.expect_err("one key fails the whole");
     assert_eq!(whole.kind(), ErrorKind::InvalidArgument);
 }
 
@@ -141,21 +107,12 @@ async fn an_answer_that_would_be_too_large_is_asked_for_in_parts() {
     cluster.with(|state| (0..5).for_each(|n| state.put(format!("k{n}"), format!("v{n}"))));
     let too_large = || Act::Fault(Fault::new(Reason::TooLarge, "more than an answer holds"));
     cluster.script(1, [too_large(), too_large()]);
-    let got = kv
-        .multi_get((0..5).map(|n| format!("k{n}")))
-        .await
-        .expect("in parts");
-    let got: Vec<_> = got
-        .into_iter()
-        .map(|entry| entry.expect("present").value)
-        .collect();
+    let got = kv.multi_get((0..5).map(|n| format!("k{n}"))).await.expect("in parts");
+    let got: Vec<_> = got.into_iter().map(|entry| entry.expect("present").value).collect();
     assert_eq!(got, ["v0", "v1", "v2", "v3", "v4"]);
     assert_eq!(cluster.take_seen().len(), 5, "5 = 2 + 3, 2 = 1 + 1");
     cluster.script(1, [too_large()]);
-    let single = kv
-        .multi_get(["k0"])
-        .await
-        .expect_err("one key cannot be cut");
+    let single = kv.multi_get(["k0"]).await.expect_err("one key cannot be cut");
     assert_eq!(single.kind(), ErrorKind::TooLarge);
 }
 
@@ -164,28 +121,16 @@ async fn what_lies_beyond_a_limit_is_never_sent() {
     let cluster = Cluster::start(1, 1);
     let kv = cluster.client().await;
     let long = kv.put(vec![b'k'; 4097], "v").await.expect_err("too long");
-    assert_eq!(
-        (long.kind(), long.outcome()),
-        (ErrorKind::TooLarge, Outcome::NotApplied)
-    );
+    assert_eq!((long.kind(), long.outcome()), (ErrorKind::TooLarge, Outcome::NotApplied));
     assert!(long.to_string().contains("KEY_BYTES_MAX"), "{long}");
     let empty = kv.get("").await.expect_err("empty");
     assert_eq!(empty.kind(), ErrorKind::InvalidArgument);
-    let ttl = kv
-        .put("k", "v")
-        .ttl(Duration::ZERO)
-        .await
-        .expect_err("zero would mean for ever");
+    let ttl = kv.put("k", "v").ttl(Duration::ZERO).await.expect_err("zero would mean for ever");
     assert_eq!(ttl.kind(), ErrorKind::InvalidArgument);
-    let ttl = kv
-        .batch([Operation::put("k", "v").ttl(Duration::ZERO)])
-        .await;
+    let ttl = kv.batch([Operation::put("k", "v").ttl(Duration::ZERO)]).await;
     assert!(ttl.is_err());
     let batch = kv.batch([]).await.expect_err("nothing to do");
-    assert_eq!(
-        (batch.kind(), batch.attempts()),
-        (ErrorKind::InvalidArgument, 0)
-    );
+    assert_eq!((batch.kind(), batch.attempts()), (ErrorKind::InvalidArgument, 0));
     assert!(cluster.take_seen().is_empty());
 }
 
@@ -193,22 +138,13 @@ async fn what_lies_beyond_a_limit_is_never_sent() {
 async fn a_keyspace_is_looked_for_again_before_it_is_missing() {
     let cluster = Cluster::start(1, 4);
     let kv = cluster.client().await;
-    let missing = kv
-        .keyspace("orders")
-        .get("k")
-        .await
-        .expect_err("no such keyspace");
+    let missing = kv.keyspace("orders").get("k").await.expect_err("no such keyspace");
     assert_eq!(missing.kind(), ErrorKind::NotFound);
     // Made behind our back, and the watch has not told yet.
     cluster.add_keyspace("orders");
-    kv.keyspace("orders")
-        .put("7/a", "1")
-        .await
-        .expect("found by asking again");
+    kv.keyspace("orders").put("7/a", "1").await.expect("found by asking again");
     let seen = cluster.take_seen();
-    let Wire::Put(put) = &seen[0].operation else {
-        panic!("a put")
-    };
+    let Wire::Put(put) = &seen[0].operation else { panic!("a put") };
     assert_eq!(put.keyspace, "orders");
 }
 
@@ -225,39 +161,20 @@ async fn the_mark_is_the_oldest_write_that_is_still_tried() {
     go.notify_one();
     held.await.expect("no panic").expect("a put");
     kv.put("c", "1").await.expect("a put");
-    let ids: Vec<_> = cluster
-        .take_seen()
-        .iter()
-        .map(|seen| seen.request_id())
-        .collect();
-    let marks: Vec<_> = ids
-        .iter()
-        .map(|id| (id.sequence, id.lowest_unanswered))
-        .collect();
+    let ids: Vec<_> = cluster.take_seen().iter().map(|seen| seen.request_id()).collect();
+    let marks: Vec<_> = ids.iter().map(|id| (id.sequence, id.lowest_unanswered)).collect();
     assert_eq!(marks, [(1, 1), (2, 1), (3, 1), (4, 4)]);
-    assert!(
-        ids.iter()
-            .all(|id| id.client == ids[0].client && id.client != 0)
-    );
-    assert!(
-        ids.iter().all(|id| id.birth >= 1_000_000),
-        "births are server times: {ids:?}"
-    );
+    assert!(ids.iter().all(|id| id.client == ids[0].client && id.client != 0));
+    assert!(ids.iter().all(|id| id.birth >= 1_000_000), "births are server times: {ids:?}");
     assert!(ids[3].birth > ids[0].birth, "and follow them");
 }
 
 #[tokio::test(start_paused = true)]
 async fn in_flight_is_bounded_and_calls_wait() {
     let cluster = Cluster::start(1, 1);
-    let kv = cluster
-        .builder()
-        .max_in_flight_per_node(4)
-        .connect()
-        .await
-        .expect("a client");
-    let calls: Vec<_> = (0..40)
-        .map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future()))
-        .collect();
+    let kv = cluster.builder().max_in_flight_per_node(4).connect().await.expect("a client");
+    let calls: Vec<_> =
+        (0..40).map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future())).collect();
     for call in calls {
         call.await.expect("no panic").expect("a put");
     }
@@ -268,20 +185,14 @@ async fn in_flight_is_bounded_and_calls_wait() {
 #[tokio::test(start_paused = true)]
 async fn in_flight_is_bounded_and_calls_fail_if_that_is_wanted() {
     let cluster = Cluster::start(1, 1);
-    let builder = cluster
-        .builder()
-        .max_in_flight_per_node(1)
-        .when_full(WhenFull::Refuse);
+    let builder = cluster.builder().max_in_flight_per_node(1).when_full(WhenFull::Refuse);
     let kv = builder.connect().await.expect("a client");
     let go = Arc::new(Notify::new());
     cluster.script(1, [Act::Hold(go.clone())]);
     let first = tokio::spawn(kv.put("a", "1").into_future());
     cluster.until(|state| state.seen.len() == 1).await;
     let full = kv.put("b", "1").await.expect_err("no place");
-    assert_eq!(
-        (full.kind(), full.outcome()),
-        (ErrorKind::Overloaded, Outcome::NotApplied)
-    );
+    assert_eq!((full.kind(), full.outcome()), (ErrorKind::Overloaded, Outcome::NotApplied));
     assert!(full.is_retryable());
     go.notify_one();
     first.await.expect("no panic").expect("a put");
@@ -292,10 +203,7 @@ async fn in_flight_is_bounded_and_calls_fail_if_that_is_wanted() {
 async fn a_lazy_client_waits_for_its_cluster() {
     let cluster = Cluster::start(1, 1);
     cluster.kill(1);
-    let kv = cluster
-        .builder()
-        .connect_lazy()
-        .expect("nothing is sent yet");
+    let kv = cluster.builder().connect_lazy().expect("nothing is sent yet");
     let put = tokio::spawn(kv.put("a", "1").into_future());
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(!put.is_finished());
@@ -304,15 +212,8 @@ async fn a_lazy_client_waits_for_its_cluster() {
     cluster.kill(1);
     let started = Instant::now();
     let builder = cluster.builder().operation_timeout(Duration::from_secs(2));
-    let nobody = builder
-        .connect()
-        .await
-        .map(drop)
-        .expect_err("nobody is there");
-    assert_eq!(
-        (nobody.kind(), nobody.outcome()),
-        (ErrorKind::Unavailable, Outcome::NotApplied)
-    );
+    let nobody = builder.connect().await.map(drop).expect_err("nobody is there");
+    assert_eq!((nobody.kind(), nobody.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
     assert!(nobody.to_string().contains("n1:7400"), "{nobody}");
     assert_eq!(started.elapsed().as_secs(), 2);
 }
@@ -323,10 +224,7 @@ async fn the_last_handle_takes_the_tasks_with_it() {
     let kv = cluster.client().await;
     let keyspace = kv.keyspace("default");
     drop(kv);
-    keyspace
-        .put("a", "1")
-        .await
-        .expect("another handle keeps the client alive");
+    keyspace.put("a", "1").await.expect("another handle keeps the client alive");
     assert!(cluster.connections() > 0);
     drop(keyspace);
     let gone = async {
@@ -334,9 +232,7 @@ async fn the_last_handle_takes_the_tasks_with_it() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    timeout(Duration::from_secs(1), gone)
-        .await
-        .expect("all connections are closed");
+    timeout(Duration::from_secs(1), gone).await.expect("all connections are closed");
 }
 
 #[tokio::test(start_paused = true)]
@@ -347,19 +243,10 @@ async fn a_closed_client_says_so() {
     let under_way = tokio::spawn(kv.put("a", "1").into_future());
     cluster.until(|state| state.seen.len() == 1).await;
     kv.clone().close().await;
-    let ended = under_way
-        .await
-        .expect("no panic")
-        .expect_err("closed under way");
-    assert_eq!(
-        (ended.kind(), ended.outcome()),
-        (ErrorKind::Closed, Outcome::Unknown)
-    );
+    let ended = under_way.await.expect("no panic").expect_err("closed under way");
+    assert_eq!((ended.kind(), ended.outcome()), (ErrorKind::Closed, Outcome::Unknown));
     let later = kv.put("b", "1").await.expect_err("closed");
-    assert_eq!(
-        (later.kind(), later.outcome()),
-        (ErrorKind::Closed, Outcome::NotApplied)
-    );
+    assert_eq!((later.kind(), later.outcome()), (ErrorKind::Closed, Outcome::NotApplied));
 }
 
 #[tokio::test]

@@ -114,22 +114,12 @@ impl Cluster {
         for node in 1..=nodes {
             let (incoming, connections) = mpsc::unbounded_channel();
             let (is_frozen, proxies) = (watch::Sender::new(false), Vec::new());
-            let link = Link {
-                is_up: true,
-                is_frozen,
-                incoming,
-                proxies,
-            };
+            let link = Link { is_up: true, is_frozen, incoming, proxies };
             cluster.state.lock().links.insert(node, link);
-            let service = Node {
-                id: node,
-                cluster: cluster.clone(),
-            };
+            let service = Node { id: node, cluster: cluster.clone() };
             let server = Server::builder()
                 .add_service(v1::kv_service_server::KvServiceServer::new(service.clone()))
-                .add_service(v1::cluster_service_server::ClusterServiceServer::new(
-                    service.clone(),
-                ))
+                .add_service(v1::cluster_service_server::ClusterServiceServer::new(service.clone()))
                 .add_service(v1::admin_service_server::AdminServiceServer::new(service));
             tokio::spawn(server.serve_with_incoming(UnboundedReceiverStream::new(connections)));
         }
@@ -138,18 +128,9 @@ impl Cluster {
 
     /// A client's settings that lead here.
     pub(crate) fn builder(&self) -> Builder {
-        let seeds: Vec<String> = self
-            .state
-            .lock()
-            .map
-            .nodes
-            .iter()
-            .map(|node| address(node.id))
-            .collect();
-        Client::builder()
-            .seeds(seeds)
-            .net(Arc::new(self.clone()))
-            .seed(7)
+        let seeds: Vec<String> =
+            self.state.lock().map.nodes.iter().map(|node| address(node.id)).collect();
+        Client::builder().seeds(seeds).net(Arc::new(self.clone())).seed(7)
     }
 
     pub(crate) async fn client(&self) -> Client {
@@ -158,12 +139,7 @@ impl Cluster {
 
     /// The next requests of a node meet these, in this order.
     pub(crate) fn script(&self, node: u64, acts: impl IntoIterator<Item = Act>) {
-        self.state
-            .lock()
-            .scripts
-            .entry(node)
-            .or_default()
-            .extend(acts);
+        self.state.lock().scripts.entry(node).or_default().extend(acts);
     }
 
     pub(crate) fn with<T>(&self, look: impl FnOnce(&mut State) -> T) -> T {
@@ -177,9 +153,7 @@ impl Cluster {
                 sleep(Duration::from_millis(1)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(30), looks)
-            .await
-            .expect("it comes to that");
+        tokio::time::timeout(Duration::from_secs(30), looks).await.expect("it comes to that");
     }
 
     /// The nodes that have seen a request, in order; and forgets them.
@@ -236,22 +210,12 @@ impl Cluster {
     /// Breaks a node's connections and refuses new ones.
     pub(crate) fn kill(&self, node: u64) {
         self.cut(node);
-        self.state
-            .lock()
-            .links
-            .get_mut(&node)
-            .expect("a node")
-            .is_up = false;
+        self.state.lock().links.get_mut(&node).expect("a node").is_up = false;
     }
 
     /// Lets a killed node be reached again.
     pub(crate) fn revive(&self, node: u64) {
-        self.state
-            .lock()
-            .links
-            .get_mut(&node)
-            .expect("a node")
-            .is_up = true;
+        self.state.lock().links.get_mut(&node).expect("a node").is_up = true;
     }
 
     /// Nothing passes any more, and nobody is told: a paused process, a cable pulled.
@@ -262,13 +226,7 @@ impl Cluster {
     /// Breaks a node's connections.
     pub(crate) fn cut(&self, node: u64) {
         let mut state = self.state.lock();
-        for proxy in state
-            .links
-            .get_mut(&node)
-            .expect("a node")
-            .proxies
-            .drain(..)
-        {
+        for proxy in state.links.get_mut(&node).expect("a node").proxies.drain(..) {
             proxy.abort();
         }
     }
@@ -288,10 +246,7 @@ impl Cluster {
     pub(crate) async fn serve(&self, node: u64, request: PipelineRequest) -> Option<Answer> {
         let operation = request.operation.expect("an operation");
         self.with(|state| {
-            state.seen.push(Seen {
-                node,
-                operation: operation.clone(),
-            });
+            state.seen.push(Seen { node, operation: operation.clone() });
             let (now, most) = state.at_once.entry(node).or_default();
             *now += 1;
             *most = (*most).max(*now);
@@ -330,41 +285,29 @@ impl Cluster {
 
 impl State {
     pub(crate) fn get(&self, key: &str) -> Option<Bytes> {
-        self.data
-            .get(key.as_bytes())
-            .map(|entry| entry.value.clone())
+        self.data.get(key.as_bytes()).map(|entry| entry.value.clone())
     }
 
     pub(crate) fn put(&mut self, key: impl Into<Bytes>, value: impl Into<Bytes>) {
         self.counter += 1;
-        let entry = v1::Entry {
-            value: value.into(),
-            version: self.counter,
-            expires_at_ms: 0,
-        };
+        let entry = v1::Entry { value: value.into(), version: self.counter, expires_at_ms: 0 };
         self.data.insert(key.into(), entry);
     }
 
     /// Entries behind `after` in the order of the scan.
     pub(crate) fn range(&self, scan: &v1::ScanRequest, after: Option<&[u8]>) -> Vec<v1::KeyValue> {
-        let wanted = |key: &Bytes| {
-            *key >= scan.start
-                && (scan.end.is_empty() || *key < scan.end)
-                && key.starts_with(&scan.prefix)
-                && after.is_none_or(|after| {
-                    if scan.reverse {
-                        &key[..] < after
-                    } else {
-                        &key[..] > after
-                    }
-                })
-        };
+        let wanted =
+            |key: &Bytes| {
+                *key >= scan.start
+                    && (scan.end.is_empty() || *key < scan.end)
+                    && key.starts_with(&scan.prefix)
+                    && after.is_none_or(|after| {
+                        if scan.reverse { &key[..] < after } else { &key[..] > after }
+                    })
+            };
         let pairs = self.data.iter().filter(|(key, _)| wanted(key));
         let mut pairs: Vec<_> = pairs
-            .map(|(key, entry)| v1::KeyValue {
-                key: key.clone(),
-                entry: Some(entry.clone()),
-            })
+            .map(|(key, entry)| v1::KeyValue { key: key.clone(), entry: Some(entry.clone()) })
             .collect();
         if scan.reverse {
             pairs.reverse();
@@ -383,18 +326,12 @@ impl State {
         let (keyspace, key, route, id) = match &operation {
             Operation::Get(get) => (&get.keyspace, &get.key, get.route, None),
             Operation::Put(put) => (&put.keyspace, &put.key, put.route, put.request_id),
-            Operation::Delete(delete) => (
-                &delete.keyspace,
-                &delete.key,
-                delete.route,
-                delete.request_id,
-            ),
-            Operation::Write(write) => (
-                &write.keyspace,
-                &write.operations[0].key,
-                write.route,
-                write.request_id,
-            ),
+            Operation::Delete(delete) => {
+                (&delete.keyspace, &delete.key, delete.route, delete.request_id)
+            }
+            Operation::Write(write) => {
+                (&write.keyspace, &write.operations[0].key, write.route, write.request_id)
+            }
             Operation::BatchGet(batch) => (&batch.keyspace, &batch.keys[0], None, None),
             other => panic!("the client never sends {other:?}"),
         };
@@ -457,10 +394,7 @@ impl State {
                 Answer::Get(v1::GetResponse { entry, served })
             }
             Operation::BatchGet(batch) => {
-                let item = |key| v1::BatchGetItem {
-                    entry: self.data.get(key).cloned(),
-                    served,
-                };
+                let item = |key| v1::BatchGetItem { entry: self.data.get(key).cloned(), served };
                 Answer::BatchGet(v1::BatchGetResponse {
                     items: batch.keys.iter().map(item).collect(),
                 })
@@ -472,12 +406,7 @@ impl State {
                     self.put(put.key, put.value);
                 }
                 let current = current.filter(|_| !applied);
-                Answer::Put(v1::PutResponse {
-                    applied,
-                    version,
-                    current,
-                    served,
-                })
+                Answer::Put(v1::PutResponse { applied, version, current, served })
             }
             Operation::Delete(delete) => {
                 let current = self.data.get(&delete.key).cloned();
@@ -486,26 +415,13 @@ impl State {
                     self.data.remove(&delete.key);
                 }
                 let current = current.filter(|_| !applied);
-                Answer::Delete(v1::DeleteResponse {
-                    applied,
-                    version,
-                    current,
-                    served,
-                })
+                Answer::Delete(v1::DeleteResponse { applied, version, current, served })
             }
             Operation::Scan(_) | Operation::FixVersion(_) => panic!("refused before"),
             Operation::Write(write) => {
-                let results = write
-                    .operations
-                    .into_iter()
-                    .map(|operation| self.step(operation))
-                    .collect();
-                Answer::Write(v1::WriteResponse {
-                    applied: true,
-                    version,
-                    results,
-                    served,
-                })
+                let results =
+                    write.operations.into_iter().map(|operation| self.step(operation)).collect();
+                Answer::Write(v1::WriteResponse { applied: true, version, results, served })
             }
         }
     }
@@ -518,10 +434,7 @@ impl State {
             Kind::Put(put) => self.put(operation.key, put.value),
             Kind::Delete(_) => drop(self.data.remove(&operation.key)),
             Kind::Increment(increment) => {
-                let old = self
-                    .data
-                    .get(&operation.key)
-                    .map_or(0, |entry| number(&entry.value));
+                let old = self.data.get(&operation.key).map_or(0, |entry| number(&entry.value));
                 result.counter = old + increment.by;
                 self.put(operation.key, result.counter.to_string());
             }
@@ -532,10 +445,7 @@ impl State {
 }
 
 pub(crate) fn number(value: &[u8]) -> i64 {
-    std::str::from_utf8(value)
-        .expect("text")
-        .parse()
-        .expect("a number")
+    std::str::from_utf8(value).expect("text").parse().expect("a number")
 }
 
 fn holds(condition: Option<&v1::Condition>, current: Option<&v1::Entry>) -> bool {

@@ -34,11 +34,7 @@ async fn a_redirect_is_followed_at_once_and_remembered() {
     let started = Instant::now();
     kv.put("a", "1").await.expect("a put");
     assert_eq!(nodes(&cluster), [1, 2]);
-    assert!(
-        started.elapsed() < 10 * MS,
-        "without a wait: {:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < 10 * MS, "without a wait: {:?}", started.elapsed());
     kv.put("b", "1").await.expect("a put");
     assert_eq!(nodes(&cluster), [2]);
 }
@@ -72,10 +68,7 @@ async fn without_a_known_leader_the_replicas_are_asked_in_turn() {
     for node in 1..=3 {
         assert!(seen.contains(&node), "{seen:?}");
     }
-    assert!(
-        seen.windows(2).all(|pair| pair[0] != pair[1]),
-        "never the same twice: {seen:?}"
-    );
+    assert!(seen.windows(2).all(|pair| pair[0] != pair[1]), "never the same twice: {seen:?}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -86,22 +79,11 @@ async fn a_lost_answer_is_asked_for_again_under_the_same_id() {
     let started = Instant::now();
     let counter = kv.increment("n", 1).await.expect("the first result");
     assert_eq!(counter.value, 1);
-    assert_eq!(
-        cluster.with(|state| number(&state.get("n").expect("there"))),
-        1,
-        "applied once"
-    );
-    let ids: Vec<_> = cluster
-        .take_seen()
-        .iter()
-        .map(|seen| seen.request_id())
-        .collect();
+    assert_eq!(cluster.with(|state| number(&state.get("n").expect("there"))), 1, "applied once");
+    let ids: Vec<_> = cluster.take_seen().iter().map(|seen| seen.request_id()).collect();
     assert!(ids.len() >= 2);
     assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
-    assert!(
-        started.elapsed() >= Duration::from_secs(1),
-        "one attempt's timeout"
-    );
+    assert!(started.elapsed() >= Duration::from_secs(1), "one attempt's timeout");
     assert!(started.elapsed() < 1_500 * MS, "{:?}", started.elapsed());
 }
 
@@ -111,20 +93,9 @@ async fn a_broken_stream_ends_its_calls_at_once() {
     let kv = cluster.client().await;
     cluster.script(1, [Act::ApplyAndCut]);
     let started = Instant::now();
-    assert_eq!(
-        kv.increment("n", 1).await.expect("the first result").value,
-        1
-    );
-    assert_eq!(
-        cluster.with(|state| number(&state.get("n").expect("there"))),
-        1,
-        "applied once"
-    );
-    assert!(
-        started.elapsed() < 500 * MS,
-        "no timeout is waited for: {:?}",
-        started.elapsed()
-    );
+    assert_eq!(kv.increment("n", 1).await.expect("the first result").value, 1);
+    assert_eq!(cluster.with(|state| number(&state.get("n").expect("there"))), 1, "applied once");
+    assert!(started.elapsed() < 500 * MS, "no timeout is waited for: {:?}", started.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -136,28 +107,15 @@ async fn a_write_whose_answers_are_all_lost_is_unknown() {
     }
     let started = Instant::now();
     let error = kv.put("a", "1").await.expect_err("no answer");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::TimedOut, Outcome::Unknown)
-    );
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::TimedOut, Outcome::Unknown));
     assert!(!error.is_retryable());
     assert!(error.attempts() >= 5, "{error}");
     let id = error.request_id().expect("a write has an id");
     let seen = cluster.take_seen();
-    assert!(
-        seen.iter()
-            .all(|seen| seen.request_id().sequence == id.sequence)
-    );
+    assert!(seen.iter().all(|seen| seen.request_id().sequence == id.sequence));
     assert_eq!(started.elapsed().as_secs(), 5);
-    let read = kv
-        .get("a")
-        .timeout(1_500 * MS)
-        .await
-        .expect_err("no answer either");
-    assert_eq!(
-        (read.kind(), read.outcome()),
-        (ErrorKind::TimedOut, Outcome::NotApplied)
-    );
+    let read = kv.get("a").timeout(1_500 * MS).await.expect_err("no answer either");
+    assert_eq!((read.kind(), read.outcome()), (ErrorKind::TimedOut, Outcome::NotApplied));
     assert!(read.is_retryable() && read.request_id().is_none());
 }
 
@@ -167,16 +125,10 @@ async fn an_unknown_attempt_is_not_forgotten_when_later_ones_are_refused() {
     let kv = cluster.client().await;
     cluster.script(1, [Act::Ignore, fault(Reason::DiskFull)]);
     let error = kv.put("a", "1").await.expect_err("the disk is full");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::DiskFull, Outcome::Unknown)
-    );
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::DiskFull, Outcome::Unknown));
     cluster.script(1, [fault(Reason::DiskFull)]);
     let error = kv.put("a", "1").await.expect_err("the disk is full");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::DiskFull, Outcome::NotApplied)
-    );
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::DiskFull, Outcome::NotApplied));
     assert_eq!(error.reason(), Some("DISK_FULL"));
 }
 
@@ -189,22 +141,12 @@ async fn without_a_quorum_a_write_is_not_applied() {
     }
     let started = Instant::now();
     let error = kv.put("a", "1").await.expect_err("no quorum");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::Unavailable, Outcome::NotApplied)
-    );
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
     assert_eq!(error.reason(), Some("NO_QUORUM"));
     assert!(error.is_retryable());
     assert!(started.elapsed() <= Duration::from_secs(5));
-    assert!(
-        started.elapsed() > Duration::from_secs(4),
-        "tried as long as there was time"
-    );
-    assert!(
-        (8..60).contains(&error.attempts()),
-        "and not too often: {}",
-        error.attempts()
-    );
+    assert!(started.elapsed() > Duration::from_secs(4), "tried as long as there was time");
+    assert!((8..60).contains(&error.attempts()), "and not too often: {}", error.attempts());
 }
 
 #[tokio::test(start_paused = true)]
@@ -212,15 +154,8 @@ async fn a_write_that_never_left_is_not_applied() {
     let cluster = Cluster::start(3, 1);
     let kv = cluster.client().await;
     (1..=3).for_each(|node| cluster.kill(node));
-    let error = kv
-        .put("a", "1")
-        .timeout(2_000 * MS)
-        .await
-        .expect_err("nobody is there");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::Unavailable, Outcome::NotApplied)
-    );
+    let error = kv.put("a", "1").timeout(2_000 * MS).await.expect_err("nobody is there");
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
 }
 
 #[tokio::test(start_paused = true)]
@@ -231,21 +166,11 @@ async fn a_passed_window_means_a_new_id_when_nothing_is_open() {
         Fault::new(Reason::RetryWindowPassed, "too old").with(metadata::SERVER_TIME_MS, 2_000_000);
     cluster.script(1, [Act::Fault(passed)]);
     kv.increment("n", 1).await.expect("under a new id");
-    let ids: Vec<_> = cluster
-        .take_seen()
-        .iter()
-        .map(|seen| seen.request_id())
-        .collect();
+    let ids: Vec<_> = cluster.take_seen().iter().map(|seen| seen.request_id()).collect();
     assert_eq!(ids.len(), 2);
     assert!(ids[1].sequence > ids[0].sequence);
-    assert_eq!(
-        (ids[0].birth < ids[1].birth, ids[1].birth),
-        (true, 2_000_000)
-    );
-    assert_eq!(
-        ids[1].lowest_unanswered, ids[1].sequence,
-        "the old one is given up"
-    );
+    assert_eq!((ids[0].birth < ids[1].birth, ids[1].birth), (true, 2_000_000));
+    assert_eq!(ids[1].lowest_unanswered, ids[1].sequence, "the old one is given up");
 }
 
 #[tokio::test(start_paused = true)]
@@ -253,19 +178,9 @@ async fn a_passed_window_leaves_an_open_write_unknown() {
     let cluster = Cluster::start(1, 1);
     let kv = cluster.client().await;
     cluster.script(1, [Act::LoseAnswer, fault(Reason::RetryWindowPassed)]);
-    let error = kv
-        .increment("n", 1)
-        .await
-        .expect_err("nobody can tell any more");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::RetryWindowPassed, Outcome::Unknown)
-    );
-    assert_eq!(
-        cluster.with(|state| number(&state.get("n").expect("there"))),
-        1,
-        "never twice"
-    );
+    let error = kv.increment("n", 1).await.expect_err("nobody can tell any more");
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::RetryWindowPassed, Outcome::Unknown));
+    assert_eq!(cluster.with(|state| number(&state.get("n").expect("there"))), 1, "never twice");
 }
 
 #[tokio::test(start_paused = true)]
@@ -290,36 +205,15 @@ async fn overload_is_waited_out_as_the_server_asks() {
     let cluster = Cluster::start(3, 1);
     let kv = cluster.client().await;
     let overloaded = Fault::new(Reason::Overloaded, "full").with_retry_after(300 * MS);
-    cluster.script(
-        1,
-        [
-            Act::Fault(overloaded.clone()),
-            Act::Fault(overloaded.clone()),
-        ],
-    );
+    cluster.script(1, [Act::Fault(overloaded.clone()), Act::Fault(overloaded.clone())]);
     let started = Instant::now();
     kv.put("a", "1").await.expect("a put");
     assert!(started.elapsed() >= 600 * MS, "{:?}", started.elapsed());
-    assert_eq!(
-        nodes(&cluster),
-        [1, 1, 1],
-        "another node would not be the leader"
-    );
-    cluster.script(
-        1,
-        [Act::Fault(
-            overloaded.with_retry_after(Duration::from_secs(60)),
-        )],
-    );
+    assert_eq!(nodes(&cluster), [1, 1, 1], "another node would not be the leader");
+    cluster.script(1, [Act::Fault(overloaded.with_retry_after(Duration::from_secs(60)))]);
     let started = Instant::now();
-    let error = kv
-        .put("a", "1")
-        .await
-        .expect_err("it would be too late then");
-    assert_eq!(
-        (error.kind(), error.outcome()),
-        (ErrorKind::Overloaded, Outcome::NotApplied)
-    );
+    let error = kv.put("a", "1").await.expect_err("it would be too late then");
+    assert_eq!((error.kind(), error.outcome()), (ErrorKind::Overloaded, Outcome::NotApplied));
     assert_eq!(error.retry_after(), Some(Duration::from_secs(60)));
     assert!(started.elapsed() < 10 * MS);
 }
@@ -330,22 +224,15 @@ async fn the_budget_keeps_an_overload_from_feeding_itself() {
     let kv = cluster.client().await;
     cluster.script(1, vec![fault(Reason::Overloaded); 10_000]);
     let started = Instant::now();
-    let calls: Vec<_> = (0..400)
-        .map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future()))
-        .collect();
+    let calls: Vec<_> =
+        (0..400).map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future())).collect();
     for call in calls {
         let error = call.await.expect("no panic").expect_err("overloaded");
-        assert_eq!(
-            (error.kind(), error.outcome()),
-            (ErrorKind::Overloaded, Outcome::NotApplied)
-        );
+        assert_eq!((error.kind(), error.outcome()), (ErrorKind::Overloaded, Outcome::NotApplied));
     }
     let (asked, seconds) = (nodes(&cluster).len(), started.elapsed().as_secs() as usize);
     let allowed = 400 + 500 + 10 * (seconds + 1);
-    assert!(
-        (600..=allowed).contains(&asked),
-        "{asked} requests in {seconds} s"
-    );
+    assert!((600..=allowed).contains(&asked), "{asked} requests in {seconds} s");
 }
 
 #[tokio::test(start_paused = true)]
@@ -353,25 +240,17 @@ async fn an_empty_budget_does_not_end_an_open_write() {
     let cluster = Cluster::start(1, 1);
     let kv = cluster.client().await;
     cluster.script(1, [Act::LoseAnswer]);
-    let open = tokio::spawn(
-        kv.increment("n", 1)
-            .timeout(Duration::from_secs(60))
-            .into_future(),
-    );
+    let open = tokio::spawn(kv.increment("n", 1).timeout(Duration::from_secs(60)).into_future());
     cluster.until(|state| state.seen.len() == 1).await;
     cluster.script(1, vec![fault(Reason::Overloaded); 1_300]);
-    let others: Vec<_> = (0..700)
-        .map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future()))
-        .collect();
+    let others: Vec<_> =
+        (0..700).map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future())).collect();
     let mut refused = 0;
     for other in others {
         refused += usize::from(other.await.expect("no panic").is_err());
     }
     assert!(refused > 0, "the budget is empty");
-    let counter = open
-        .await
-        .expect("no panic")
-        .expect("the first result, in the end");
+    let counter = open.await.expect("no panic").expect("the first result, in the end");
     assert_eq!(counter.value, 1);
 }
 
@@ -391,23 +270,12 @@ async fn a_killed_leader_costs_no_more_than_the_election() {
     cluster.elect(3);
     cluster.announce();
     let counter = under_way.await.expect("no panic").expect("carried over");
-    assert_eq!(
-        (counter.value, counter.written.served.node),
-        (1, NodeId(1)),
-        "the first result"
-    );
+    assert_eq!((counter.value, counter.written.served.node), (1, NodeId(1)), "the first result");
     let gap = started.elapsed() - election;
-    assert!(
-        gap < 20 * MS,
-        "waiting calls hear of the new leader: {gap:?}"
-    );
+    assert!(gap < 20 * MS, "waiting calls hear of the new leader: {gap:?}");
     let started = Instant::now();
     kv.put("b", "1").await.expect("a put");
-    assert!(
-        started.elapsed() < 5 * MS,
-        "others go straight to it: {:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < 5 * MS, "others go straight to it: {:?}", started.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -441,11 +309,7 @@ async fn news_of_a_successor_ends_the_wait_for_an_old_leader() {
     cluster.announce();
     let written = under_way.await.expect("no panic").expect("a put");
     assert_eq!(written.served.node, NodeId(2));
-    assert!(
-        started.elapsed() < 250 * MS,
-        "long before the timeout: {:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < 250 * MS, "long before the timeout: {:?}", started.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -470,8 +334,5 @@ async fn a_dropped_write_lets_the_mark_go_on() {
     assert!(dropped.is_err());
     kv.put("b", "1").await.expect("a put");
     let seen = cluster.take_seen();
-    assert_eq!(
-        seen[1].request_id().lowest_unanswered,
-        seen[1].request_id().sequence
-    );
+    assert_eq!(seen[1].request_id().lowest_unanswered, seen[1].request_id().sequence);
 }

@@ -18,10 +18,7 @@ async fn filled(count: u32) -> (Cluster, Client) {
 
 async fn keys(stream: coracle_client::ScanStream) -> Vec<String> {
     let pairs: Vec<_> = stream.try_collect().await.expect("a scan");
-    pairs
-        .into_iter()
-        .map(|pair| String::from_utf8_lossy(&pair.key).into_owned())
-        .collect()
+    pairs.into_iter().map(|pair| String::from_utf8_lossy(&pair.key).into_owned()).collect()
 }
 
 fn expected(numbers: impl IntoIterator<Item = u32>) -> Vec<String> {
@@ -35,15 +32,9 @@ async fn ranges_prefixes_limits_and_directions() {
     assert_eq!(keys(kv.scan("k05".."k08").stream()).await, expected(5..8));
     assert_eq!(keys(kv.scan("k27"..).stream()).await, expected(27..30));
     assert_eq!(keys(kv.scan(.."k02").stream()).await, expected(0..2));
-    assert_eq!(
-        keys(kv.scan(..).prefix("k1").stream()).await,
-        expected(10..20)
-    );
+    assert_eq!(keys(kv.scan(..).prefix("k1").stream()).await, expected(10..20));
     assert_eq!(keys(kv.scan(..).limit(5).stream()).await, expected(0..5));
-    assert_eq!(
-        keys(kv.scan(..).reverse().limit(3).stream()).await,
-        expected([29, 28, 27])
-    );
+    assert_eq!(keys(kv.scan(..).reverse().limit(3).stream()).await, expected([29, 28, 27]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -59,31 +50,16 @@ async fn an_empty_range_is_empty_and_not_everything() {
 async fn a_broken_scan_goes_on_with_nothing_missing_and_nothing_twice() {
     let (cluster, kv) = filled(30).await;
     for node in 1..=3 {
-        cluster.script(
-            node,
-            [
-                Act::CutAfterPages(1),
-                Act::CutAfterPages(2),
-                Act::CutAfterPages(0),
-            ],
-        );
+        cluster.script(node, [Act::CutAfterPages(1), Act::CutAfterPages(2), Act::CutAfterPages(0)]);
     }
     let started = Instant::now();
     assert_eq!(keys(kv.scan(..).stream()).await, expected(0..30));
-    assert!(
-        started.elapsed() < Duration::from_millis(500),
-        "{:?}",
-        started.elapsed()
-    );
+    assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     for node in 1..=3 {
         cluster.script(node, [Act::CutAfterPages(1), Act::CutAfterPages(1)]);
     }
     let reverse = kv.scan(..).reverse().limit(13).stream();
-    assert_eq!(
-        keys(reverse).await,
-        expected((17..30).rev()),
-        "the limit holds over all parts"
-    );
+    assert_eq!(keys(reverse).await, expected((17..30).rev()), "the limit holds over all parts");
 }
 
 #[tokio::test(start_paused = true)]
@@ -92,21 +68,12 @@ async fn a_silent_node_is_left_for_another() {
     for node in 1..=3 {
         cluster.script(node, [Act::Ignore]);
     }
-    assert_eq!(
-        keys(kv.scan(..).stream()).await.len(),
-        4,
-        "the second round answers"
-    );
+    assert_eq!(keys(kv.scan(..).stream()).await.len(), 4, "the second round answers");
     for node in 1..=3 {
         cluster.script(node, vec![Act::Ignore; 20]);
     }
     let started = Instant::now();
-    let error = kv
-        .scan(..)
-        .pages()
-        .try_next()
-        .await
-        .expect_err("nobody answers");
+    let error = kv.scan(..).pages().try_next().await.expect_err("nobody answers");
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert_eq!(started.elapsed().as_secs(), 5);
 }
@@ -115,24 +82,13 @@ async fn a_silent_node_is_left_for_another() {
 async fn what_cannot_go_on_is_said() {
     let (cluster, kv) = filled(4).await;
     for node in 1..=3 {
-        cluster.script(
-            node,
-            [Act::Fault(Fault::new(Reason::VersionGone, "too old"))],
-        );
+        cluster.script(node, [Act::Fault(Fault::new(Reason::VersionGone, "too old"))]);
     }
     let mut stream = kv.scan(..).stream();
     let error = stream.try_next().await.expect_err("the version is gone");
-    assert_eq!(
-        (error.kind(), error.attempts()),
-        (ErrorKind::VersionGone, 1)
-    );
+    assert_eq!((error.kind(), error.attempts()), (ErrorKind::VersionGone, 1));
     assert!(stream.try_next().await.expect("it has ended").is_none());
-    let long = kv
-        .scan(..)
-        .prefix(vec![b'x'; 5_000])
-        .stream()
-        .try_next()
-        .await;
+    let long = kv.scan(..).prefix(vec![b'x'; 5_000]).stream().try_next().await;
     assert_eq!(long.expect_err("too long").kind(), ErrorKind::TooLarge);
 }
 
@@ -143,11 +99,7 @@ async fn pages_can_be_resumed_by_another_client() {
     let mut first = Vec::new();
     let mut token = Default::default();
     for _ in 0..2 {
-        let page = pages
-            .try_next()
-            .await
-            .expect("a page")
-            .expect("not the end");
+        let page = pages.try_next().await.expect("a page").expect("not the end");
         assert_eq!(page.version, Version(500));
         first.extend(page.entries);
         token = page.resume_token;
@@ -155,8 +107,5 @@ async fn pages_can_be_resumed_by_another_client() {
     drop(pages);
     assert_eq!(first.len(), 4);
     let other = cluster.builder().seed(8).connect().await.expect("a client");
-    assert_eq!(
-        keys(other.scan(..).resume(token).stream()).await,
-        expected(4..10)
-    );
+    assert_eq!(keys(other.scan(..).resume(token).stream()).await, expected(4..10));
 }

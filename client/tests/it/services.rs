@@ -79,14 +79,8 @@ impl KvService for Node {
         // The token is how many have come, and the last key.
         let after = scan.resume_token.split_first();
         let come = after.map_or(0, |(come, _)| u64::from(*come));
-        let rest = self
-            .cluster
-            .with(|state| state.range(&scan, after.map(|(_, key)| key)));
-        let left = if scan.limit == 0 {
-            usize::MAX
-        } else {
-            (scan.limit - come) as usize
-        };
+        let rest = self.cluster.with(|state| state.range(&scan, after.map(|(_, key)| key)));
+        let left = if scan.limit == 0 { usize::MAX } else { (scan.limit - come) as usize };
         let rest = &rest[..rest.len().min(left)];
         let count = rest.len().div_ceil(PAGE).max(1);
         let mut come = come as u8;
@@ -115,9 +109,7 @@ impl KvService for Node {
             node.cluster.cut(node.id);
             std::future::pending().await
         });
-        Ok(Response::new(Box::pin(
-            tokio_stream::iter(pages).chain(cut),
-        )))
+        Ok(Response::new(Box::pin(tokio_stream::iter(pages).chain(cut))))
     }
 
     async fn pipeline(
@@ -165,9 +157,7 @@ impl ClusterService for Node {
         &self,
         _: Request<v1::GetMapRequest>,
     ) -> Result<Response<v1::GetMapResponse>, Status> {
-        Ok(Response::new(v1::GetMapResponse {
-            map: Some(self.cluster.map()),
-        }))
+        Ok(Response::new(v1::GetMapResponse { map: Some(self.cluster.map()) }))
     }
 
     async fn list_keyspaces(
@@ -184,9 +174,7 @@ impl ClusterService for Node {
     ) -> Result<Response<v1::CreateKeyspaceResponse>, Status> {
         let keyspace = self.cluster.add_keyspace(&request.into_inner().name);
         self.cluster.announce();
-        Ok(Response::new(v1::CreateKeyspaceResponse {
-            keyspace: Some(keyspace),
-        }))
+        Ok(Response::new(v1::CreateKeyspaceResponse { keyspace: Some(keyspace) }))
     }
 }
 
@@ -207,29 +195,15 @@ impl AdminService for Node {
         let shards = request.into_inner().shards;
         let cluster_id = format!("made by {}", self.id);
         let (replicas, warnings) = (3, Vec::new());
-        Ok(Response::new(v1::InitResponse {
-            cluster_id,
-            shards,
-            replicas,
-            warnings,
-        }))
+        Ok(Response::new(v1::InitResponse { cluster_id, shards, replicas, warnings }))
     }
 
     async fn node_status(
         &self,
         _: Request<v1::NodeStatusRequest>,
     ) -> Result<Response<v1::NodeStatusResponse>, Status> {
-        let node = self
-            .cluster
-            .map()
-            .nodes
-            .into_iter()
-            .find(|node| node.id == self.id);
-        Ok(Response::new(v1::NodeStatusResponse {
-            node,
-            uptime_ms: 1_500,
-            ..Default::default()
-        }))
+        let node = self.cluster.map().nodes.into_iter().find(|node| node.id == self.id);
+        Ok(Response::new(v1::NodeStatusResponse { node, uptime_ms: 1_500, ..Default::default() }))
     }
 
     async fn transfer_leader(
@@ -238,27 +212,15 @@ impl AdminService for Node {
     ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
         let v1::TransferLeaderRequest { shard, to_node } = request.into_inner();
         let map = self.cluster.map();
-        let shard = map
-            .shards
-            .iter()
-            .find(|known| known.id == shard)
-            .expect("a shard");
+        let shard = map.shards.iter().find(|known| known.id == shard).expect("a shard");
         if shard.leader_node != self.id {
             let fault = Fault::new(Reason::NotLeader, "not the leader")
-                .with(
-                    coracle_proto::reason::metadata::LEADER_NODE,
-                    shard.leader_node,
-                )
-                .with(
-                    coracle_proto::reason::metadata::LEADER_TERM,
-                    shard.leader_term,
-                );
+                .with(coracle_proto::reason::metadata::LEADER_NODE, shard.leader_node)
+                .with(coracle_proto::reason::metadata::LEADER_TERM, shard.leader_term);
             return Err(fault.to_status());
         }
         self.cluster.elect(to_node);
-        Ok(Response::new(v1::TransferLeaderResponse {
-            leader_node: to_node,
-        }))
+        Ok(Response::new(v1::TransferLeaderResponse { leader_node: to_node }))
     }
 
     async fn inject_fault(

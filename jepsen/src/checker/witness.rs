@@ -29,9 +29,7 @@ const ABSENT: &str = "an absent key was deleted, or never written";
 pub fn check(history: &History) -> Vec<Violation> {
     let mut keys: BTreeMap<String, Vec<Operation>> = BTreeMap::new();
     for operation in history.operations() {
-        keys.entry(operation.key.clone())
-            .or_default()
-            .push(operation);
+        keys.entry(operation.key.clone()).or_default().push(operation);
     }
     let mut found = Vec::new();
     for (key, operations) in keys {
@@ -74,12 +72,7 @@ impl<'a> Look<'a> {
             Outcome::Ok(Answer::Mismatch { seen, at }) => (seen, at, at.index.saturating_sub(1)),
             _ => return None,
         };
-        Some(Look {
-            operation,
-            seen: seen.as_ref(),
-            at: *at,
-            upto,
-        })
+        Some(Look { operation, seen: seen.as_ref(), at: *at, upto })
     }
 }
 
@@ -107,11 +100,7 @@ impl<'a> Register<'a> {
             looks: operations.iter().filter_map(Look::of).collect(),
             writes: Vec::new(),
             least_index: Vec::new(),
-            unknown_deletes: operations
-                .iter()
-                .filter(unknown_delete)
-                .map(|o| o.begin)
-                .collect(),
+            unknown_deletes: operations.iter().filter(unknown_delete).map(|o| o.begin).collect(),
             found: Vec::new(),
         }
     }
@@ -138,12 +127,7 @@ impl<'a> Register<'a> {
 
     fn violation(&mut self, rule: &'static str, why: String, calls: &[u64]) {
         let (key, calls) = (self.key.to_owned(), calls.to_vec());
-        self.found.push(Violation {
-            rule,
-            key,
-            why,
-            calls,
-        });
+        self.found.push(Violation { rule, key, why, calls });
     }
 
     /// All writes of which a version is known, by version: from their own answers, or from those
@@ -161,12 +145,7 @@ impl<'a> Register<'a> {
                     continue;
                 }
             };
-            let write = Write {
-                operation,
-                version,
-                index,
-                is_exact: version.is_some(),
-            };
+            let write = Write { operation, version, index, is_exact: version.is_some() };
             match value(&operation.action) {
                 Some(value) => {
                     by_value.insert(value, write);
@@ -205,11 +184,7 @@ impl<'a> Register<'a> {
         for (rule, why, calls) in problems {
             self.violation(rule, why, &calls);
         }
-        writes.extend(
-            by_value
-                .into_values()
-                .filter(|write| write.version.is_some()),
-        );
+        writes.extend(by_value.into_values().filter(|write| write.version.is_some()));
         writes.sort_by_key(|write| write.version);
         writes
     }
@@ -219,10 +194,7 @@ impl<'a> Register<'a> {
         for pair in self.writes.windows(2) {
             let calls = [pair[0].operation.call, pair[1].operation.call];
             if pair[0].version == pair[1].version {
-                problems.push((
-                    format!("version {:?} was given twice", pair[0].version),
-                    calls,
-                ));
+                problems.push((format!("version {:?} was given twice", pair[0].version), calls));
             }
         }
         let exact: Vec<&Write<'_>> = self.writes.iter().filter(|write| write.is_exact).collect();
@@ -258,9 +230,7 @@ impl<'a> Register<'a> {
             let calls = [newer.operation.call, look.operation.call];
             self.violation(NEWEST, why, &calls);
         }
-        let own = self
-            .writes
-            .binary_search_by_key(&Some(seen.version), |write| write.version);
+        let own = self.writes.binary_search_by_key(&Some(seen.version), |write| write.version);
         let own = own.ok().map(|at| &self.writes[at]);
         if let Some(own) = own.filter(|own| own.is_exact && own.index > look.at.index) {
             let why = format!(
@@ -347,18 +317,10 @@ impl<'a> Register<'a> {
     fn standings(&self) -> BTreeMap<u64, (u64, bool)> {
         let mut standings = BTreeMap::new();
         for write in &self.writes {
-            standings.extend(
-                write
-                    .version
-                    .map(|version| (write.operation.call, (version, true))),
-            );
+            standings.extend(write.version.map(|version| (write.operation.call, (version, true))));
         }
         for look in self.operations.iter().filter_map(Look::of) {
-            let absent = || {
-                self.newest_at(look.upto)
-                    .and_then(|write| write.version)
-                    .unwrap_or(0)
-            };
+            let absent = || self.newest_at(look.upto).and_then(|write| write.version).unwrap_or(0);
             let version = look.seen.map_or_else(absent, |seen| seen.version);
             standings.insert(look.operation.call, (version, false));
         }

@@ -93,11 +93,7 @@ impl Cluster {
             .name("coracle-jepsen")
             .connect_lazy()
             .map_err(|error| error.to_string())?;
-        let mut cluster = Cluster {
-            nodes,
-            client,
-            _scratch: scratch,
-        };
+        let mut cluster = Cluster { nodes, client, _scratch: scratch };
         cluster.form().await?;
         Ok(cluster)
     }
@@ -111,11 +107,7 @@ impl Cluster {
             self.wait_for(at, deadline, |_| true).await?;
         }
         let nodes = self.nodes.len() as u32;
-        let init = Init {
-            nodes,
-            shards: 0,
-            replicas: nodes.min(3),
-        };
+        let init = Init { nodes, shards: 0, replicas: nodes.min(3) };
         let made = self.client.admin().init(init).await;
         made.map_err(|error| format!("init: {error}"))?;
         for at in 0..self.nodes.len() {
@@ -143,19 +135,13 @@ impl Cluster {
     pub async fn status(&self, at: usize) -> Result<NodeStatus, String> {
         let admin = self.client.admin();
         let status = admin.node_status(&self.nodes[at].address);
-        status
-            .await
-            .map_err(|error| format!("n{}: {error}", at + 1))
+        status.await.map_err(|error| format!("n{}: {error}", at + 1))
     }
 
     /// Which process has this node id.
     pub async fn find(&self, node: NodeId) -> Result<usize, String> {
         for at in 0..self.nodes.len() {
-            if self
-                .status(at)
-                .await
-                .is_ok_and(|status| status.node.id == node)
-            {
+            if self.status(at).await.is_ok_and(|status| status.node.id == node) {
                 return Ok(at);
             }
         }
@@ -180,9 +166,7 @@ impl Cluster {
     /// Cuts a node off from all others, or heals that.
     pub async fn cut(&self, at: usize, is_cut: bool) -> Result<(), String> {
         let own = self.status(at).await?.node.id;
-        let others = (1..=self.nodes.len() as u64)
-            .map(NodeId)
-            .filter(|node| *node != own);
+        let others = (1..=self.nodes.len() as u64).map(NodeId).filter(|node| *node != own);
         let cut_from: Vec<NodeId> = if is_cut { others.collect() } else { Vec::new() };
         let admin = self.client.admin();
         let cut = admin.inject_fault(&self.nodes[at].address, &cut_from).await;
@@ -196,8 +180,7 @@ impl Cluster {
 
     /// Waits until a node is back: each of its replicas knows a leader.
     pub async fn wait_back(&mut self, at: usize) -> Result<(), String> {
-        self.wait_for(at, Instant::now() + START_DEADLINE, is_well)
-            .await
+        self.wait_for(at, Instant::now() + START_DEADLINE, is_well).await
     }
 
     async fn wait_for(
@@ -263,39 +246,23 @@ fn free_ports(count: usize) -> io::Result<Vec<SocketAddr>> {
             break;
         }
     }
-    let mut ports = held
-        .iter()
-        .map(TcpListener::local_addr)
-        .collect::<io::Result<Vec<_>>>()?;
+    let mut ports = held.iter().map(TcpListener::local_addr).collect::<io::Result<Vec<_>>>()?;
     // Node ids are given in the order of the peers' addresses: let it be that of the processes.
     ports.sort();
     match ports.len() == count {
         true => Ok(ports),
-        false => Err(io::Error::other(format!(
-            "not {count} free ports in {PORTS:?}"
-        ))),
+        false => Err(io::Error::other(format!("not {count} free ports in {PORTS:?}"))),
     }
 }
 
 impl Process {
     fn start(&mut self) -> Result<(), String> {
-        assert!(
-            self.child.is_none(),
-            "a node is started when it does not run"
-        );
+        assert!(self.child.is_none(), "a node is started when it does not run");
         let failed = |error: io::Error| format!("{}: {error}", self.log.display());
-        let log = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&self.log)
-            .map_err(failed)?;
+        let log = OpenOptions::new().create(true).append(true).open(&self.log).map_err(failed)?;
         let err = log.try_clone().map_err(failed)?;
         let mut command = Command::new(&self.program);
-        command
-            .args(&self.args)
-            .stdin(Stdio::null())
-            .stdout(log)
-            .stderr(err);
+        command.args(&self.args).stdin(Stdio::null()).stdout(log).stderr(err);
         // What is set for a node of the user's own is not meant for these.
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("CORACLE_") {

@@ -82,13 +82,7 @@ impl Cluster {
         let mut dice = Dice::new(seed);
         let net = SimNet::new(dice.roll(), settings.link, trace.clone());
         let slots = (0..settings.nodes).map(|at| RefCell::new(Slot::new(at, &settings, &mut dice)));
-        Cluster {
-            settings,
-            net,
-            trace,
-            slots: slots.collect(),
-            dice: RefCell::new(dice),
-        }
+        Cluster { settings, net, trace, slots: slots.collect(), dice: RefCell::new(dice) }
     }
 
     /// Boots all nodes and makes a cluster of them.
@@ -96,16 +90,9 @@ impl Cluster {
         for at in 0..self.len() {
             self.boot(at).await?;
         }
-        let client = self
-            .client("init")
-            .connect_lazy()
-            .map_err(|error| error.to_string())?;
+        let client = self.client("init").connect_lazy().map_err(|error| error.to_string())?;
         let nodes = self.len() as u32;
-        let init = Init {
-            shards: self.settings.shards,
-            replicas: nodes.min(3),
-            nodes,
-        };
+        let init = Init { shards: self.settings.shards, replicas: nodes.min(3), nodes };
         let made = client.admin().init(init).await;
         client.close().await;
         made.map(drop).map_err(|error| format!("init: {error}"))
@@ -128,22 +115,12 @@ impl Cluster {
 
     /// The node on a machine, while it runs.
     pub fn node(&self, at: usize) -> Option<Arc<Node>> {
-        self.slots[at]
-            .borrow()
-            .running
-            .as_ref()
-            .map(|running| running.node.clone())
+        self.slots[at].borrow().running.as_ref().map(|running| running.node.clone())
     }
 
     /// Why the node on a machine has stopped by itself, when it has.
     pub fn why_stopped(&self, at: usize) -> Option<String> {
-        self.slots[at]
-            .borrow()
-            .running
-            .as_ref()?
-            .why_stopped
-            .lock()
-            .clone()
+        self.slots[at].borrow().running.as_ref()?.why_stopped.lock().clone()
     }
 
     /// A machine's files.
@@ -183,11 +160,7 @@ impl Cluster {
             Ok(node) => {
                 unborn.0 = None;
                 let node = Arc::new(node);
-                let running = Running {
-                    node,
-                    exec,
-                    why_stopped,
-                };
+                let running = Running { node, exec, why_stopped };
                 let before = self.slots[at].borrow_mut().running.replace(running);
                 assert!(before.is_none(), "a machine runs one node at a time");
                 Ok(())
@@ -227,10 +200,7 @@ impl Cluster {
     /// written and not synced. Also for a machine whose node is just starting, or is down.
     pub fn crash(&self, at: usize, how: Down, loss: Loss) {
         let mut slot = self.slots[at].borrow_mut();
-        self.trace.event(format_args!(
-            "{} crashes: {how:?}, lost {loss:?}",
-            slot.name
-        ));
+        self.trace.event(format_args!("{} crashes: {how:?}, lost {loss:?}", slot.name));
         self.net.take_down(&slot.name, how);
         slot.files = slot.files.crash(loss);
         let Some(running) = slot.running.take() else {
@@ -249,8 +219,7 @@ impl Cluster {
     /// Stops a node as an operator would: leaderships handed over, requests finished.
     pub async fn stop(&self, at: usize, within: Duration) {
         let Some(node) = self.node(at) else { return };
-        self.trace
-            .event(format_args!("{} is stopped", self.name(at)));
+        self.trace.event(format_args!("{} is stopped", self.name(at)));
         let deadline = tokio::time::Instant::now() + within;
         let _ = tokio::time::timeout(within * 2, node.drain_and_stop(deadline)).await;
         self.crash(at, Down::Process, Loss::Nothing);
@@ -308,9 +277,6 @@ fn config(at: usize, settings: &Settings) -> Config {
         ("storage.disk_reserve_bytes", "64MiB".to_owned()),
     ];
     let set = set.map(|(key, value)| (key.to_owned(), value)).to_vec();
-    let loaded = Config::load(&Sources {
-        set,
-        ..Sources::default()
-    });
+    let loaded = Config::load(&Sources { set, ..Sources::default() });
     loaded.unwrap_or_else(|problems| panic!("the settings of a simulated node: {problems:?}"))
 }

@@ -27,10 +27,7 @@ impl Invariant for OnlyForward {
         let term = look.status.term;
         let before = self.terms.insert(look.replica, term).unwrap_or(0);
         (term < before).then(|| {
-            format!(
-                "replica {} led term {before}, and now leads term {term}",
-                look.replica
-            )
+            format!("replica {} led term {before}, and now leads term {term}", look.replica)
         })
     }
 }

@@ -39,11 +39,7 @@ async fn differences(cluster: &Cluster) -> Vec<(bool, String)> {
     let mut groups: Vec<(usize, Arc<Group>)> = Vec::new();
     for node in 0..cluster.len() {
         let host = cluster.node(node).and_then(|node| node.host());
-        groups.extend(
-            host.iter()
-                .flat_map(|host| host.groups())
-                .map(|group| (node, group)),
-        );
+        groups.extend(host.iter().flat_map(|host| host.groups()).map(|group| (node, group)));
     }
     groups.sort_by_key(|(node, group)| (group.shard(), *node));
     let mut different = Vec::new();
@@ -61,10 +57,7 @@ async fn differences(cluster: &Cluster) -> Vec<(bool, String)> {
             if one != other {
                 let (left, right) = (left + 1, right + 1);
                 let why = format!("{shard}: n{left} shows {one:?}, n{right} shows {other:?}");
-                different.push((
-                    one.at == other.at,
-                    format!("equal index, equal state: {why}"),
-                ));
+                different.push((one.at == other.at, format!("equal index, equal state: {why}")));
             }
         }
     }
@@ -74,13 +67,8 @@ async fn differences(cluster: &Cluster) -> Vec<(bool, String)> {
 async fn digest(group: &Group) -> Result<Digest, String> {
     let look = |state: &coracle_raft::state_machine::ReadState| {
         let hash = state.reader.state_hash(None, state.clock);
-        hash.map(|hash| Digest {
-            at: state.position,
-            clock: state.clock,
-            hash,
-        })
+        hash.map(|hash| Digest { at: state.position, clock: state.clock, hash })
     };
     let read = group.read_local(0, Instant::now() + LOOK, look).await;
-    read.map_err(|error| error.to_string())?
-        .map_err(|error| error.to_string())
+    read.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
 }

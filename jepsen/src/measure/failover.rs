@@ -63,17 +63,9 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     let mut cluster = Cluster::start(plan.program.as_deref(), plan.nodes).await?;
     let client = cluster.client().clone();
     let load = Load::start(&client, WRITERS_PER_SHARD, WRITE_PAUSE).await?;
-    let map = client
-        .admin()
-        .map()
-        .await
-        .map_err(|error| error.to_string())?;
-    let shards: Vec<ShardId> = map
-        .shards
-        .iter()
-        .map(|shard| shard.id)
-        .filter(|shard| shard.0 != 0)
-        .collect();
+    let map = client.admin().map().await.map_err(|error| error.to_string())?;
+    let shards: Vec<ShardId> =
+        map.shards.iter().map(|shard| shard.id).filter(|shard| shard.0 != 0).collect();
     tokio::time::sleep(LOOK).await;
     let (mut gaps, mut others, mut acknowledged) = (Vec::new(), Vec::new(), 0);
     for round in 0..plan.rounds {
@@ -84,9 +76,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         let ended = recovered(&load.ledger, shard, began).await?;
         let gap = load.ledger.longest_gap(shard.0, began, ended);
         let untouched = shards.iter().filter(|shard| !led.contains(shard));
-        let untouched = untouched
-            .map(|shard| load.ledger.longest_gap(shard.0, began, ended))
-            .max();
+        let untouched = untouched.map(|shard| load.ledger.longest_gap(shard.0, began, ended)).max();
         println!(
             "round {:>3}: n{} led shard {shard}; no write for {:.0} ms, elsewhere for {:.0} ms",
             round + 1,
@@ -103,10 +93,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     let ledger = load.stop().await;
     let lost = ledger.lost(&client).await?;
     let (gaps, others) = (Quantiles::of(&gaps), Quantiles::of(&others));
-    println!(
-        "{:?}, {} rounds, {} nodes",
-        plan.how, plan.rounds, plan.nodes
-    );
+    println!("{:?}, {} rounds, {} nodes", plan.how, plan.rounds, plan.nodes);
     println!("the longest write gap of the shard: {gaps}");
     println!("of shards led by other nodes:       {others}");
     println!(
@@ -114,9 +101,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         ledger.failed().len(),
         lost.len()
     );
-    lost.iter()
-        .chain(ledger.failed().iter().take(10))
-        .for_each(|line| println!("  {line}"));
+    lost.iter().chain(ledger.failed().iter().take(10)).for_each(|line| println!("  {line}"));
     let is_late = plan.p99_max.is_some_and(|max| gaps.p99 > max);
     Ok(lost.is_empty() && !is_late)
 }
@@ -172,9 +157,7 @@ async fn recovered(ledger: &Ledger, shard: ShardId, began: Instant) -> Result<In
             return Ok(now);
         }
         if now - began >= RECOVERY_DEADLINE {
-            return Err(format!(
-                "no writes of shard {shard} flow after {RECOVERY_DEADLINE:?}"
-            ));
+            return Err(format!("no writes of shard {shard} flow after {RECOVERY_DEADLINE:?}"));
         }
     }
 }

@@ -42,12 +42,7 @@ impl Ledger {
         let before = first.checked_sub(1).map_or(from, |at| all[at]);
         let mut longest = Duration::ZERO;
         let mut last = before;
-        for at in all[first..]
-            .iter()
-            .copied()
-            .take_while(|at| *at <= to)
-            .chain([to])
-        {
+        for at in all[first..].iter().copied().take_while(|at| *at <= to).chain([to]) {
             longest = longest.max(at - last);
             last = at;
         }
@@ -80,9 +75,7 @@ impl Ledger {
             let found = found.map_err(|error| format!("read {key} back: {error}"))?;
             let found = found.map_or(0, |entry| entry.version.0);
             if found < version {
-                lost.push(format!(
-                    "{key} was acknowledged at {version}, and is at {found}"
-                ));
+                lost.push(format!("{key} was acknowledged at {version}, and is at {found}"));
             }
         }
         Ok(lost)
@@ -101,16 +94,11 @@ impl Load {
     /// Starts so many writers on each shard; each pauses for so long between its writes.
     pub async fn start(client: &Client, per_shard: usize, pause: Duration) -> Result<Load, String> {
         let (stop, stopped) = watch::channel(false);
-        let mut load = Load {
-            ledger: Arc::default(),
-            stop,
-            writers: JoinSet::new(),
-        };
+        let mut load = Load { ledger: Arc::default(), stop, writers: JoinSet::new() };
         for (shard, keys) in keys_of_shards(client, per_shard).await? {
             for key in keys {
                 let (client, ledger) = (client.clone(), load.ledger.clone());
-                load.writers
-                    .spawn(write(client, ledger, shard, key, pause, stopped.clone()));
+                load.writers.spawn(write(client, ledger, shard, key, pause, stopped.clone()));
             }
         }
         Ok(load)
@@ -129,11 +117,7 @@ async fn keys_of_shards(
     client: &Client,
     per_shard: usize,
 ) -> Result<BTreeMap<ShardId, Vec<String>>, String> {
-    let map = client
-        .admin()
-        .map()
-        .await
-        .map_err(|error| error.to_string())?;
+    let map = client.admin().map().await.map_err(|error| error.to_string())?;
     // The meta group has no arc.
     let shards = map.shards.iter().filter(|shard| shard.id.0 != 0);
     let mut keys: BTreeMap<ShardId, Vec<String>> =
@@ -168,12 +152,7 @@ async fn write(
         match client.put(key.clone(), value).timeout(WRITE_TIMEOUT).await {
             Ok(written) => {
                 let now = Instant::now();
-                ledger
-                    .acknowledged
-                    .lock()
-                    .entry(shard.0)
-                    .or_default()
-                    .push(now);
+                ledger.acknowledged.lock().entry(shard.0).or_default().push(now);
                 ledger.newest.lock().insert(key.clone(), written.version.0);
             }
             Err(error) => ledger.failed.lock().push(format!("{key}: {error}")),
@@ -193,10 +172,7 @@ mod tests {
         let ledger = Ledger::default();
         let began = Instant::now();
         let at = |ms: u64| began + Duration::from_millis(ms);
-        ledger
-            .acknowledged
-            .lock()
-            .insert(1, [0, 10, 500, 510, 900].map(at).to_vec());
+        ledger.acknowledged.lock().insert(1, [0, 10, 500, 510, 900].map(at).to_vec());
         assert_eq!(ledger.longest_gap(1, at(100), at(600)).as_millis(), 490);
         assert_eq!(ledger.longest_gap(1, at(505), at(1_000)).as_millis(), 390);
         assert_eq!(ledger.longest_gap(1, at(950), at(2_000)).as_millis(), 1_100);

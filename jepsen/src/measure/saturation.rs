@@ -37,11 +37,7 @@ pub fn run(plan: &Plan) -> Result<bool, String> {
 async fn measure(plan: &Plan) -> Result<bool, String> {
     let cluster = Cluster::start(plan.program.as_deref(), plan.nodes).await?;
     let client = cluster.client().clone();
-    let map = client
-        .admin()
-        .map()
-        .await
-        .map_err(|error| error.to_string())?;
+    let map = client.admin().map().await.map_err(|error| error.to_string())?;
     let shards = map.shards.len().saturating_sub(1).max(1);
     let per_shard = (plan.writers as usize).div_ceil(shards);
     let load = Load::start(&client, per_shard, Duration::ZERO).await?;
@@ -73,8 +69,6 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         ledger.failed().len(),
         lost.len()
     );
-    lost.iter()
-        .chain(ledger.failed().iter().take(10))
-        .for_each(|line| println!("  {line}"));
+    lost.iter().chain(ledger.failed().iter().take(10)).for_each(|line| println!("  {line}"));
     Ok(elections == 0 && lost.is_empty())
 }

@@ -49,10 +49,7 @@ impl Nemesis<'_> {
         };
         // One that the keeper is busy with is down already.
         let claimed = self.claimed.borrow().clone();
-        let victims: Vec<usize> = victims
-            .into_iter()
-            .filter(|at| !claimed.contains(at))
-            .collect();
+        let victims: Vec<usize> = victims.into_iter().filter(|at| !claimed.contains(at)).collect();
         if !victims.is_empty() {
             self.note(kind);
         }
@@ -95,17 +92,12 @@ impl Nemesis<'_> {
         let loss = self.draw_loss();
         // A machine that lost its power tells nobody; nor does one whose link went with it.
         let is_told = loss == Loss::Nothing && !self.one_in(3);
-        self.cluster
-            .crash(at, if is_told { Down::Process } else { Down::Power }, loss);
+        self.cluster.crash(at, if is_told { Down::Process } else { Down::Power }, loss);
     }
 
     /// Ends a node that has stopped by itself, or is down already.
     pub(super) fn bury(&self, at: usize) {
-        let loss = if self.cluster.files(at).crashed() {
-            self.draw_loss()
-        } else {
-            Loss::Nothing
-        };
+        let loss = if self.cluster.files(at).crashed() { self.draw_loss() } else { Loss::Nothing };
         self.cluster.crash(at, Down::Process, loss);
     }
 
@@ -130,9 +122,7 @@ impl Nemesis<'_> {
             self.note("crash in recovery");
             self.kill(at);
             if boots > 2 * BOOTS_MAX {
-                self.unexplained
-                    .borrow_mut()
-                    .push(format!("a node does not come back: {why}"));
+                self.unexplained.borrow_mut().push(format!("a node does not come back: {why}"));
                 return;
             }
         }
@@ -159,12 +149,9 @@ impl Nemesis<'_> {
                 let stalled = self.stalled.borrow().contains(&at);
                 if !self.cluster.files(at).crashed() && !stalled {
                     let name = self.cluster.name(at);
-                    self.unexplained
-                        .borrow_mut()
-                        .push(format!("{name} stopped: {why}"));
+                    self.unexplained.borrow_mut().push(format!("{name} stopped: {why}"));
                 }
-                self.trace
-                    .event(format_args!("{} stopped: {why}", self.cluster.name(at)));
+                self.trace.event(format_args!("{} stopped: {why}", self.cluster.name(at)));
                 self.note("stopped by itself");
                 self.bury(at);
                 self.revive(at, self.mix.crash_points).await;

@@ -19,8 +19,7 @@ impl Nemesis<'_> {
                 6 => {
                     let (deaf, other) = (self.some_leader(), self.any_node());
                     self.note("one-way cut");
-                    self.trace
-                        .event(format_args!("n{} hears nothing", deaf + 1));
+                    self.trace.event(format_args!("n{} hears nothing", deaf + 1));
                     for from in nodes.iter().filter(|name| **name != nodes[deaf]) {
                         if other == deaf || *from == nodes[other] {
                             self.cluster.net.block(from, &nodes[deaf]);
@@ -40,9 +39,7 @@ impl Nemesis<'_> {
     }
 
     fn cut(&self, one: &str, other: &str) {
-        self.trace.event(format_args!(
-            "{one} and {other} are cut off from each other"
-        ));
+        self.trace.event(format_args!("{one} and {other} are cut off from each other"));
         self.cluster.net.block(one, other);
         self.cluster.net.block(other, one);
     }
@@ -87,16 +84,13 @@ impl Nemesis<'_> {
             let other = hosts[self.below(hosts.len() as u64) as usize].clone();
             if self.one_in(2) {
                 self.note("connections reset");
-                self.trace
-                    .event(format_args!("connections of {one} and {other} are reset"));
+                self.trace.event(format_args!("connections of {one} and {other} are reset"));
                 self.cluster.net.reset(&one, &other);
                 continue;
             }
             let times = [3, 10, 40][self.below(3) as usize];
             self.note("slow link");
-            self.trace.event(format_args!(
-                "from {one} to {other} it takes {times} times as long"
-            ));
+            self.trace.event(format_args!("from {one} to {other} it takes {times} times as long"));
             self.cluster.net.slow(&one, &other, times);
             self.pause(200, 3_000, end).await;
             self.cluster.net.slow(&one, &other, 1);

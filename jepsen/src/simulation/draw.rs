@@ -18,11 +18,7 @@ pub(super) fn settings(dice: &mut Dice, options: &Options) -> Settings {
         nodes: options.nodes.unwrap_or(if dice.one_in(4) { 5 } else { 3 }),
         shards: one_of(dice, [1, 2, 4]) as u32,
         raft_ms: RAFT_MS[dice.below(2) as usize],
-        link: LinkSpeed {
-            latency_ms_min: 1,
-            latency_ms_max,
-            slow_one_in: one_of(dice, [50, 500]),
-        },
+        link: LinkSpeed { latency_ms_min: 1, latency_ms_max, slow_one_in: one_of(dice, [50, 500]) },
         disk: DiskSpeed {
             sync_ms_max: one_of(dice, [1, 4, 12]),
             slow_one_in: one_of(dice, [50, 500]),

@@ -27,26 +27,20 @@ const PROBES_MAX: u64 = 128;
 pub(super) async fn check(run: &mut Run) {
     if !until(LEADERS_WITHIN, || without_leader(&run.cluster).is_empty()).await {
         let lacking = without_leader(&run.cluster).join("; ");
-        run.violations
-            .push(format!("every group has one leader again: {lacking}"));
+        run.violations.push(format!("every group has one leader again: {lacking}"));
         return;
     }
     run.watch.borrow_mut().look(&run.cluster);
     run.trace.event(format_args!("every group has a leader"));
     serve(run).await;
-    run.violations
-        .extend(replicas_agree::check(&run.cluster, AGREEMENT_WITHIN).await);
+    run.violations.extend(replicas_agree::check(&run.cluster, AGREEMENT_WITHIN).await);
     for at in 0..run.cluster.len() {
         if let Some(why) = run.cluster.why_stopped(at) {
-            run.violations
-                .push(format!("n{} stopped after all faults ended: {why}", at + 1));
+            run.violations.push(format!("n{} stopped after all faults ended: {why}", at + 1));
         }
         let status = run.cluster.node(at).map(|node| node.status());
         for damaged in status.into_iter().flat_map(|status| status.recovering) {
-            run.violations.push(format!(
-                "n{} takes for damage what none was: {damaged}",
-                at + 1
-            ));
+            run.violations.push(format!("n{} takes for damage what none was: {damaged}", at + 1));
         }
     }
     let history = run.recorder.history();
@@ -68,19 +62,14 @@ fn without_leader(cluster: &Cluster) -> Vec<String> {
             if let Some(why) = &status.failed {
                 lacking.push(format!("shard {shard} on n{} has failed: {why}", at + 1));
             }
-            leaders
-                .entry(shard)
-                .or_default()
-                .insert(status.leader.map(|node| node.0));
+            leaders.entry(shard).or_default().insert(status.leader.map(|node| node.0));
             *leading.entry(shard).or_default() += u64::from(status.state == Standing::Leader);
         }
     }
     for (shard, known) in leaders {
         if leading[&shard] != 1 || known.len() != 1 || known.contains(&None) {
             let leading = leading[&shard];
-            lacking.push(format!(
-                "shard {shard}: {leading} lead, known leaders are {known:?}"
-            ));
+            lacking.push(format!("shard {shard}: {leading} lead, known leaders are {known:?}"));
         }
     }
     lacking
@@ -117,31 +106,23 @@ async fn serve(run: &mut Run) {
     });
     match served.await {
         Ok(missing) if missing.is_empty() => {}
-        Ok(missing) => run
-            .violations
-            .push(format!("every shard serves again, but not {missing:?}")),
-        Err(_) => run
-            .violations
-            .push("every key can be read again, but not in time".to_owned()),
+        Ok(missing) => {
+            run.violations.push(format!("every shard serves again, but not {missing:?}"))
+        }
+        Err(_) => run.violations.push("every key can be read again, but not in time".to_owned()),
     }
     let closed = worker.client.close();
     if tokio::time::timeout(ANSWERS_WITHIN, closed).await.is_err() {
-        run.violations
-            .push("a client ends when it is closed".to_owned());
+        run.violations.push("a client ends when it is closed".to_owned());
     }
 }
 
 /// The acknowledged writes: key and version.
 pub(super) fn acknowledged(history: &History) -> impl Iterator<Item = (&str, u64)> {
-    history
-        .events
-        .iter()
-        .filter_map(|event| match (&event.kind, &event.answer) {
-            (Kind::Ok, Some(Answer::Written { version, .. })) => {
-                Some((event.key.as_str(), *version))
-            }
-            _ => None,
-        })
+    history.events.iter().filter_map(|event| match (&event.kind, &event.answer) {
+        (Kind::Ok, Some(Answer::Written { version, .. })) => Some((event.key.as_str(), *version)),
+        _ => None,
+    })
 }
 
 /// Keys whose last read is older than an acknowledged write. The checkers find the same; this says it

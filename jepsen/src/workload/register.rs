@@ -52,16 +52,7 @@ impl Worker {
         load: Load,
     ) -> Worker {
         let (written, versions) = (0, BTreeMap::new());
-        Worker {
-            number,
-            client,
-            recorder,
-            trace,
-            dice,
-            load,
-            written,
-            versions,
-        }
+        Worker { number, client, recorder, trace, dice, load, written, versions }
     }
 
     /// One operation after the other, until told to stop.
@@ -92,17 +83,10 @@ impl Worker {
     fn draw_action(&mut self, key: &str) -> Action {
         match self.dice.below(20) {
             0..=6 => Action::Get,
-            7..=12 => Action::Put {
-                value: self.fresh_value(),
-            },
-            13..=14 => Action::PutIfAbsent {
-                value: self.fresh_value(),
-            },
+            7..=12 => Action::Put { value: self.fresh_value() },
+            13..=14 => Action::PutIfAbsent { value: self.fresh_value() },
             15..=17 => match self.versions.get(key).copied() {
-                Some(version) => Action::PutIfVersion {
-                    value: self.fresh_value(),
-                    version,
-                },
+                Some(version) => Action::PutIfVersion { value: self.fresh_value(), version },
                 None => Action::Get,
             },
             _ => Action::Delete,
@@ -121,9 +105,7 @@ impl Worker {
 
     /// Performs one operation and takes it down; true when it was answered.
     pub async fn perform(&mut self, key: &str, action: Action) -> bool {
-        let call = self
-            .recorder
-            .invoke(self.trace.now_us(), self.number, key, &action);
+        let call = self.recorder.invoke(self.trace.now_us(), self.number, key, &action);
         let answer = self.ask(key, &action).await;
         let now = self.trace.now_us();
         let number = self.number;
@@ -131,10 +113,7 @@ impl Worker {
             Ok(answer) => {
                 self.remember(key, &answer);
                 let told = brief(&answer);
-                self.trace.event(format_args!(
-                    "c{number} #{call} {} {key}: {told}",
-                    verb(&action)
-                ));
+                self.trace.event(format_args!("c{number} #{call} {} {key}: {told}", verb(&action)));
                 self.recorder.ok(now, call, answer);
                 true
             }
@@ -142,9 +121,7 @@ impl Worker {
                 let unknown = error.outcome() != Outcome::NotApplied;
                 let how = if unknown { "unknown" } else { "failed" };
                 let verb = verb(&action);
-                self.trace.event(format_args!(
-                    "c{number} #{call} {verb} {key}: {how}: {error}"
-                ));
+                self.trace.event(format_args!("c{number} #{call} {verb} {key}: {how}: {error}"));
                 self.recorder.failed(now, call, unknown, error.to_string());
                 false
             }
@@ -154,36 +131,25 @@ impl Worker {
     async fn ask(&self, key: &str, action: &Action) -> Result<Answer, Error> {
         let key = key.to_owned();
         let judged = |cas: Cas| match cas {
-            Cas::Applied(written) => Answer::Written {
-                version: written.version.0,
-                at: position(&written.served),
-            },
-            Cas::Mismatch { current, served } => Answer::Mismatch {
-                seen: current.as_ref().map(seen),
-                at: position(&served),
-            },
+            Cas::Applied(written) => {
+                Answer::Written { version: written.version.0, at: position(&written.served) }
+            }
+            Cas::Mismatch { current, served } => {
+                Answer::Mismatch { seen: current.as_ref().map(seen), at: position(&served) }
+            }
         };
         Ok(match action {
             Action::Get => {
                 let read = self.client.get(key).read().await?;
-                Answer::Read {
-                    seen: read.entry.as_ref().map(seen),
-                    at: position(&read.served),
-                }
+                Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
             }
             Action::Put { value } => {
                 let written = self.client.put(key, value.clone()).await?;
-                Answer::Written {
-                    version: written.version.0,
-                    at: position(&written.served),
-                }
+                Answer::Written { version: written.version.0, at: position(&written.served) }
             }
             Action::Delete => {
                 let written = self.client.delete(key).await?;
-                Answer::Written {
-                    version: written.version.0,
-                    at: position(&written.served),
-                }
+                Answer::Written { version: written.version.0, at: position(&written.served) }
             }
             Action::PutIfAbsent { value } => {
                 judged(self.client.put(key, value.clone()).if_absent().await?)
@@ -237,17 +203,10 @@ fn brief(answer: &Answer) -> String {
 }
 
 fn position(served: &Served) -> Position {
-    Position {
-        shard: served.shard.0,
-        term: served.term,
-        index: served.index,
-    }
+    Position { shard: served.shard.0, term: served.term, index: served.index }
 }
 
 fn seen(entry: &Entry) -> Seen {
     let value = String::from_utf8_lossy(&entry.value).into_owned();
-    Seen {
-        value,
-        version: entry.version.0,
-    }
+    Seen { value, version: entry.version.0 }
 }

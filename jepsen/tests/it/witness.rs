@@ -56,10 +56,7 @@ impl Script {
 
     fn expect(&self, rule: &str) {
         let rules = self.rules();
-        assert!(
-            rules.iter().any(|found| found.contains(rule)),
-            "{rule:?} is not among {rules:?}"
-        );
+        assert!(rules.iter().any(|found| found.contains(rule)), "{rule:?} is not among {rules:?}");
     }
 
     fn expect_none(&self) {
@@ -68,38 +65,23 @@ impl Script {
 }
 
 fn put(value: &str) -> Action {
-    Action::Put {
-        value: value.to_owned(),
-    }
+    Action::Put { value: value.to_owned() }
 }
 
 fn at(index: u64) -> Position {
-    Position {
-        shard: 1,
-        term: 1,
-        index,
-    }
+    Position { shard: 1, term: 1, index }
 }
 
 fn written(version: u64, index: u64) -> Answer {
-    Answer::Written {
-        version,
-        at: at(index),
-    }
+    Answer::Written { version, at: at(index) }
 }
 
 fn seen(seen: Option<(&str, u64)>) -> Option<Seen> {
-    seen.map(|(value, version)| Seen {
-        value: value.to_owned(),
-        version,
-    })
+    seen.map(|(value, version)| Seen { value: value.to_owned(), version })
 }
 
 fn read(found: Option<(&str, u64)>, index: u64) -> Answer {
-    Answer::Read {
-        seen: seen(found),
-        at: at(index),
-    }
+    Answer::Read { seen: seen(found), at: at(index) }
 }
 
 #[test]
@@ -160,10 +142,7 @@ fn a_stale_read_within_its_own_entry_is_found() {
 fn a_lost_update_is_found() {
     let script = Script::default();
     script.put("a", 10, 1);
-    let cas = |value: &str| Action::PutIfVersion {
-        value: value.to_owned(),
-        version: 10,
-    };
+    let cas = |value: &str| Action::PutIfVersion { value: value.to_owned(), version: 10 };
     let (one, other) = (script.begin(cas("b")), script.begin(cas("c")));
     script.end(one, written(20, 2));
     script.end(other, written(30, 3));
@@ -174,26 +153,15 @@ fn a_lost_update_is_found() {
 fn a_condition_that_held_and_was_refused_is_found() {
     let script = Script::default();
     script.put("a", 10, 1);
-    let call = script.begin(Action::PutIfVersion {
-        value: "b".to_owned(),
-        version: 10,
-    });
-    script.end(
-        call,
-        Answer::Mismatch {
-            seen: seen(Some(("a", 10))),
-            at: at(2),
-        },
-    );
+    let call = script.begin(Action::PutIfVersion { value: "b".to_owned(), version: 10 });
+    script.end(call, Answer::Mismatch { seen: seen(Some(("a", 10))), at: at(2) });
     script.expect("the version right before");
 }
 
 #[test]
 fn two_creators_of_one_key_are_found() {
     let script = Script::default();
-    let create = |value: &str| Action::PutIfAbsent {
-        value: value.to_owned(),
-    };
+    let create = |value: &str| Action::PutIfAbsent { value: value.to_owned() };
     let (one, other) = (script.begin(create("a")), script.begin(create("b")));
     script.end(one, written(10, 1));
     script.end(other, written(20, 2));
@@ -206,9 +174,7 @@ fn a_creator_after_a_delete_of_unknown_outcome_is_good() {
     script.put("a", 10, 1);
     let deleting = script.begin(Action::Delete);
     script.lose_track(deleting);
-    let creating = script.begin(Action::PutIfAbsent {
-        value: "b".to_owned(),
-    });
+    let creating = script.begin(Action::PutIfAbsent { value: "b".to_owned() });
     script.end(creating, written(30, 3));
     script.expect_none();
 }
@@ -327,17 +293,8 @@ fn a_refused_write_that_is_seen_is_found() {
 fn a_write_whose_condition_failed_and_that_is_seen_is_found() {
     let script = Script::default();
     script.put("a", 10, 1);
-    let call = script.begin(Action::PutIfVersion {
-        value: "b".to_owned(),
-        version: 7,
-    });
-    script.end(
-        call,
-        Answer::Mismatch {
-            seen: seen(Some(("a", 10))),
-            at: at(2),
-        },
-    );
+    let call = script.begin(Action::PutIfVersion { value: "b".to_owned(), version: 7 });
+    script.end(call, Answer::Mismatch { seen: seen(Some(("a", 10))), at: at(2) });
     script.get(Some(("b", 20)), 2);
     script.expect("a write that was refused is never seen");
 }
@@ -396,19 +353,10 @@ fn an_unknown_write_is_not_applied_before_it_began() {
 fn a_condition_is_judged_in_the_middle_of_its_entry() {
     let script = Script::default();
     script.put("a", 10, 1);
-    let cas = script.begin(Action::PutIfVersion {
-        value: "c".to_owned(),
-        version: 7,
-    });
+    let cas = script.begin(Action::PutIfVersion { value: "c".to_owned(), version: 7 });
     let writing = script.begin(put("b"));
     script.end(writing, written(20, 2));
-    script.end(
-        cas,
-        Answer::Mismatch {
-            seen: seen(Some(("a", 10))),
-            at: at(2),
-        },
-    );
+    script.end(cas, Answer::Mismatch { seen: seen(Some(("a", 10))), at: at(2) });
     script.expect_none();
 }
 
@@ -420,18 +368,9 @@ fn a_history_is_read_back_as_it_was_written() {
     script.lose_track(lost);
     script.get(None, 2);
     let mut lines = Vec::new();
-    script
-        .history()
-        .write(&mut lines)
-        .expect("memory takes everything");
+    script.history().write(&mut lines).expect("memory takes everything");
     let text = String::from_utf8(lines.clone()).expect("JSON is text");
     assert_eq!(text.lines().count(), 6, "{text}");
-    assert!(
-        text.contains(r#""kind":"invoke""#) && text.contains(r#""do":"put""#),
-        "{text}"
-    );
-    assert_eq!(
-        History::read(&mut &lines[..]).expect("it was just written"),
-        script.history()
-    );
+    assert!(text.contains(r#""kind":"invoke""#) && text.contains(r#""do":"put""#), "{text}");
+    assert_eq!(History::read(&mut &lines[..]).expect("it was just written"), script.history());
 }

@@ -213,16 +213,9 @@ impl Shard {
             if !nodes.insert(replica.node) {
                 return Err(wrong("a node holds two of its replicas"));
             }
-            replicas.push(Replica {
-                id: ReplicaId(replica.id),
-                node: NodeId(replica.node),
-                role,
-            });
+            replicas.push(Replica { id: ReplicaId(replica.id), node: NodeId(replica.node), role });
         }
-        if !replicas
-            .iter()
-            .any(|replica| replica.role == ReplicaRole::Voter)
-        {
+        if !replicas.iter().any(|replica| replica.role == ReplicaRole::Voter) {
             return Err(wrong("it has no voter"));
         }
         let epoch = Epoch(shard.epoch);
@@ -274,9 +267,7 @@ impl Shard {
 
     /// The replicas that vote.
     pub fn voters(&self) -> impl Iterator<Item = &Replica> {
-        self.replicas
-            .iter()
-            .filter(|replica| replica.role == ReplicaRole::Voter)
+        self.replicas.iter().filter(|replica| replica.role == ReplicaRole::Voter)
     }
 
     /// Takes a leader hint when its term is higher, or the same and none was known. True when it
@@ -308,17 +299,9 @@ impl Keyspace {
             let why = "ids 0 and 1 belong to the names system and default, and only they";
             return Err(ShardMapError::Keyspace { id, why });
         }
-        let rule = keyspace
-            .entity_rule
-            .as_ref()
-            .ok_or(EntityRuleError::Unknown)?;
+        let rule = keyspace.entity_rule.as_ref().ok_or(EntityRuleError::Unknown)?;
         let (rule, name) = (EntityRule::try_from(rule)?, keyspace.name.clone());
-        Ok(Keyspace {
-            id,
-            name,
-            rule,
-            history_ms: keyspace.history_ms,
-        })
+        Ok(Keyspace { id, name, rule, history_ms: keyspace.history_ms })
     }
 
     /// As it travels.
@@ -337,10 +320,7 @@ impl Node {
     pub fn from_proto(node: &v1::Node) -> Result<Node, ShardMapError> {
         let id = NodeId(node.id);
         if id.0 == 0 {
-            return Err(ShardMapError::Node {
-                id,
-                why: "ids count from 1",
-            });
+            return Err(ShardMapError::Node { id, why: "ids count from 1" });
         }
         Ok(Node {
             id,

@@ -6,10 +6,7 @@ use proptest::prelude::*;
 
 /// Few byte values, so that delimiters, common prefixes and 0xff do occur.
 fn key() -> impl Strategy<Value = Vec<u8>> {
-    prop::collection::vec(
-        prop::sample::select(vec![0, b'/', b'a', b'b', 0xfe, 0xff]),
-        0..8,
-    )
+    prop::collection::vec(prop::sample::select(vec![0, b'/', b'a', b'b', 0xfe, 0xff]), 0..8)
 }
 
 fn rule() -> impl Strategy<Value = EntityRule> {
@@ -44,32 +41,14 @@ fn rules_that_cannot_be_are_refused() {
     use v1::entity_rule::Kind;
     let parse = |kind| EntityRule::try_from(&v1::EntityRule { kind });
     assert_eq!(parse(None), Err(EntityRuleError::Unknown));
-    assert_eq!(
-        parse(Some(Kind::Delimiter(256))),
-        Err(EntityRuleError::Delimiter(256))
-    );
-    assert_eq!(
-        parse(Some(Kind::Delimiter(255))),
-        Ok(EntityRule::Delimiter(255))
-    );
-    assert_eq!(
-        parse(Some(Kind::Prefix(0))),
-        Err(EntityRuleError::Prefix(0))
-    );
-    assert_eq!(
-        parse(Some(Kind::Prefix(4096))),
-        Ok(EntityRule::Prefix(4096))
-    );
-    assert_eq!(
-        parse(Some(Kind::Prefix(4097))),
-        Err(EntityRuleError::Prefix(4097))
-    );
+    assert_eq!(parse(Some(Kind::Delimiter(256))), Err(EntityRuleError::Delimiter(256)));
+    assert_eq!(parse(Some(Kind::Delimiter(255))), Ok(EntityRule::Delimiter(255)));
+    assert_eq!(parse(Some(Kind::Prefix(0))), Err(EntityRuleError::Prefix(0)));
+    assert_eq!(parse(Some(Kind::Prefix(4096))), Ok(EntityRule::Prefix(4096)));
+    assert_eq!(parse(Some(Kind::Prefix(4097))), Err(EntityRuleError::Prefix(4097)));
     assert_eq!(EntityRule::from_request(None), Ok(EntityRule::Whole));
     let newer = v1::EntityRule { kind: None };
-    assert_eq!(
-        EntityRule::from_request(Some(&newer)),
-        Err(EntityRuleError::Unknown)
-    );
+    assert_eq!(EntityRule::from_request(Some(&newer)), Err(EntityRuleError::Unknown));
 }
 
 #[test]
@@ -80,14 +59,8 @@ fn ranges_within_an_entity_by_example() {
     assert_eq!(slash.entity_of_range(b"u/", b"u00"), None);
     assert_eq!(slash.entity_of_range(b"u/", b""), None);
     assert_eq!(slash.entity_of_range(b"u", b"u/"), None);
-    assert_eq!(
-        EntityRule::Whole.entity_of_range(b"u", b"u\0"),
-        Some(&b"u"[..])
-    );
-    assert_eq!(
-        EntityRule::Prefix(1).entity_of_range(b"\xff", b""),
-        Some(&b"\xff"[..])
-    );
+    assert_eq!(EntityRule::Whole.entity_of_range(b"u", b"u\0"), Some(&b"u"[..]));
+    assert_eq!(EntityRule::Prefix(1).entity_of_range(b"\xff", b""), Some(&b"\xff"[..]));
 }
 
 #[test]

@@ -11,21 +11,15 @@ use prost_types::field_descriptor_proto::{Label, Type};
 use prost_types::{DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorSet};
 
 /// What gRPC serves, and so what reflection shows.
-const PUBLIC: [&str; 3] = [
-    "coracle/v1/kv.proto",
-    "coracle/v1/cluster.proto",
-    "coracle/v1/admin.proto",
-];
+const PUBLIC: [&str; 3] =
+    ["coracle/v1/kv.proto", "coracle/v1/cluster.proto", "coracle/v1/admin.proto"];
 /// Between nodes.
 const PEER: &str = "coracle/peer/v1/peer.proto";
 
 #[test]
 fn generated_code_is_what_the_proto_files_say() {
     let mut wanted = generate();
-    wanted.insert(
-        "descriptor.bin".into(),
-        without_comments(compile(&PUBLIC)).encode_to_vec(),
-    );
+    wanted.insert("descriptor.bin".into(), without_comments(compile(&PUBLIC)).encode_to_vec());
 
     let dir = crate_dir().join("src/generated");
     if regenerating() {
@@ -35,25 +29,12 @@ fn generated_code_is_what_the_proto_files_say() {
     }
     let names: BTreeSet<String> = fs::read_dir(&dir)
         .expect("src/generated is there")
-        .map(|entry| {
-            entry
-                .expect("readable")
-                .file_name()
-                .to_string_lossy()
-                .into_owned()
-        })
+        .map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned())
         .collect();
-    assert_eq!(
-        names,
-        wanted.keys().cloned().collect(),
-        "files of src/generated"
-    );
+    assert_eq!(names, wanted.keys().cloned().collect(), "files of src/generated");
     for (name, bytes) in &wanted {
         let found = fs::read(dir.join(name)).expect("listed above");
-        assert!(
-            found == *bytes,
-            "src/generated/{name} is out of date: run ./x fix"
-        );
+        assert!(found == *bytes, "src/generated/{name} is out of date: run ./x fix");
     }
 }
 
@@ -67,27 +48,14 @@ fn nothing_promised_is_taken_back() {
     let path = crate_dir().join("tests/it/baseline.txt");
     let mut promised = read_baseline(&path);
     let broken = broken_promises(&promised, &now);
-    assert!(
-        broken.is_empty(),
-        "breaking changes:\n{}",
-        broken.join("\n")
-    );
+    assert!(broken.is_empty(), "breaking changes:\n{}", broken.join("\n"));
     if regenerating() {
         promised.extend(now.clone());
-        let text: String = promised
-            .iter()
-            .map(|(k, v)| format!("{k} = {v}\n"))
-            .collect();
+        let text: String = promised.iter().map(|(k, v)| format!("{k} = {v}\n")).collect();
         write_if_changed(&path, text.as_bytes());
     }
-    let unlisted: Vec<_> = now
-        .keys()
-        .filter(|key| !promised.contains_key(*key))
-        .collect();
-    assert!(
-        unlisted.is_empty(),
-        "not in tests/it/baseline.txt: run ./x fix: {unlisted:?}"
-    );
+    let unlisted: Vec<_> = now.keys().filter(|key| !promised.contains_key(*key)).collect();
+    assert!(unlisted.is_empty(), "not in tests/it/baseline.txt: run ./x fix: {unlisted:?}");
 }
 
 #[test]
@@ -200,10 +168,7 @@ fn list_message(scope: &str, message: &DescriptorProto, lines: &mut BTreeMap<Str
     let name = format!("{scope}.{}", message.name());
     lines.insert(format!("message {name}"), "message".into());
     for field in &message.field {
-        lines.insert(
-            format!("field {name} {}", field.number()),
-            describe(message, field),
-        );
+        lines.insert(format!("field {name} {}", field.number()), describe(message, field));
     }
     for nested in &message.nested_type {
         list_message(&name, nested, lines);
@@ -224,10 +189,7 @@ fn list_enum(scope: &str, enumeration: &EnumDescriptorProto, lines: &mut BTreeMa
 fn describe(message: &DescriptorProto, field: &FieldDescriptorProto) -> String {
     let kind = match field.r#type() {
         Type::Message | Type::Enum => field.type_name().to_owned(),
-        scalar => scalar
-            .as_str_name()
-            .trim_start_matches("TYPE_")
-            .to_lowercase(),
+        scalar => scalar.as_str_name().trim_start_matches("TYPE_").to_lowercase(),
     };
     let label = match field.label() {
         Label::Repeated => "repeated ",

@@ -7,10 +7,7 @@ use coracle_proto::v1;
 use prost::Message;
 
 fn put(key: usize, value: usize) -> v1::Operation {
-    let put = v1::PutOperation {
-        value: vec![7; value].into(),
-        ttl_ms: u64::from(u32::MAX),
-    };
+    let put = v1::PutOperation { value: vec![7; value].into(), ttl_ms: u64::from(u32::MAX) };
     v1::Operation {
         key: vec![b'k'; key].into(),
         condition: None,
@@ -20,9 +17,7 @@ fn put(key: usize, value: usize) -> v1::Operation {
 
 fn if_value(bytes: usize) -> v1::Condition {
     let value = Bytes::from(vec![1; bytes]);
-    v1::Condition {
-        kind: Some(v1::condition::Kind::IfValue(value)),
-    }
+    v1::Condition { kind: Some(v1::condition::Kind::IfValue(value)) }
 }
 
 fn limit<T: std::fmt::Debug>(result: Result<T, LimitError>) -> &'static str {
@@ -35,25 +30,13 @@ fn keys_and_values() {
     assert_eq!(check_key(b"k"), Ok(()));
     assert_eq!(check_key(&[0xff; KEY_BYTES_MAX]), Ok(()));
     let error = check_key(&[0; KEY_BYTES_MAX + 1]).unwrap_err();
-    assert_eq!(
-        (error.limit, error.max, error.got),
-        ("KEY_BYTES_MAX", 4096, 4097)
-    );
-    assert_eq!(
-        error.to_string(),
-        "key has 4097 bytes, allowed are 1 to 4096 (KEY_BYTES_MAX)"
-    );
+    assert_eq!((error.limit, error.max, error.got), ("KEY_BYTES_MAX", 4096, 4097));
+    assert_eq!(error.to_string(), "key has 4097 bytes, allowed are 1 to 4096 (KEY_BYTES_MAX)");
     assert_eq!(check_value(b""), Ok(()));
     assert_eq!(check_value(&vec![0; VALUE_BYTES_MAX]), Ok(()));
-    assert_eq!(
-        limit(check_value(&vec![0; VALUE_BYTES_MAX + 1])),
-        "VALUE_BYTES_MAX"
-    );
+    assert_eq!(limit(check_value(&vec![0; VALUE_BYTES_MAX + 1])), "VALUE_BYTES_MAX");
     assert_eq!(check_bound("start", b""), Ok(()));
-    assert_eq!(
-        limit(check_bound("start", &[0; KEY_BYTES_MAX + 1])),
-        "KEY_BYTES_MAX"
-    );
+    assert_eq!(limit(check_bound("start", &[0; KEY_BYTES_MAX + 1])), "KEY_BYTES_MAX");
 }
 
 #[test]
@@ -74,10 +57,7 @@ fn times() {
 
 #[test]
 fn single_writes() {
-    let mut request = v1::PutRequest {
-        key: "k".into(),
-        ..Default::default()
-    };
+    let mut request = v1::PutRequest { key: "k".into(), ..Default::default() };
     assert_eq!(check_put(&request), Ok(()));
     request.ttl_ms = u64::MAX;
     assert_eq!(limit(check_put(&request)), "TTL_MAX");
@@ -85,16 +65,9 @@ fn single_writes() {
     request.condition = Some(if_value(VALUE_BYTES_MAX + 1));
     assert_eq!(limit(check_put(&request)), "VALUE_BYTES_MAX");
     let condition = request.condition.take();
-    let delete = v1::DeleteRequest {
-        key: "k".into(),
-        condition,
-        ..Default::default()
-    };
+    let delete = v1::DeleteRequest { key: "k".into(), condition, ..Default::default() };
     assert_eq!(limit(check_delete(&delete)), "VALUE_BYTES_MAX");
-    assert_eq!(
-        limit(check_delete(&v1::DeleteRequest::default())),
-        "KEY_BYTES_MIN"
-    );
+    assert_eq!(limit(check_delete(&v1::DeleteRequest::default())), "KEY_BYTES_MIN");
 }
 
 #[test]
@@ -118,29 +91,17 @@ fn batches() {
     assert_eq!(check_batch(&vec![compared.clone(); 3]), Ok(()));
     assert_eq!(limit(check_batch(&vec![compared; 4])), "BATCH_BYTES_MAX");
     assert_eq!(limit(check_batch(&[put(0, 0)])), "KEY_BYTES_MIN");
-    assert_eq!(
-        limit(check_batch(&[put(1, VALUE_BYTES_MAX + 1)])),
-        "VALUE_BYTES_MAX"
-    );
+    assert_eq!(limit(check_batch(&[put(1, VALUE_BYTES_MAX + 1)])), "VALUE_BYTES_MAX");
 }
 
 #[test]
 fn reads() {
     let key = Bytes::from_static(b"k");
     assert_eq!(check_batch_get(&[]), Ok(()));
-    assert_eq!(
-        check_batch_get(&vec![key.clone(); BATCH_GET_KEYS_MAX]),
-        Ok(())
-    );
-    assert_eq!(
-        limit(check_batch_get(&vec![key; BATCH_GET_KEYS_MAX + 1])),
-        "BATCH_GET_KEYS_MAX"
-    );
+    assert_eq!(check_batch_get(&vec![key.clone(); BATCH_GET_KEYS_MAX]), Ok(()));
+    assert_eq!(limit(check_batch_get(&vec![key; BATCH_GET_KEYS_MAX + 1])), "BATCH_GET_KEYS_MAX");
     assert_eq!(limit(check_batch_get(&[Bytes::new()])), "KEY_BYTES_MIN");
-    assert_eq!(
-        limit(check_batch_get_answer(BATCH_GET_BYTES_MAX + 1)),
-        "BATCH_GET_BYTES_MAX"
-    );
+    assert_eq!(limit(check_batch_get_answer(BATCH_GET_BYTES_MAX + 1)), "BATCH_GET_BYTES_MAX");
 
     let long = Bytes::from(vec![0; KEY_BYTES_MAX + 1]);
     let scan = |change: fn(&mut v1::ScanRequest, Bytes), bytes: &Bytes| {
@@ -149,45 +110,22 @@ fn reads() {
         check_scan(&request)
     };
     assert_eq!(check_scan(&v1::ScanRequest::default()), Ok(()));
-    assert_eq!(
-        scan(|scan, bytes| scan.start = bytes, &long)
-            .unwrap_err()
-            .field,
-        "start"
-    );
-    assert_eq!(
-        scan(|scan, bytes| scan.end = bytes, &long)
-            .unwrap_err()
-            .field,
-        "end"
-    );
-    assert_eq!(
-        scan(|scan, bytes| scan.prefix = bytes, &long)
-            .unwrap_err()
-            .field,
-        "prefix"
-    );
+    assert_eq!(scan(|scan, bytes| scan.start = bytes, &long).unwrap_err().field, "start");
+    assert_eq!(scan(|scan, bytes| scan.end = bytes, &long).unwrap_err().field, "end");
+    assert_eq!(scan(|scan, bytes| scan.prefix = bytes, &long).unwrap_err().field, "prefix");
     let token = Bytes::from(vec![0; SCAN_TOKEN_BYTES_MAX + 1]);
     let error = scan(|scan, bytes| scan.resume_token = bytes, &token);
     assert_eq!(limit(error), "SCAN_TOKEN_BYTES_MAX");
 
     let session = Bytes::from(vec![0; SESSION_TOKEN_BYTES_MAX + 1]);
-    let read = v1::ReadOptions {
-        session,
-        ..Default::default()
-    };
+    let read = v1::ReadOptions { session, ..Default::default() };
     assert_eq!(check_read(None), Ok(()));
     assert_eq!(limit(check_read(Some(&read))), "SESSION_TOKEN_BYTES_MAX");
 }
 
 #[test]
 fn names() {
-    for name in [
-        "a",
-        "default",
-        "orders_2-eu",
-        &"x".repeat(KEYSPACE_NAME_MAX),
-    ] {
+    for name in ["a", "default", "orders_2-eu", &"x".repeat(KEYSPACE_NAME_MAX)] {
         assert_eq!(check_keyspace_name(name), Ok(()), "{name}");
     }
     let byte = |at, byte| Err(KeyspaceNameError::Byte { at, byte });
@@ -199,10 +137,7 @@ fn names() {
         let error = check_keyspace_name(&name).unwrap_err();
         assert!(matches!(error, KeyspaceNameError::Length(_)), "{error}");
     }
-    assert_eq!(
-        limit(limits::check_shards(SHARDS_MAX as u32 + 1)),
-        "SHARDS_MAX"
-    );
+    assert_eq!(limit(limits::check_shards(SHARDS_MAX as u32 + 1)), "SHARDS_MAX");
 }
 
 /// As long as a number gets on the wire.
@@ -210,32 +145,16 @@ const MOST: u64 = u64::MAX;
 
 fn assert_fits(name: &str, message: &impl Message) {
     let len = message.encoded_len();
-    assert!(
-        len <= MESSAGE_BYTES_MAX,
-        "{name}: {len} of {MESSAGE_BYTES_MAX}"
-    );
+    assert!(len <= MESSAGE_BYTES_MAX, "{name}: {len} of {MESSAGE_BYTES_MAX}");
 }
 
 fn assert_ask_fits(name: &str, operation: v1::pipeline_request::Operation) {
     let operation = Some(operation);
-    assert_fits(
-        name,
-        &v1::PipelineRequest {
-            id: MOST,
-            timeout_ms: MOST,
-            operation,
-        },
-    );
+    assert_fits(name, &v1::PipelineRequest { id: MOST, timeout_ms: MOST, operation });
 }
 
 fn assert_answer_fits(name: &str, result: v1::pipeline_response::Result) {
-    assert_fits(
-        name,
-        &v1::PipelineResponse {
-            id: MOST,
-            result: Some(result),
-        },
-    );
+    assert_fits(name, &v1::PipelineResponse { id: MOST, result: Some(result) });
 }
 
 fn served() -> Option<v1::Served> {
@@ -251,11 +170,7 @@ fn served() -> Option<v1::Served> {
 }
 
 fn entry(bytes: usize) -> Option<v1::Entry> {
-    Some(v1::Entry {
-        value: vec![1; bytes].into(),
-        version: MOST,
-        expires_at_ms: MOST,
-    })
+    Some(v1::Entry { value: vec![1; bytes].into(), version: MOST, expires_at_ms: MOST })
 }
 
 #[test]
@@ -275,10 +190,7 @@ fn the_largest_write_fits_into_a_message() {
             birth: MOST,
             lowest_unanswered: MOST,
         }),
-        route: Some(v1::Route {
-            shard: MOST,
-            shard_epoch: MOST,
-        }),
+        route: Some(v1::Route { shard: MOST, shard_epoch: MOST }),
     };
     let result = v1::OperationResult {
         condition_failed: true,
@@ -313,20 +225,12 @@ fn the_largest_read_fits_into_a_message() {
         entry: entry(BATCH_GET_BYTES_MAX / BATCH_GET_KEYS_MAX),
         served: served(),
     };
-    let got = v1::BatchGetResponse {
-        items: vec![item; BATCH_GET_KEYS_MAX],
-    };
+    let got = v1::BatchGetResponse { items: vec![item; BATCH_GET_KEYS_MAX] };
     assert_ask_fits("batch get", v1::pipeline_request::Operation::BatchGet(get));
     assert_answer_fits("batch got", v1::pipeline_response::Result::BatchGet(got));
 
     let page = |entries: usize, key: usize, value: usize| v1::ScanResponse {
-        entries: vec![
-            v1::KeyValue {
-                key: vec![0; key].into(),
-                entry: entry(value)
-            };
-            entries
-        ],
+        entries: vec![v1::KeyValue { key: vec![0; key].into(), entry: entry(value) }; entries],
         version: MOST,
         resume_token: vec![0; SCAN_TOKEN_BYTES_MAX].into(),
         done: true,
@@ -344,14 +248,7 @@ fn the_largest_map_fits_into_a_message() {
         start: MOST,
         end: MOST,
         epoch: MOST,
-        replicas: vec![
-            v1::Replica {
-                id: MOST,
-                node: MOST,
-                role: 1
-            };
-            7
-        ],
+        replicas: vec![v1::Replica { id: MOST, node: MOST, role: 1 }; 7],
         leader_node: MOST,
         leader_term: MOST,
         forming: true,

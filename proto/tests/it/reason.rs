@@ -40,11 +40,7 @@ fn names_are_unique_and_in_one_style() {
     let names: std::collections::BTreeSet<_> = Reason::ALL.iter().map(|r| r.as_str()).collect();
     assert_eq!(names.len(), Reason::ALL.len());
     for name in names {
-        assert!(
-            name.bytes()
-                .all(|byte| byte.is_ascii_uppercase() || byte == b'_'),
-            "{name}"
-        );
+        assert!(name.bytes().all(|byte| byte.is_ascii_uppercase() || byte == b'_'), "{name}");
     }
     assert_eq!(Reason::parse("not_leader"), None);
 }
@@ -59,10 +55,7 @@ fn no_reason_invites_a_blind_retry_of_what_may_have_happened() {
             assert_eq!(reason.retry() == Retry::SameRequestId, unknown, "{reason}");
         }
         let fault = Fault::new(reason, "").with_outcome(Outcome::Unknown);
-        assert!(
-            matches!(fault.retry(), Retry::Never | Retry::SameRequestId),
-            "{reason}"
-        );
+        assert!(matches!(fault.retry(), Retry::Never | Retry::SameRequestId), "{reason}");
     }
 }
 
@@ -109,47 +102,15 @@ fn codes_and_meanings_as_published() {
 #[test]
 fn foreign_statuses_claim_nothing_about_a_write() {
     let cases = [
-        (
-            Status::unavailable("tcp connect error"),
-            Reason::Unreachable,
-            Outcome::Unknown,
-        ),
-        (
-            Status::cancelled("Timeout expired"),
-            Reason::OutcomeUnknown,
-            Outcome::Unknown,
-        ),
-        (
-            Status::deadline_exceeded(""),
-            Reason::OutcomeUnknown,
-            Outcome::Unknown,
-        ),
-        (
-            Status::resource_exhausted(""),
-            Reason::Overloaded,
-            Outcome::Unknown,
-        ),
-        (
-            Status::out_of_range("message too large"),
-            Reason::InvalidArgument,
-            Outcome::Unknown,
-        ),
+        (Status::unavailable("tcp connect error"), Reason::Unreachable, Outcome::Unknown),
+        (Status::cancelled("Timeout expired"), Reason::OutcomeUnknown, Outcome::Unknown),
+        (Status::deadline_exceeded(""), Reason::OutcomeUnknown, Outcome::Unknown),
+        (Status::resource_exhausted(""), Reason::Overloaded, Outcome::Unknown),
+        (Status::out_of_range("message too large"), Reason::InvalidArgument, Outcome::Unknown),
         (Status::unknown("h2"), Reason::Internal, Outcome::Unknown),
-        (
-            Status::not_found("proxy"),
-            Reason::Internal,
-            Outcome::Unknown,
-        ),
-        (
-            Status::unimplemented(""),
-            Reason::Unsupported,
-            Outcome::NotApplied,
-        ),
-        (
-            Status::unauthenticated(""),
-            Reason::NotAllowed,
-            Outcome::NotApplied,
-        ),
+        (Status::not_found("proxy"), Reason::Internal, Outcome::Unknown),
+        (Status::unimplemented(""), Reason::Unsupported, Outcome::NotApplied),
+        (Status::unauthenticated(""), Reason::NotAllowed, Outcome::NotApplied),
     ];
     for (status, reason, outcome) in cases {
         let fault = Fault::from_status(&status);
@@ -167,10 +128,7 @@ fn foreign_statuses_claim_nothing_about_a_write() {
         ),
     );
     let fault = Fault::from_status(&other_domain);
-    assert_eq!(
-        (fault.reason, fault.outcome),
-        (Reason::Unreachable, Outcome::Unknown)
-    );
+    assert_eq!((fault.reason, fault.outcome), (Reason::Unreachable, Outcome::Unknown));
     let garbage = Status::with_details(Code::Internal, "", vec![0xff; 40].into());
     assert_eq!(Fault::from_status(&garbage).reason, Reason::Internal);
 }
@@ -183,17 +141,12 @@ fn unknown_reasons_go_by_the_code() {
     let details = ErrorDetails::with_error_info("QUOTA", DOMAIN, facts.clone());
     let status = Status::with_error_details(Code::ResourceExhausted, "too many", details);
     let fault = Fault::from_status(&status);
-    assert_eq!(
-        (fault.reason, fault.outcome),
-        (Reason::Overloaded, Outcome::NotApplied)
-    );
+    assert_eq!((fault.reason, fault.outcome), (Reason::Overloaded, Outcome::NotApplied));
     assert_eq!(fault.text(metadata::RECEIVED), Some("QUOTA"));
     assert_eq!(fault.number(metadata::SHARD), Some(3));
 
     let mut answer = Fault::new(Reason::NoQuorum, "").to_pipeline();
-    answer
-        .metadata
-        .insert(metadata::OUTCOME.into(), "of a newer version".into());
+    answer.metadata.insert(metadata::OUTCOME.into(), "of a newer version".into());
     assert_eq!(Fault::from_pipeline(&answer).outcome, Outcome::Unknown);
     answer.metadata.clear();
     assert_eq!(Fault::from_pipeline(&answer).outcome, Outcome::NotApplied);
@@ -210,16 +163,10 @@ fn limits_name_themselves() {
     );
     let status = fault.to_status();
     assert_eq!(status.code(), Code::InvalidArgument);
-    let violations = status
-        .get_details_bad_request()
-        .expect("BadRequest")
-        .field_violations;
+    let violations = status.get_details_bad_request().expect("BadRequest").field_violations;
     assert_eq!((violations[0].field.as_str(), violations.len()), ("key", 1));
 
-    assert_eq!(
-        Fault::from(limits::check_key(b"").unwrap_err()).reason,
-        Reason::InvalidArgument
-    );
+    assert_eq!(Fault::from(limits::check_key(b"").unwrap_err()).reason, Reason::InvalidArgument);
     let name = Fault::from(limits::check_keyspace_name("A").unwrap_err());
     assert_eq!(
         (name.reason, name.text(metadata::FIELD)),
@@ -246,24 +193,9 @@ fn errors_stay_small() {
 #[test]
 fn pauses_are_rounded_up() {
     let fault = Fault::new(Reason::Overloaded, "");
-    assert_eq!(
-        fault
-            .clone()
-            .with_retry_after(Duration::from_micros(1))
-            .retry_after_ms,
-        1
-    );
-    assert_eq!(
-        fault
-            .clone()
-            .with_retry_after(Duration::ZERO)
-            .retry_after_ms,
-        0
-    );
-    assert_eq!(
-        fault.with_retry_after(Duration::MAX).retry_after_ms,
-        u64::MAX
-    );
+    assert_eq!(fault.clone().with_retry_after(Duration::from_micros(1)).retry_after_ms, 1);
+    assert_eq!(fault.clone().with_retry_after(Duration::ZERO).retry_after_ms, 0);
+    assert_eq!(fault.with_retry_after(Duration::MAX).retry_after_ms, u64::MAX);
 }
 
 proptest! {

@@ -6,15 +6,10 @@ use proptest::prelude::*;
 #[test]
 fn positions_are_the_published_ones() {
     let readme = include_str!("../../README.md");
-    let rows = readme
-        .lines()
-        .filter(|line| line.starts_with("| `") && line.ends_with("` |"));
+    let rows = readme.lines().filter(|line| line.starts_with("| `") && line.ends_with("` |"));
     let mut checked = 0;
     for row in rows {
-        let cells: Vec<&str> = row
-            .split('|')
-            .map(|cell| cell.trim().trim_matches('`'))
-            .collect();
+        let cells: Vec<&str> = row.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
         let [_, seed, keyspace, hex, times, expected, _] = cells[..] else {
             continue;
         };
@@ -69,10 +64,7 @@ fn tilings_that_are_not() {
     assert_eq!(check_tiling([arc(0, 9), arc(10, 0)]), gap(9));
     assert_eq!(check_tiling([arc(0, 9), arc(8, 0)]), overlap(8));
     assert_eq!(check_tiling([arc(0, 9), arc(0, 9), arc(9, 0)]), overlap(0));
-    assert_eq!(
-        check_tiling([Arc::RING, arc(u64::MAX, 0)]),
-        overlap(u64::MAX)
-    );
+    assert_eq!(check_tiling([Arc::RING, arc(u64::MAX, 0)]), overlap(u64::MAX));
 }
 
 proptest! {

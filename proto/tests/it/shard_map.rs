@@ -6,11 +6,7 @@ use coracle_proto::{entity::EntityRule, v1};
 use proptest::prelude::*;
 
 fn replica(id: u64, node: u64) -> v1::Replica {
-    v1::Replica {
-        id,
-        node,
-        role: v1::ReplicaRole::Voter.into(),
-    }
+    v1::Replica { id, node, role: v1::ReplicaRole::Voter.into() }
 }
 
 /// Shard `id` on nodes 1 to 3.
@@ -29,12 +25,7 @@ fn shard(id: u64, start: u64, end: u64) -> v1::Shard {
 
 fn keyspace(id: u32, name: &str, rule: EntityRule) -> v1::Keyspace {
     let (name, entity_rule) = (name.to_owned(), Some(rule.into()));
-    v1::Keyspace {
-        id,
-        name,
-        entity_rule,
-        history_ms: 60_000,
-    }
+    v1::Keyspace { id, name, entity_rule, history_ms: 60_000 }
 }
 
 fn map(shards: u32) -> v1::ShardMap {
@@ -79,14 +70,8 @@ fn keys_are_located() {
     let default = map.keyspace("").expect("always there");
     assert_eq!(map.locate_key(default, b"user:42/").id, ShardId(0xa + 1));
     let users = map.keyspace("users").expect("in the map");
-    assert_eq!(
-        map.position_of(users, b"u/1"),
-        map.position_of(users, b"u/2")
-    );
-    assert_ne!(
-        map.position_of(default, b"u/1"),
-        map.position_of(default, b"u/2")
-    );
+    assert_eq!(map.position_of(users, b"u/1"), map.position_of(users, b"u/2"));
+    assert_ne!(map.position_of(default, b"u/1"), map.position_of(default, b"u/2"));
     let system = map.keyspace("system").expect("in the map");
     assert_eq!(map.locate_key(system, b"node/1").id, META_SHARD);
 }
@@ -104,10 +89,7 @@ fn parts_are_found() {
     assert_eq!(map.keyspace("nope"), None);
     assert_eq!((map.shards().len(), map.all_shards().count()), (4, 5));
     assert_eq!(map.shards()[0].voters().count(), 3);
-    assert_eq!(
-        map.shards()[0].replica_on(NodeId(2)).expect("there").id,
-        ReplicaId(5)
-    );
+    assert_eq!(map.shards()[0].replica_on(NodeId(2)).expect("there").id, ReplicaId(5));
 }
 
 #[test]
@@ -126,24 +108,16 @@ fn bad_maps_are_refused_by_name() {
     type Change = fn(&mut v1::ShardMap);
     let cases: [(&str, Change); 22] = [
         ("of cluster", |map| map.cluster_id.clear()),
-        ("no arc covers position 4000000000000000", |map| {
-            drop(map.shards.remove(2))
-        }),
-        ("no arc covers position c000000000000000", |map| {
-            drop(map.shards.pop())
-        }),
+        ("no arc covers position 4000000000000000", |map| drop(map.shards.remove(2))),
+        ("no arc covers position c000000000000000", |map| drop(map.shards.pop())),
         ("two arcs cover", |map| map.shards[2].start -= 1),
-        ("no arc covers position 4000000000000000", |map| {
-            map.shards[2].start += 1
-        }),
+        ("no arc covers position 4000000000000000", |map| map.shards[2].start += 1),
         ("arc is empty or wraps", |map| map.shards[2].end = 5),
         ("meta group is missing", |map| drop(map.shards.remove(0))),
         ("meta group has no arc", |map| map.shards[0].end = 9),
         ("it stands in the map twice", |map| map.shards[2].id = 1),
         ("replica ids stands", |map| map.shards[2].replicas[0].id = 4),
-        ("two of its replicas", |map| {
-            map.shards[2].replicas[0].node = 2
-        }),
+        ("two of its replicas", |map| map.shards[2].replicas[0].node = 2),
         ("no id or no node", |map| map.shards[2].replicas[0].id = 0),
         ("no id or no node", |map| map.shards[2].replicas[0].node = 0),
         ("no known role", |map| map.shards[2].replicas[0].role = 9),
@@ -153,15 +127,9 @@ fn bad_maps_are_refused_by_name() {
         ("id or name stands twice", |map| {
             map.keyspaces.push(keyspace(3, "users", EntityRule::Whole))
         }),
-        ("belong to the names", |map| {
-            map.keyspaces[1].name = "system".into()
-        }),
-        ("keyspace name has 0x55", |map| {
-            map.keyspaces[2].name = "Users".into()
-        }),
-        ("entity rule is missing", |map| {
-            map.keyspaces[2].entity_rule = None
-        }),
+        ("belong to the names", |map| map.keyspaces[1].name = "system".into()),
+        ("keyspace name has 0x55", |map| map.keyspaces[2].name = "Users".into()),
+        ("entity rule is missing", |map| map.keyspaces[2].entity_rule = None),
         ("33 replicas of a shard", |map| {
             map.shards[1].replicas = (1..=33).map(|id| replica(id + 90, id)).collect();
         }),
@@ -173,10 +141,7 @@ fn bad_maps_are_refused_by_name() {
             Err(error) => error.to_string(),
             Ok(_) => panic!("accepted: {expected}"),
         };
-        assert!(
-            error.contains(expected),
-            "{error:?} does not say {expected:?}"
-        );
+        assert!(error.contains(expected), "{error:?} does not say {expected:?}");
     }
 }
 
@@ -185,14 +150,8 @@ fn maps_that_lack_something_are_refused() {
     let mut renamed = map(1);
     renamed.keyspaces[2].id = 0;
     renamed.keyspaces.remove(0);
-    assert!(
-        ShardMap::from_proto(&renamed).is_err(),
-        "id 0 under another name"
-    );
-    let empty = v1::ShardMap {
-        cluster_id: "c".into(),
-        ..Default::default()
-    };
+    assert!(ShardMap::from_proto(&renamed).is_err(), "id 0 under another name");
+    let empty = v1::ShardMap { cluster_id: "c".into(), ..Default::default() };
     assert!(ShardMap::from_proto(&empty).is_err());
     let mut no_arcs = map(1);
     no_arcs.shards.truncate(1);
@@ -204,10 +163,7 @@ fn maps_that_lack_something_are_refused() {
 fn states_of_a_newer_version_are_no_error() {
     let mut map = map(1);
     map.nodes[0].state = 77;
-    assert_eq!(
-        checked(&map).node(NodeId(1)).expect("node").state,
-        NodeState::Unspecified
-    );
+    assert_eq!(checked(&map).node(NodeId(1)).expect("node").state, NodeState::Unspecified);
 }
 
 #[test]
@@ -242,14 +198,8 @@ fn merging_keeps_the_newer_map_and_the_newer_leaders() {
     for (mut into, other, changes) in [(old.clone(), new.clone(), true), (new, old.clone(), true)] {
         assert_eq!(into.merge(other.clone()), Ok(changes));
         assert_eq!((into.epoch(), into.shards().len()), (Epoch(6), 4));
-        assert_eq!(
-            into.shard(ShardId(1)).expect("there").leader,
-            Some(NodeId(1))
-        );
-        assert_eq!(
-            into.shard(ShardId(3)).expect("there").leader,
-            Some(NodeId(3))
-        );
+        assert_eq!(into.shard(ShardId(1)).expect("there").leader, Some(NodeId(1)));
+        assert_eq!(into.shard(ShardId(3)).expect("there").leader, Some(NodeId(3)));
         assert_eq!(into.server_time_ms(), 99);
         assert_eq!(into.merge(other), Ok(false), "nothing new the second time");
     }
@@ -264,10 +214,7 @@ fn merging_keeps_the_newer_map_and_the_newer_leaders() {
     let mut foreign = map(2);
     foreign.cluster_id = "c2".into();
     let before = old.clone();
-    assert!(matches!(
-        old.merge(checked(&foreign)),
-        Err(ShardMapError::Cluster { .. })
-    ));
+    assert!(matches!(old.merge(checked(&foreign)), Err(ShardMapError::Cluster { .. })));
     assert_eq!(old, before);
 }
 

@@ -69,10 +69,7 @@ fn golden_bytes() {
 const DIGEST: u64 = 0x0b42_c107_addf_6554;
 
 fn hex_without_crc(token: &[u8]) -> String {
-    token[..token.len() - 4]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    token[..token.len() - 4].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[test]
@@ -115,10 +112,7 @@ fn a_scan_token_belongs_to_its_scan() {
     let token = ScanToken::begin(&request(), KeyspaceId(1), 42);
     assert_eq!((token.remaining, token.last_key.len()), (Some(100), 0));
     assert_eq!(token.check(&request(), KeyspaceId(1)), Ok(()));
-    assert_eq!(
-        token.check(&request(), KeyspaceId(2)),
-        Err(TokenError::OtherScan("keyspace"))
-    );
+    assert_eq!(token.check(&request(), KeyspaceId(2)), Err(TokenError::OtherScan("keyspace")));
 
     type Change = fn(&mut v1::ScanRequest);
     let others: [Change; 6] = [
@@ -136,19 +130,13 @@ fn a_scan_token_belongs_to_its_scan() {
         assert!(token.check(&other, KeyspaceId(1)).is_err(), "{other:?}");
     }
     let mut same = request();
-    same.only_shard = Some(v1::Route {
-        shard: 9,
-        shard_epoch: 2,
-    });
+    same.only_shard = Some(v1::Route { shard: 9, shard_epoch: 2 });
     same.resume_token = token.encode();
     same.keys_only = true;
     assert_eq!(token.check(&same, KeyspaceId(1)), Ok(()));
 
     let next = token.advance("pq".into(), 30).advance("pr".into(), 80);
-    assert_eq!(
-        (next.remaining, &next.last_key[..], next.version),
-        (Some(0), &b"pr"[..], 42)
-    );
+    assert_eq!((next.remaining, &next.last_key[..], next.version), (Some(0), &b"pr"[..], 42));
     let longest = token.advance(vec![1; KEY_BYTES_MAX].into(), 0).encode();
     assert!(longest.len() <= SCAN_TOKEN_BYTES_MAX);
     assert!(ScanToken::decode(&longest).is_ok());
@@ -161,10 +149,7 @@ fn what_is_wrong_is_said() {
     newer[1] = 2;
     assert_eq!(ScanToken::decode(&newer), Err(TokenError::Format(2)));
     let damaged = |why| Err(TokenError::Damaged(why));
-    assert_eq!(
-        ScanToken::decode(&token[..token.len() - 1]),
-        damaged("checksum does not match")
-    );
+    assert_eq!(ScanToken::decode(&token[..token.len() - 1]), damaged("checksum does not match"));
     assert_eq!(ScanToken::decode(b""), damaged("too short"));
     let other_kind = SessionToken::default().encode();
     assert_eq!(ScanToken::decode(&other_kind), damaged("of another kind"));

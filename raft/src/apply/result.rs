@@ -62,10 +62,7 @@ impl StoredResult {
         out.put_u64(self.index);
         out.put_u64(self.version);
         match &self.verdict {
-            Verdict::Applied {
-                operations,
-                counters,
-            } => {
+            Verdict::Applied { operations, counters } => {
                 out.put_u8(VERDICT_APPLIED);
                 out.put_u32(*operations);
                 out.put_u32(counters.len() as u32);
@@ -105,10 +102,7 @@ impl StoredResult {
             VERDICT_APPLIED => {
                 let (operations, counters) =
                     get_details(&mut reader, |reader| Ok(reader.u64()? as i64))?;
-                Verdict::Applied {
-                    operations,
-                    counters,
-                }
+                Verdict::Applied { operations, counters }
             }
             VERDICT_CONDITION_FAILED => {
                 let (operations, failed) =
@@ -123,12 +117,7 @@ impl StoredResult {
             _ => return Err(Malformed("an unknown verdict")),
         };
         reader.end()?;
-        Ok(StoredResult {
-            term,
-            index,
-            version,
-            verdict,
-        })
+        Ok(StoredResult { term, index, version, verdict })
     }
 }
 
@@ -160,12 +149,7 @@ mod tests {
     use super::*;
 
     fn stored(verdict: Verdict) -> StoredResult {
-        StoredResult {
-            term: 1,
-            index: 2,
-            version: 3,
-            verdict,
-        }
+        StoredResult { term: 1, index: 2, version: 3, verdict }
     }
 
     #[test]
@@ -173,17 +157,11 @@ mod tests {
         let head = b"\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x03";
         let golden: [(Verdict, &[u8]); 4] = [
             (
-                Verdict::Applied {
-                    operations: 2,
-                    counters: vec![(1, -2)],
-                },
+                Verdict::Applied { operations: 2, counters: vec![(1, -2)] },
                 b"\x01\0\0\0\x02\0\0\0\x01\0\0\0\x01\xff\xff\xff\xff\xff\xff\xff\xfe",
             ),
             (
-                Verdict::ConditionFailed {
-                    operations: 2,
-                    failed: vec![(0, Some(7)), (1, None)],
-                },
+                Verdict::ConditionFailed { operations: 2, failed: vec![(0, Some(7)), (1, None)] },
                 b"\x02\0\0\0\x02\0\0\0\x02\0\0\0\0\x01\0\0\0\0\0\0\0\x07\0\0\0\x01\0",
             ),
             (Verdict::Invalid(Invalid::CounterNotANumber), b"\x03\x01"),
@@ -198,10 +176,7 @@ mod tests {
 
     #[test]
     fn results_that_name_operations_beyond_their_last_are_refused() {
-        let beyond = stored(Verdict::Applied {
-            operations: 1,
-            counters: vec![(1, 0)],
-        });
+        let beyond = stored(Verdict::Applied { operations: 1, counters: vec![(1, 0)] });
         assert!(StoredResult::decode(beyond.encode()).is_err());
     }
 

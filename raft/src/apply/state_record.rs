@@ -45,22 +45,13 @@ impl GroupState {
         let history_threshold = number(MetaName::HISTORY, "history")?.unwrap_or_default();
         let descriptor = record_of(overlay, MetaName::DESCRIPTOR, "descriptor", Descriptor::get)?;
         let dedup = record_of(overlay, MetaName::FLOOR, "floor", Dedup::get)?.unwrap_or_default();
-        Ok(GroupState {
-            clock,
-            ceiling,
-            history_threshold,
-            descriptor,
-            dedup,
-        })
+        Ok(GroupState { clock, ceiling, history_threshold, descriptor, dedup })
     }
 
     /// Writes the state into the batch. Once per batch, after its last entry and before it is
     /// written.
     pub fn store(&self, overlay: &mut Overlay) {
-        assert!(
-            self.clock <= self.ceiling,
-            "every version that is used is at most the ceiling"
-        );
+        assert!(self.clock <= self.ceiling, "every version that is used is at most the ceiling");
         let numbers = [
             (MetaName::CLOCK, self.clock),
             (MetaName::CEILING, self.ceiling),
@@ -102,9 +93,7 @@ fn record_of<T>(
     };
     let mut reader = Reader::new(bytes);
     let whole = read(&mut reader).and_then(|value| reader.end().map(|()| value));
-    whole
-        .map(Some)
-        .map_err(|source| ApplyError::Record { record, source })
+    whole.map(Some).map_err(|source| ApplyError::Record { record, source })
 }
 
 fn format(reader: &mut Reader) -> Result<(), Malformed> {

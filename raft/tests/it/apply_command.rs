@@ -16,12 +16,7 @@ fn sample() -> Stamped {
         change,
     };
     let request = |sequence, operations| Request {
-        id: RequestId {
-            client: 0xC1,
-            sequence,
-            birth_ms: 0xB1,
-            lowest_unanswered: 1,
-        },
+        id: RequestId { client: 0xC1, sequence, birth_ms: 0xB1, lowest_unanswered: 1 },
         keyspace: 2,
         position: 0x0102_0304_0506_0708,
         epoch: 5,
@@ -37,10 +32,7 @@ fn sample() -> Stamped {
                     operation(
                         b"a",
                         None,
-                        Change::Put {
-                            value: Bytes::from_static(b"vv"),
-                            ttl_ms: 1000,
-                        },
+                        Change::Put { value: Bytes::from_static(b"vv"), ttl_ms: 1000 },
                     ),
                     operation(b"", Some(Condition::IfAbsent), Change::Delete),
                 ],
@@ -48,11 +40,7 @@ fn sample() -> Stamped {
             request(
                 10,
                 vec![
-                    operation(
-                        b"b\0",
-                        Some(Condition::IfVersion(7)),
-                        Change::Increment { by: -2 },
-                    ),
+                    operation(b"b\0", Some(Condition::IfVersion(7)), Change::Increment { by: -2 }),
                     operation(
                         b"c",
                         Some(Condition::IfValue(Bytes::from_static(b"x"))),
@@ -98,20 +86,9 @@ fn golden_bytes_of_every_command() {
         + "04"; // check
     assert_eq!(hex(&sample().encode()), requests);
 
-    let stamped = |command| Stamped {
-        stamp: 1,
-        ceiling: 2,
-        command,
-    };
-    assert_eq!(
-        hex(&stamped(Command::Advance).encode()),
-        "010200000000000000010000000000000002"
-    );
-    let shard = Descriptor {
-        shard: 3,
-        arc: Some((4, 0)),
-        epoch: 1,
-    };
+    let stamped = |command| Stamped { stamp: 1, ceiling: 2, command };
+    assert_eq!(hex(&stamped(Command::Advance).encode()), "010200000000000000010000000000000002");
+    let shard = Descriptor { shard: 3, arc: Some((4, 0)), epoch: 1 };
     assert_eq!(
         hex(&stamped(Command::Describe(shard)).encode()),
         "010300000000000000010000000000000002".to_string()
@@ -129,33 +106,18 @@ fn unknown_version_and_unknown_kinds_are_errors() {
         Stamped::decode(&Bytes::from(bytes))
     };
     assert_eq!(changed(0, 2), Err(DecodeError::UnknownVersion { found: 2 }));
-    assert_eq!(
-        changed(1, 9),
-        Err(DecodeError::UnknownKind {
-            what: "command",
-            found: 9
-        })
-    );
+    assert_eq!(changed(1, 9), Err(DecodeError::UnknownKind { what: "command", found: 9 }));
     // Behind the entry's head and the request's.
     let operation = 22 + 56;
     assert_eq!(
         changed(operation + 5, 9),
-        Err(DecodeError::UnknownKind {
-            what: "condition",
-            found: 9
-        })
+        Err(DecodeError::UnknownKind { what: "condition", found: 9 })
     );
     assert_eq!(
         changed(operation + 6, 9),
-        Err(DecodeError::UnknownKind {
-            what: "change",
-            found: 9
-        })
+        Err(DecodeError::UnknownKind { what: "change", found: 9 })
     );
-    assert!(matches!(
-        Stamped::decode(&Bytes::new()),
-        Err(DecodeError::Malformed(_))
-    ));
+    assert!(matches!(Stamped::decode(&Bytes::new()), Err(DecodeError::Malformed(_))));
 }
 
 #[test]
@@ -166,9 +128,7 @@ fn decoded_keys_and_values_share_the_entrys_memory() {
     };
     let span = entry.as_ptr_range();
     let operation = &requests[0].operations[0];
-    let Change::Put { value, .. } = &operation.change else {
-        panic!("the put has changed")
-    };
+    let Change::Put { value, .. } = &operation.change else { panic!("the put has changed") };
     assert!(span.contains(&operation.key.as_ptr()) && span.contains(&value.as_ptr()));
 }
 
@@ -199,27 +159,9 @@ fn operations() -> impl Strategy<Value = Operation> {
 fn requests() -> impl Strategy<Value = Request> {
     let numbers = (any::<[u64; 6]>(), any::<u32>());
     (numbers, vec(operations(), 0..4)).prop_map(|((numbers, keyspace), operations)| {
-        let [
-            client,
-            sequence,
-            birth_ms,
-            lowest_unanswered,
-            position,
-            epoch,
-        ] = numbers;
-        let id = RequestId {
-            client,
-            sequence,
-            birth_ms,
-            lowest_unanswered,
-        };
-        Request {
-            id,
-            keyspace,
-            position,
-            epoch,
-            operations,
-        }
+        let [client, sequence, birth_ms, lowest_unanswered, position, epoch] = numbers;
+        let id = RequestId { client, sequence, birth_ms, lowest_unanswered };
+        Request { id, keyspace, position, epoch, operations }
     })
 }
 

@@ -12,11 +12,7 @@ use crate::apply_words::{
     Group, START_MS, applied_version, counter, increment, put, request, when,
 };
 
-const SMALL: Bounds = Bounds {
-    results: 10,
-    result_bytes: 1 << 20,
-    marks: 10,
-};
+const SMALL: Bounds = Bounds { results: 10, result_bytes: 1 << 20, marks: 10 };
 
 /// Counts the write: what was applied twice shows.
 fn count(group: &mut Group, id: RequestId) -> Reply {
@@ -33,24 +29,12 @@ fn a_retry_gets_the_first_answer_with_its_term_index_and_version() {
     group.term = 4;
     group.now_ms += 1_000;
     let again = count(&mut group, id);
-    assert_eq!(
-        again,
-        Reply {
-            duplicate: true,
-            ..first
-        }
-    );
+    assert_eq!(again, Reply { duplicate: true, ..first });
     assert_eq!(group.read("n").as_deref(), Some(b"2".as_slice()));
     // Also when both are in one entry.
     let twice = request(RequestId { sequence: 3, ..id }, vec![increment("n", 1)]);
     let replies = group.entry(Command::Requests(vec![twice.clone(), twice]));
-    assert_eq!(
-        replies[1],
-        Reply {
-            duplicate: true,
-            ..replies[0].clone()
-        }
-    );
+    assert_eq!(replies[1], Reply { duplicate: true, ..replies[0].clone() });
     assert_eq!(counter(&replies[0]), Some(3));
 }
 
@@ -58,40 +42,20 @@ fn a_retry_gets_the_first_answer_with_its_term_index_and_version() {
 fn a_retry_of_a_failed_condition_gets_the_value_that_it_met_then() {
     let mut group = Group::new(Bounds::DEFAULT);
     let version = applied_version(&group.write(request(group.id(1, 1), vec![put("k", "old")])));
-    let late = request(
-        group.id(1, 2),
-        vec![when(Condition::IfAbsent, put("k", "mine"))],
-    );
+    let late = request(group.id(1, 2), vec![when(Condition::IfAbsent, put("k", "mine"))]);
     let first = group.write(late.clone());
-    let Outcome::ConditionFailed { results } = &first.outcome else {
-        panic!("{first:?}")
-    };
-    let met = Current {
-        version,
-        value: Some(Bytes::from_static(b"old")),
-    };
+    let Outcome::ConditionFailed { results } = &first.outcome else { panic!("{first:?}") };
+    let met = Current { version, value: Some(Bytes::from_static(b"old")) };
     assert_eq!(results[0].current, Some(met));
     group.write(request(group.id(1, 3), vec![put("k", "new")]));
-    assert_eq!(
-        group.write(late.clone()),
-        Reply {
-            duplicate: true,
-            ..first
-        }
-    );
+    assert_eq!(group.write(late.clone()), Reply { duplicate: true, ..first });
     // Beyond the history the version is left.
     group.now_ms += 61_000;
     group.write(request(group.id(1, 4), vec![put("k", "newest")]));
     let Outcome::ConditionFailed { results } = group.write(late).outcome else {
         panic!("the failure is forgotten")
     };
-    assert_eq!(
-        results[0].current,
-        Some(Current {
-            version,
-            value: None
-        })
-    );
+    assert_eq!(results[0].current, Some(Current { version, value: None }));
 }
 
 #[test]
@@ -102,10 +66,7 @@ fn client_sequence_and_birth_together_are_the_id() {
     for other in [
         RequestId { client: 2, ..id },
         RequestId { sequence: 2, ..id },
-        RequestId {
-            birth_ms: id.birth_ms - 1,
-            ..id
-        },
+        RequestId { birth_ms: id.birth_ms - 1, ..id },
     ] {
         assert!(!count(&mut group, other).duplicate);
     }
@@ -117,52 +78,24 @@ fn below_the_mark_everything_is_refused_and_the_mark_only_rises() {
     let mut group = Group::new(Bounds::DEFAULT);
     let id = group.id(1, 1);
     count(&mut group, id);
-    count(
-        &mut group,
-        RequestId {
-            sequence: 9,
-            lowest_unanswered: 5,
-            ..id
-        },
-    );
+    count(&mut group, RequestId { sequence: 9, lowest_unanswered: 5, ..id });
     for below in [id, RequestId { sequence: 4, ..id }] {
         assert_eq!(count(&mut group, below).outcome, Outcome::RetryWindowPassed);
     }
     // An older retry brings an older mark.
-    let reply = count(
-        &mut group,
-        RequestId {
-            sequence: 6,
-            lowest_unanswered: 2,
-            ..id
-        },
-    );
+    let reply = count(&mut group, RequestId { sequence: 6, lowest_unanswered: 2, ..id });
     assert_eq!(counter(&reply), Some(3));
     assert_eq!(
         count(&mut group, RequestId { sequence: 4, ..id }).outcome,
         Outcome::RetryWindowPassed
     );
     // A retry of what is known raises it just as well.
-    assert!(
-        count(
-            &mut group,
-            RequestId {
-                sequence: 9,
-                lowest_unanswered: 7,
-                ..id
-            }
-        )
-        .duplicate
-    );
+    assert!(count(&mut group, RequestId { sequence: 9, lowest_unanswered: 7, ..id }).duplicate);
     assert_eq!(
         count(&mut group, RequestId { sequence: 6, ..id }).outcome,
         Outcome::RetryWindowPassed
     );
-    assert_eq!(
-        group.store.state().dedup.floor_ms,
-        0,
-        "no mark raises the floor"
-    );
+    assert_eq!(group.store.state().dedup.floor_ms, 0, "no mark raises the floor");
 }
 
 #[test]
@@ -170,25 +103,12 @@ fn births_beyond_the_bound_on_clocks_are_refused() {
     let mut group = Group::new(Bounds::DEFAULT);
     let id = group.id(1, 1);
     let bound = START_MS + BIRTH_AHEAD_MS_MAX;
-    let beyond = RequestId {
-        birth_ms: bound + 1,
-        ..id
-    };
+    let beyond = RequestId { birth_ms: bound + 1, ..id };
     assert_eq!(count(&mut group, beyond).outcome, Outcome::BirthBeyondClock);
-    applied_version(&count(
-        &mut group,
-        RequestId {
-            birth_ms: bound,
-            ..id
-        },
-    ));
+    applied_version(&count(&mut group, RequestId { birth_ms: bound, ..id }));
     // A leader whose clock is behind: the group clock counts.
     group.now_ms -= 400;
-    let again = RequestId {
-        birth_ms: bound,
-        sequence: 2,
-        ..id
-    };
+    let again = RequestId { birth_ms: bound, sequence: 2, ..id };
     applied_version(&count(&mut group, again));
 }
 
@@ -199,41 +119,22 @@ fn full_of_young_results_it_refuses_new_writes_until_they_have_aged() {
     for sequence in 1..=10 {
         count(&mut group, RequestId { sequence, ..first });
     }
-    let late = RequestId {
-        sequence: 11,
-        ..first
-    };
-    assert!(matches!(
-        count(&mut group, late).outcome,
-        Outcome::Overloaded { .. }
-    ));
+    let late = RequestId { sequence: 11, ..first };
+    assert!(matches!(count(&mut group, late).outcome, Outcome::Overloaded { .. }));
     assert!(count(&mut group, first).duplicate, "a retry needs no room");
     group.now_ms += AGE_MS_MIN;
-    assert!(
-        matches!(count(&mut group, late).outcome, Outcome::Overloaded { .. }),
-        "60 s: young"
-    );
+    assert!(matches!(count(&mut group, late).outcome, Outcome::Overloaded { .. }), "60 s: young");
     // One more millisecond.
     group.now_ms += 1;
-    let late = RequestId {
-        birth_ms: group.now_ms,
-        ..late
-    };
+    let late = RequestId { birth_ms: group.now_ms, ..late };
     applied_version(&count(&mut group, late));
     assert_eq!(group.store.state().dedup.floor_ms, first.birth_ms);
     assert_eq!(count(&mut group, first).outcome, Outcome::RetryWindowPassed);
     assert_eq!(group.read("n").as_deref(), Some(b"11".as_slice()));
     // Born at the floor, never seen: it can't be told apart from one that was.
     let unseen = RequestId { client: 7, ..first };
-    assert_eq!(
-        count(&mut group, unseen).outcome,
-        Outcome::RetryWindowPassed
-    );
-    let younger = RequestId {
-        client: 7,
-        birth_ms: first.birth_ms + 1,
-        ..first
-    };
+    assert_eq!(count(&mut group, unseen).outcome, Outcome::RetryWindowPassed);
+    let younger = RequestId { client: 7, birth_ms: first.birth_ms + 1, ..first };
     applied_version(&count(&mut group, younger));
 }
 
@@ -254,19 +155,13 @@ fn the_clock_by_which_ids_age_never_steps_back() {
     assert_eq!(clock, group.now_ms << 16);
     group.now_ms -= 400;
     let behind = group.id(2, 1);
-    assert!(matches!(
-        count(&mut group, behind).outcome,
-        Outcome::Overloaded { .. }
-    ));
+    assert!(matches!(count(&mut group, behind).outcome, Outcome::Overloaded { .. }));
     assert_eq!(group.store.state().clock, clock);
 }
 
 #[test]
 fn bytes_are_bounded_like_numbers() {
-    let mut group = Group::new(Bounds {
-        result_bytes: 2_000,
-        ..Bounds::DEFAULT
-    });
+    let mut group = Group::new(Bounds { result_bytes: 2_000, ..Bounds::DEFAULT });
     let mut sequence = 0;
     let overloaded = loop {
         sequence += 1;
@@ -276,10 +171,7 @@ fn bytes_are_bounded_like_numbers() {
             other => break other,
         }
     };
-    assert!(
-        matches!(overloaded, Outcome::Overloaded { .. }),
-        "{overloaded:?}"
-    );
+    assert!(matches!(overloaded, Outcome::Overloaded { .. }), "{overloaded:?}");
     assert!(sequence > 5);
 }
 
@@ -290,10 +182,7 @@ fn what_a_client_needs_no_more_makes_room_at_once_and_leaves_the_floor() {
         let id = group.id(1, sequence);
         count(&mut group, id);
     }
-    let id = RequestId {
-        lowest_unanswered: 11,
-        ..group.id(1, 11)
-    };
+    let id = RequestId { lowest_unanswered: 11, ..group.id(1, 11) };
     applied_version(&count(&mut group, id));
     let dedup = group.store.state().dedup;
     assert_eq!((dedup.results, dedup.floor_ms), (1, 0));
@@ -301,19 +190,13 @@ fn what_a_client_needs_no_more_makes_room_at_once_and_leaves_the_floor() {
 
 #[test]
 fn new_clients_find_no_room_among_young_marks_but_known_ones_do() {
-    let mut group = Group::new(Bounds {
-        marks: 3,
-        ..Bounds::DEFAULT
-    });
+    let mut group = Group::new(Bounds { marks: 3, ..Bounds::DEFAULT });
     for client in 1..=3 {
         let id = group.id(client, 1);
         count(&mut group, id);
     }
     let id = group.id(4, 1);
-    assert!(matches!(
-        count(&mut group, id).outcome,
-        Outcome::Overloaded { .. }
-    ));
+    assert!(matches!(count(&mut group, id).outcome, Outcome::Overloaded { .. }));
     let id = group.id(3, 2);
     applied_version(&count(&mut group, id));
     assert_eq!(group.store.count(Kind::Mark), 3);
@@ -325,10 +208,7 @@ fn new_clients_find_no_room_among_young_marks_but_known_ones_do() {
 
 #[test]
 fn a_mark_that_goes_hands_over_to_the_floor() {
-    let mut group = Group::new(Bounds {
-        marks: 1,
-        ..Bounds::DEFAULT
-    });
+    let mut group = Group::new(Bounds { marks: 1, ..Bounds::DEFAULT });
     let id = group.id(1, 1);
     count(&mut group, id);
     // The result of sequence 1 is dropped for good: only the mark knows. What stays was born
@@ -347,14 +227,8 @@ fn a_mark_that_goes_hands_over_to_the_floor() {
     let other = group.id(2, 1);
     applied_version(&count(&mut group, other));
     let state = group.store.state();
-    assert!(
-        state.dedup.floor_ms >= id.birth_ms,
-        "the mark's births are below the floor"
-    );
-    assert!(
-        state.dedup.floor_ms < group.now_ms - AGE_MS_MIN,
-        "young ids are not"
-    );
+    assert!(state.dedup.floor_ms >= id.birth_ms, "the mark's births are below the floor");
+    assert!(state.dedup.floor_ms < group.now_ms - AGE_MS_MIN, "young ids are not");
     assert_eq!(count(&mut group, id).outcome, Outcome::RetryWindowPassed);
 }
 
@@ -388,21 +262,11 @@ fn no_request_drops_or_evicts_more_than_a_bounded_number_and_still_it_catches_up
     // The mark rises over all of them at once, then ever again by what makes it look.
     let mut sequence = many;
     while before > 10 {
-        let id = RequestId {
-            lowest_unanswered: sequence,
-            ..group.id(1, sequence)
-        };
+        let id = RequestId { lowest_unanswered: sequence, ..group.id(1, sequence) };
         count(&mut group, id);
         let left = group.store.count(Kind::Result);
-        assert!(
-            left + 64 >= before,
-            "one request dropped {} results",
-            before - left
-        );
-        assert!(
-            sequence < many + 200,
-            "it never catches up: {left} are left"
-        );
+        assert!(left + 64 >= before, "one request dropped {} results", before - left);
+        assert!(sequence < many + 200, "it never catches up: {left} are left");
         (before, sequence) = (left, sequence + 1);
     }
 
@@ -417,11 +281,7 @@ fn no_request_drops_or_evicts_more_than_a_bounded_number_and_still_it_catches_up
         let id = group.id(2, sequence);
         count(&mut group, id);
         let left = group.store.count(Kind::Result);
-        assert!(
-            left + 64 >= before,
-            "one request evicted {} results",
-            before - left
-        );
+        assert!(left + 64 >= before, "one request evicted {} results", before - left);
         assert!(sequence < 300, "it never catches up: {left} are left");
         (before, sequence) = (left, sequence + 1);
     }
@@ -431,25 +291,11 @@ fn no_request_drops_or_evicts_more_than_a_bounded_number_and_still_it_catches_up
 fn golden_bytes_of_the_records() {
     let mut group = Group::fresh(Bounds::DEFAULT);
     group.now_ms = 0x1_0000;
-    let descriptor = Descriptor {
-        shard: 1,
-        arc: Some((0, 0)),
-        epoch: 1,
-    };
+    let descriptor = Descriptor { shard: 1, arc: Some((0, 0)), epoch: 1 };
     group.entry(Command::Describe(descriptor));
-    let id = RequestId {
-        client: 0xC1,
-        sequence: 9,
-        birth_ms: 0x1_0000,
-        lowest_unanswered: 3,
-    };
+    let id = RequestId { client: 0xC1, sequence: 9, birth_ms: 0x1_0000, lowest_unanswered: 3 };
     count(&mut group, id);
-    let hex = |bytes: &[u8]| {
-        bytes
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect::<String>()
-    };
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let lines: Vec<_> = group
         .store
         .raw()

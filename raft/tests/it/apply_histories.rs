@@ -28,14 +28,7 @@ fn check_records(store: &Store, model: &Model, floor_before: u64) -> u64 {
 
     // What makes it exactly once: no judged id is ever new again.
     for (client, sequence, birth) in model.judged.keys().copied() {
-        let stored = raw.contains_key(
-            &Key::Result {
-                client,
-                sequence,
-                birth,
-            }
-            .encode(),
-        );
+        let stored = raw.contains_key(&Key::Result { client, sequence, birth }.encode());
         let below = mark(&raw, client).is_some_and(|mark| sequence < mark.lowest);
         assert!(
             stored || below || birth <= dedup.floor_ms,
@@ -53,40 +46,20 @@ fn check_counts(raw: &Raw, dedup: &Dedup) {
     let oldest_ms = number(&raw[&Bytes::from_static(b"\x01\x06")], 33);
     for (key, value) in raw {
         match Key::decode(key).expect("every record is of a known kind") {
-            Key::Result {
-                client,
-                sequence,
-                birth,
-            } => {
+            Key::Result { client, sequence, birth } => {
                 results += 1;
-                let age = &raw[&Key::ResultAge {
-                    birth,
-                    client,
-                    sequence,
-                }
-                .encode()];
+                let age = &raw[&Key::ResultAge { birth, client, sequence }.encode()];
                 bytes += number(age, 1);
-                assert!(
-                    birth >= oldest_ms,
-                    "the search for the oldest has passed it"
-                );
+                assert!(birth >= oldest_ms, "the search for the oldest has passed it");
                 assert!(value.len() as u64 <= number(age, 1));
             }
             Key::Mark { client } => {
                 marks += 1;
                 let birth = number(value, 17);
-                assert!(
-                    birth >= oldest_ms,
-                    "the search for the oldest has passed it"
-                );
+                assert!(birth >= oldest_ms, "the search for the oldest has passed it");
                 assert!(
                     raw.contains_key(
-                        &Key::ResultAge {
-                            birth,
-                            client,
-                            sequence: u64::MAX
-                        }
-                        .encode()
+                        &Key::ResultAge { birth, client, sequence: u64::MAX }.encode()
                     )
                 );
             }
@@ -94,19 +67,9 @@ fn check_counts(raw: &Raw, dedup: &Dedup) {
             Key::Meta(_) | Key::Data { .. } => {}
         }
     }
-    assert_eq!(
-        (dedup.results, dedup.result_bytes, dedup.marks),
-        (results, bytes, marks)
-    );
-    assert_eq!(
-        ages,
-        results + marks,
-        "every age is that of a result or mark"
-    );
-    assert!(
-        results <= BOUNDS.results && marks <= BOUNDS.marks,
-        "the bounds hold"
-    );
+    assert_eq!((dedup.results, dedup.result_bytes, dedup.marks), (results, bytes, marks));
+    assert_eq!(ages, results + marks, "every age is that of a result or mark");
+    assert!(results <= BOUNDS.results && marks <= BOUNDS.marks, "the bounds hold");
 }
 
 fn check_reads(store: &Store, model: &Model) {
@@ -115,12 +78,9 @@ fn check_reads(store: &Store, model: &Model) {
     for key in model.cells.keys() {
         for version in versions.iter().flat_map(|version| [version - 1, *version]) {
             let found = store.read(1, key, version);
-            let wanted = model.at(key, version).map(|cell| {
-                (
-                    cell.version,
-                    cell.value.expect("what is found is not deleted"),
-                )
-            });
+            let wanted = model
+                .at(key, version)
+                .map(|cell| (cell.version, cell.value.expect("what is found is not deleted")));
             assert_eq!(found, wanted, "key {key:?} at version {version}");
         }
     }
@@ -201,9 +161,7 @@ fn histories_meet_every_outcome() {
     let mut met = BTreeMap::<&str, u32>::new();
     let mut evicted = 0;
     for _ in 0..100 {
-        let steps = prop::collection::vec(steps(), 120)
-            .new_tree(&mut runner)
-            .expect("no filters");
+        let steps = prop::collection::vec(steps(), 120).new_tree(&mut runner).expect("no filters");
         let mut store = Store::new(BOUNDS);
         for entry in Writer::log(&steps.current()) {
             for reply in store.apply(&[entry]).expect("a sound entry") {
@@ -224,8 +182,5 @@ fn histories_meet_every_outcome() {
     }
     assert_eq!(met.len(), 8, "{met:?}");
     assert!(met.values().all(|count| *count >= 10), "{met:?}");
-    assert!(
-        evicted >= 50,
-        "the floor rose in {evicted} of 100 histories"
-    );
+    assert!(evicted >= 50, "the floor rose in {evicted} of 100 histories");
 }

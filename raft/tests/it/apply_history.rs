@@ -129,17 +129,8 @@ pub(crate) struct Writer {
 
 impl Writer {
     pub(crate) fn log(steps: &[Step]) -> Vec<Entry> {
-        let mut writer = Writer {
-            now_ms: START_MS,
-            term: 1,
-            epoch: 1,
-            ..Writer::default()
-        };
-        writer.push(Command::Describe(Descriptor {
-            shard: 1,
-            arc: Some(ARC),
-            epoch: 1,
-        }));
+        let mut writer = Writer { now_ms: START_MS, term: 1, epoch: 1, ..Writer::default() };
+        writer.push(Command::Describe(Descriptor { shard: 1, arc: Some(ARC), epoch: 1 }));
         steps.iter().for_each(|step| writer.step(step));
         writer.cut();
         writer.log
@@ -147,12 +138,7 @@ impl Writer {
 
     fn step(&mut self, step: &Step) {
         match step {
-            Step::Write {
-                client,
-                lag,
-                operations,
-                route,
-            } => {
+            Step::Write { client, lag, operations, route } => {
                 self.write(u64::from(*client), *lag, operations, *route);
             }
             Step::Again { which, newer_mark } if !self.sent.is_empty() => {
@@ -192,11 +178,7 @@ impl Writer {
             }
             Step::Describe => {
                 self.cut();
-                self.push(Command::Describe(Descriptor {
-                    shard: 9,
-                    arc: None,
-                    epoch: 77,
-                }));
+                self.push(Command::Describe(Descriptor { shard: 9, arc: None, epoch: 77 }));
             }
         }
     }
@@ -226,13 +208,7 @@ impl Writer {
                 *version += self.now_ms << 16;
             }
         }
-        let request = Request {
-            id,
-            keyspace,
-            position,
-            epoch,
-            operations,
-        };
+        let request = Request { id, keyspace, position, epoch, operations };
         self.sent.push(request.clone());
         self.requests.push(request);
     }
@@ -246,12 +222,7 @@ impl Writer {
 
     fn push(&mut self, command: Command) {
         let stamp = self.now_ms.saturating_add_signed(self.skew_ms) << 16;
-        let entry = Stamped {
-            stamp,
-            ceiling: stamp + (250 << 16),
-            command,
-        }
-        .encode();
+        let entry = Stamped { stamp, ceiling: stamp + (250 << 16), command }.encode();
         let index = self.log.len() as u64 + 1;
         self.log.push((self.term, index, Logged::Command(entry)));
     }

@@ -16,11 +16,7 @@ use crate::apply_history::ARC;
 use crate::apply_store::{Entry, Logged, Raw};
 
 /// Small enough that every history meets them.
-pub(crate) const BOUNDS: Bounds = Bounds {
-    results: 12,
-    result_bytes: 3_000,
-    marks: 3,
-};
+pub(crate) const BOUNDS: Bounds = Bounds { results: 12, result_bytes: 3_000, marks: 3 };
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Cell {
     pub(crate) version: u64,
@@ -102,26 +98,14 @@ impl Model {
             && (ARC.0..ARC.1).contains(&request.position)
             && (request.epoch == 0 || request.epoch == self.epoch);
         if !routed {
-            let descriptor = Descriptor {
-                shard: 1,
-                arc: Some(ARC),
-                epoch: self.epoch,
-            };
-            assert_eq!(
-                reply.outcome,
-                Outcome::StaleRoute {
-                    descriptor: Some(descriptor)
-                }
-            );
+            let descriptor = Descriptor { shard: 1, arc: Some(ARC), epoch: self.epoch };
+            assert_eq!(reply.outcome, Outcome::StaleRoute { descriptor: Some(descriptor) });
             return;
         }
         let lowest = self.lowest.get(&id.client).copied().unwrap_or_default();
         let lowest = lowest.max(id.lowest_unanswered);
         self.lowest.insert(id.client, lowest);
-        let judged = self
-            .judged
-            .get(&(id.client, id.sequence, id.birth_ms))
-            .cloned();
+        let judged = self.judged.get(&(id.client, id.sequence, id.birth_ms)).cloned();
         let young = id.birth_ms >= now_ms.saturating_sub(60_000);
         check_mark(before, request, reply, now_ms);
         match &reply.outcome {
@@ -138,23 +122,15 @@ impl Model {
                 );
             }
             _ => {
-                assert!(
-                    judged.is_none(),
-                    "judged a second time: {request:?} {reply:?}"
-                );
+                assert!(judged.is_none(), "judged a second time: {request:?} {reply:?}");
                 let beyond = id.birth_ms > now_ms + 500;
-                assert_eq!(
-                    reply.outcome == Outcome::BirthBeyondClock,
-                    beyond,
-                    "{request:?}"
-                );
+                assert_eq!(reply.outcome == Outcome::BirthBeyondClock, beyond, "{request:?}");
                 if let Outcome::Overloaded { .. } = reply.outcome {
                     assert!(self.may_be_full(now_ms), "overloaded with room left");
                 } else if !beyond {
                     let judged = self.judge(stamp, at, request);
                     assert_eq!(nameless(reply), self.reply(&judged, request, false));
-                    self.judged
-                        .insert((id.client, id.sequence, id.birth_ms), judged);
+                    self.judged.insert((id.client, id.sequence, id.birth_ms), judged);
                 }
             }
         }
@@ -176,9 +152,7 @@ impl Model {
     pub(crate) fn at(&self, key: &Bytes, version: u64) -> Option<Cell> {
         let cells = self.cells.get(key)?;
         let cell = cells.iter().rev().find(|cell| cell.version <= version)?;
-        let expired = cell
-            .expires_ms
-            .is_some_and(|expires_ms| version >> 16 >= expires_ms);
+        let expired = cell.expires_ms.is_some_and(|expires_ms| version >> 16 >= expires_ms);
         (cell.value.is_some() && !expired).then(|| cell.clone())
     }
 
@@ -186,12 +160,7 @@ impl Model {
         let version = stamp.max(self.clock + 1);
         self.clock = version;
         let verdict = self.verdict(version, request);
-        Judged {
-            term,
-            index,
-            version,
-            verdict,
-        }
+        Judged { term, index, version, verdict }
     }
 
     fn verdict(&mut self, version: u64, request: &Request) -> Verdict {
@@ -229,8 +198,7 @@ impl Model {
                 Change::Delete => (None, 0),
                 Change::Increment { by } => {
                     let live = cells.last().filter(|cell| {
-                        cell.expires_ms
-                            .is_none_or(|expires_ms| version >> 16 < expires_ms)
+                        cell.expires_ms.is_none_or(|expires_ms| version >> 16 < expires_ms)
                     });
                     let before = live.and_then(|cell| cell.value.clone());
                     let text = before.map_or("0".to_owned(), |value| {
@@ -249,11 +217,7 @@ impl Model {
             let expires_ms =
                 (ttl_ms != 0).then(|| (version >> 16).saturating_add(ttl_ms).min(last_ms));
             cells.retain(|cell| cell.version < version);
-            cells.push(Cell {
-                version,
-                value,
-                expires_ms,
-            });
+            cells.push(Cell { version, value, expires_ms });
         }
         self.cells = after;
         Verdict::Applied(counters)
@@ -282,18 +246,11 @@ impl Model {
                     }),
                     counter: None,
                 });
-                Outcome::ConditionFailed {
-                    results: results.collect(),
-                }
+                Outcome::ConditionFailed { results: results.collect() }
             }
             Verdict::Invalid => Outcome::Invalid { why: "" },
         };
-        Reply {
-            outcome,
-            term: judged.term,
-            index: judged.index,
-            duplicate,
-        }
+        Reply { outcome, term: judged.term, index: judged.index, duplicate }
     }
 }
 
@@ -313,10 +270,7 @@ fn check_mark(before: &Raw, request: &Request, reply: &Reply, now_ms: u64) {
 /// The reply without the words of a refusal.
 fn nameless(reply: &Reply) -> Reply {
     match &reply.outcome {
-        Outcome::Invalid { .. } => Reply {
-            outcome: Outcome::Invalid { why: "" },
-            ..reply.clone()
-        },
+        Outcome::Invalid { .. } => Reply { outcome: Outcome::Invalid { why: "" }, ..reply.clone() },
         _ => reply.clone(),
     }
 }
@@ -332,8 +286,5 @@ pub(crate) fn number(bytes: &Bytes, at: usize) -> u64 {
 
 pub(crate) fn mark(raw: &Raw, client: u64) -> Option<Mark> {
     let bytes = raw.get(&Key::Mark { client }.encode())?;
-    Some(Mark {
-        lowest: number(bytes, 1),
-        newest_ms: number(bytes, 17),
-    })
+    Some(Mark { lowest: number(bytes, 1), newest_ms: number(bytes, 17) })
 }

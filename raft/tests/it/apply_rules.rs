@@ -22,32 +22,17 @@ fn group() -> Group {
 fn group_without_a_descriptor_serves_nothing_and_the_first_one_stays() {
     let mut group = Group::fresh(Bounds::DEFAULT);
     let write = request(group.id(1, 1), vec![put("k", "v")]);
-    assert_eq!(
-        group.write(write).outcome,
-        Outcome::StaleRoute { descriptor: None }
-    );
-    let first = Descriptor {
-        shard: 1,
-        arc: Some((10, 20)),
-        epoch: 1,
-    };
+    assert_eq!(group.write(write).outcome, Outcome::StaleRoute { descriptor: None });
+    let first = Descriptor { shard: 1, arc: Some((10, 20)), epoch: 1 };
     group.entry(Command::Describe(first.clone()));
-    group.entry(Command::Describe(Descriptor {
-        shard: 2,
-        arc: None,
-        epoch: 9,
-    }));
+    group.entry(Command::Describe(Descriptor { shard: 2, arc: None, epoch: 9 }));
     assert_eq!(group.store.state().descriptor, Some(first));
 }
 
 #[test]
 fn stale_route_leaves_nothing_and_the_same_id_may_come_again() {
     let mut group = Group::fresh(Bounds::DEFAULT);
-    let narrow = Descriptor {
-        shard: 1,
-        arc: Some((0, 10)),
-        epoch: 1,
-    };
+    let narrow = Descriptor { shard: 1, arc: Some((0, 10)), epoch: 1 };
     group.entry(Command::Describe(narrow.clone()));
     // Every entry with requests moves clock, ceiling and history; nothing else may change.
     group.write(request(group.id(1, 0), vec![]));
@@ -76,15 +61,10 @@ fn membership_raises_the_epoch_so_that_what_was_planned_before_fails() {
     let mut group = group();
     let mut planned = request(group.id(1, 1), vec![put("k", "v")]);
     planned.epoch = 1;
-    group
-        .store
-        .apply(&[(1, 50, Logged::Membership)])
-        .expect("no command");
+    group.store.apply(&[(1, 50, Logged::Membership)]).expect("no command");
     assert!(matches!(
         group.write(planned.clone()).outcome,
-        Outcome::StaleRoute {
-            descriptor: Some(Descriptor { epoch: 2, .. })
-        }
+        Outcome::StaleRoute { descriptor: Some(Descriptor { epoch: 2, .. }) }
     ));
     planned.epoch = 2;
     applied_version(&group.write(planned));
@@ -96,23 +76,13 @@ fn versions_rise_with_the_log_whatever_the_stamps_say() {
     let mut versions = Vec::new();
     for (sequence, step) in [(1, 0), (2, 5), (3, -400), (4, 0), (5, 1)] {
         group.now_ms = group.now_ms.saturating_add_signed(step);
-        let writes = (0..2)
-            .map(|n| request(group.id(sequence, n), vec![put("k", "v")]))
-            .collect();
+        let writes = (0..2).map(|n| request(group.id(sequence, n), vec![put("k", "v")])).collect();
         let replies = group.entry(Command::Requests(writes));
         versions.extend(replies.iter().map(applied_version));
     }
     assert!(versions.is_sorted_by(|a, b| a < b), "{versions:?}");
-    assert_eq!(
-        versions[0],
-        (group.now_ms + 394) << 16,
-        "a stamp above the clock is the version"
-    );
-    assert_eq!(
-        versions[4],
-        versions[3] + 1,
-        "a stamp below the clock gives the next version"
-    );
+    assert_eq!(versions[0], (group.now_ms + 394) << 16, "a stamp above the clock is the version");
+    assert_eq!(versions[4], versions[3] + 1, "a stamp below the clock gives the next version");
     let state = group.store.state();
     assert_eq!(state.clock, versions[9]);
     assert!(state.ceiling >= state.clock);
@@ -139,23 +109,11 @@ fn no_version_that_is_used_lies_above_the_ceiling() {
     let stamp = group.now_ms << 16;
     let writes = [1, 2].map(|sequence| request(group.id(1, sequence), vec![put("k", "v")]));
     let command = Command::Requests(writes.to_vec());
-    let entry = Stamped {
-        stamp,
-        ceiling: stamp,
-        command,
-    };
+    let entry = Stamped { stamp, ceiling: stamp, command };
     // Without the ceiling of the entry that described the group.
     group.store = Store::new(Bounds::DEFAULT);
-    let descriptor = Descriptor {
-        shard: 1,
-        arc: Some((0, 0)),
-        epoch: 1,
-    };
-    let describe = Stamped {
-        stamp,
-        ceiling: 0,
-        command: Command::Describe(descriptor),
-    };
+    let descriptor = Descriptor { shard: 1, arc: Some((0, 0)), epoch: 1 };
+    let describe = Stamped { stamp, ceiling: 0, command: Command::Describe(descriptor) };
     let log = [describe, entry].map(|entry| (1, 1, Logged::Command(entry.encode())));
     group.store.apply(&log).expect("sound entries");
     let state = group.store.state();
@@ -167,16 +125,10 @@ fn history_threshold_follows_the_clock_and_never_falls() {
     let mut group = group();
     group.write(request(group.id(1, 1), vec![put("k", "v")]));
     let first = group.store.state();
-    assert_eq!(
-        first.history_threshold,
-        ((first.clock >> 16) - HISTORY_MS) << 16
-    );
+    assert_eq!(first.history_threshold, ((first.clock >> 16) - HISTORY_MS) << 16);
     group.now_ms -= 10_000;
     group.write(request(group.id(1, 2), vec![put("k", "v")]));
-    assert_eq!(
-        group.store.state().history_threshold,
-        first.history_threshold
-    );
+    assert_eq!(group.store.state().history_threshold, first.history_threshold);
     group.now_ms += 11_000;
     group.write(request(group.id(1, 3), vec![put("k", "v")]));
     assert!(group.store.state().history_threshold > first.history_threshold);
@@ -188,38 +140,18 @@ fn requests_of_one_entry_see_each_other() {
     let writes = vec![
         request(group.id(1, 1), vec![increment("n", 2)]),
         request(group.id(1, 2), vec![increment("n", 3)]),
-        request(
-            group.id(2, 1),
-            vec![when(Condition::IfAbsent, put("n", "x"))],
-        ),
+        request(group.id(2, 1), vec![when(Condition::IfAbsent, put("n", "x"))]),
         request(
             group.id(2, 2),
-            vec![when(
-                Condition::IfValue(Bytes::from_static(b"5")),
-                put("n", "y"),
-            )],
+            vec![when(Condition::IfValue(Bytes::from_static(b"5")), put("n", "y"))],
         ),
     ];
     let replies = group.entry(Command::Requests(writes));
-    assert_eq!(
-        (counter(&replies[0]), counter(&replies[1])),
-        (Some(2), Some(5))
-    );
-    let met = Current {
-        version: applied_version(&replies[1]),
-        value: Some(Bytes::from_static(b"5")),
-    };
-    let failed = OperationResult {
-        condition_failed: true,
-        current: Some(met),
-        counter: None,
-    };
-    assert_eq!(
-        replies[2].outcome,
-        Outcome::ConditionFailed {
-            results: vec![failed]
-        }
-    );
+    assert_eq!((counter(&replies[0]), counter(&replies[1])), (Some(2), Some(5)));
+    let met =
+        Current { version: applied_version(&replies[1]), value: Some(Bytes::from_static(b"5")) };
+    let failed = OperationResult { condition_failed: true, current: Some(met), counter: None };
+    assert_eq!(replies[2].outcome, Outcome::ConditionFailed { results: vec![failed] });
     applied_version(&replies[3]);
     assert_eq!(group.read("n").as_deref(), Some(b"y".as_slice()));
 }
@@ -234,29 +166,14 @@ fn a_failed_condition_undoes_the_whole_request_and_tells_what_it_met() {
             put("b", "2"),
             when(Condition::IfVersion(version + 1), put("a", "3")),
             when(Condition::IfVersion(version), operation("a", Change::Check)),
-            when(
-                Condition::IfVersion(version),
-                operation("none", Change::Delete),
-            ),
+            when(Condition::IfVersion(version), operation("none", Change::Delete)),
         ],
     ));
-    let Outcome::ConditionFailed { results } = reply.outcome else {
-        panic!("{reply:?}")
-    };
-    let met = Current {
-        version,
-        value: Some(Bytes::from_static(b"1")),
-    };
-    let failed = |current| OperationResult {
-        condition_failed: true,
-        current,
-        counter: None,
-    };
+    let Outcome::ConditionFailed { results } = reply.outcome else { panic!("{reply:?}") };
+    let met = Current { version, value: Some(Bytes::from_static(b"1")) };
+    let failed = |current| OperationResult { condition_failed: true, current, counter: None };
     let fine = OperationResult::default();
-    assert_eq!(
-        results,
-        vec![fine.clone(), failed(Some(met)), fine, failed(None)]
-    );
+    assert_eq!(results, vec![fine.clone(), failed(Some(met)), fine, failed(None)]);
     assert_eq!(group.read("b"), None);
     assert_eq!(group.read("a").as_deref(), Some(b"1".as_slice()));
 }
@@ -275,9 +192,7 @@ fn conditions_are_judged_before_the_batch_and_its_operations_build_on_each_other
             operation("none", Change::Check),
         ],
     ));
-    let Outcome::Applied { results, .. } = &reply.outcome else {
-        panic!("{reply:?}")
-    };
+    let Outcome::Applied { results, .. } = &reply.outcome else { panic!("{reply:?}") };
     let counters: Vec<_> = results.iter().map(|result| result.counter).collect();
     assert_eq!(counters, [None, Some(42), None, None, Some(7), None]);
     assert_eq!(group.read("k").as_deref(), Some(b"42".as_slice()));
@@ -288,18 +203,13 @@ fn conditions_are_judged_before_the_batch_and_its_operations_build_on_each_other
 #[test]
 fn an_impossible_increment_undoes_the_whole_request_for_good() {
     let mut group = group();
-    group.write(request(
-        group.id(1, 1),
-        vec![put("text", "x"), put("full", &i64::MAX.to_string())],
-    ));
+    group
+        .write(request(group.id(1, 1), vec![put("text", "x"), put("full", &i64::MAX.to_string())]));
     for (sequence, key) in [(2, "text"), (3, "full")] {
         let id = group.id(1, sequence);
         let bad = request(id, vec![put("other", "v"), increment(key, 1)]);
         let first = group.write(bad.clone());
-        assert!(
-            matches!(first.outcome, Outcome::Invalid { .. }),
-            "{first:?}"
-        );
+        assert!(matches!(first.outcome, Outcome::Invalid { .. }), "{first:?}");
         assert_eq!(group.read("other"), None);
         // The reason goes; the answer stays.
         group.write(request(group.id(2, sequence), vec![put(key, "0")]));
@@ -323,10 +233,7 @@ fn a_request_that_is_none_is_refused_and_not_kept() {
         request(reserved, vec![put("k", "v")]),
     ] {
         let reply = group.write(bad);
-        assert!(
-            matches!(reply.outcome, Outcome::Invalid { .. }),
-            "{reply:?}"
-        );
+        assert!(matches!(reply.outcome, Outcome::Invalid { .. }), "{reply:?}");
     }
     assert_eq!(group.store.state().dedup, before);
     assert_eq!(group.read("k"), None);
@@ -336,31 +243,22 @@ fn a_request_that_is_none_is_refused_and_not_kept() {
 fn an_expired_key_is_absent_from_its_moment_for_reads_conditions_and_counters() {
     let mut group = group();
     let born = group.now_ms;
-    let version = applied_version(&group.write(request(
-        group.id(1, 1),
-        vec![put_for("a", "1", 100), put_for("n", "5", 100)],
-    )));
+    let version = applied_version(
+        &group.write(request(group.id(1, 1), vec![put_for("a", "1", 100), put_for("n", "5", 100)])),
+    );
     let end = (born + 100) << 16;
     assert!(group.read_at("a", end - 1).is_some() && group.read_at("a", end).is_none());
     assert!(group.read_at("a", version).is_some());
 
     group.now_ms = born + 99;
-    let early = group.write(request(
-        group.id(1, 2),
-        vec![when(Condition::IfAbsent, put("a", "2"))],
-    ));
-    assert!(
-        matches!(early.outcome, Outcome::ConditionFailed { .. }),
-        "{early:?}"
-    );
+    let early =
+        group.write(request(group.id(1, 2), vec![when(Condition::IfAbsent, put("a", "2"))]));
+    assert!(matches!(early.outcome, Outcome::ConditionFailed { .. }), "{early:?}");
     // The write's own version decides, not the leader's clock: a leader behind sees it expired too.
     group.now_ms = born + 100;
     group.write(request(group.id(1, 3), vec![put("clock", "ahead")]));
     group.now_ms = born + 50;
-    let late = group.write(request(
-        group.id(1, 4),
-        vec![when(Condition::IfAbsent, put("a", "2"))],
-    ));
+    let late = group.write(request(group.id(1, 4), vec![when(Condition::IfAbsent, put("a", "2"))]));
     applied_version(&late);
     let counted = group.write(request(group.id(1, 5), vec![increment("n", 1)]));
     assert_eq!(counter(&counted), Some(1), "an expired number counts as 0");
@@ -380,52 +278,28 @@ fn an_increment_keeps_no_time_to_live() {
 fn values_in_failed_conditions_stop_where_the_reply_is_full() {
     let mut group = group();
     let large = "x".repeat(CURRENT_BYTES_MAX / 2);
-    group.write(request(
-        group.id(1, 1),
-        vec![put("a", &large), put("b", &large), put("c", "v")],
-    ));
+    group.write(request(group.id(1, 1), vec![put("a", &large), put("b", &large), put("c", "v")]));
     let absent = |key| when(Condition::IfAbsent, operation(key, Change::Check));
     let write = request(group.id(1, 2), vec![absent("a"), absent("b"), absent("c")]);
     let reply = group.write(write);
-    let Outcome::ConditionFailed { results } = reply.outcome else {
-        panic!("no failure")
-    };
-    let told = |at: usize| {
-        results[at]
-            .current
-            .as_ref()
-            .and_then(|current| current.value.as_ref())
-    };
-    assert!(
-        told(0).is_some() && told(1).is_some(),
-        "two halves fit exactly"
-    );
+    let Outcome::ConditionFailed { results } = reply.outcome else { panic!("no failure") };
+    let told = |at: usize| results[at].current.as_ref().and_then(|current| current.value.as_ref());
+    assert!(told(0).is_some() && told(1).is_some(), "two halves fit exactly");
     assert_eq!(told(2), None);
-    assert!(
-        results[2].current.is_some(),
-        "the version is told all the same"
-    );
+    assert!(results[2].current.is_some(), "the version is told all the same");
 }
 
 #[test]
 fn an_unknown_command_stops_apply_and_changes_nothing() {
     let mut group = group();
     let before = group.store.raw();
-    let good = Stamped {
-        stamp: 1,
-        ceiling: 2,
-        command: Command::Advance,
-    }
-    .encode();
+    let good = Stamped { stamp: 1, ceiling: 2, command: Command::Advance }.encode();
     for (at, to) in [(0, 2), (1, 77)] {
         let mut bytes = good.to_vec();
         bytes[at] = to;
         let log = [(1, 9, Logged::Command(Bytes::from(bytes)))];
         let refused = group.store.apply(&log);
-        assert!(
-            matches!(refused, Err(ApplyError::Decode { index: 9, .. })),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Err(ApplyError::Decode { index: 9, .. })), "{refused:?}");
         assert_eq!(group.store.raw(), before);
     }
 }
@@ -435,23 +309,10 @@ fn a_stamp_that_leaves_no_version_stops_apply() {
     let mut group = group();
     let entry = |group: &Group, sequence| {
         // Born then, too, else it would have been long ago.
-        let id = RequestId {
-            birth_ms: u64::MAX >> 16,
-            ..group.id(1, sequence)
-        };
+        let id = RequestId { birth_ms: u64::MAX >> 16, ..group.id(1, sequence) };
         let command = Command::Requests(vec![request(id, vec![put("k", "v")])]);
-        Logged::Command(
-            Stamped {
-                stamp: u64::MAX,
-                ceiling: u64::MAX,
-                command,
-            }
-            .encode(),
-        )
+        Logged::Command(Stamped { stamp: u64::MAX, ceiling: u64::MAX, command }.encode())
     };
     let log = [(1, 8, entry(&group, 1)), (1, 9, entry(&group, 2))];
-    assert!(matches!(
-        group.store.apply(&log),
-        Err(ApplyError::ClockExhausted { index: 9 })
-    ));
+    assert!(matches!(group.store.apply(&log), Err(ApplyError::ClockExhausted { index: 9 })));
 }

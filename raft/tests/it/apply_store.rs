@@ -36,11 +36,7 @@ impl Store {
     pub(crate) fn new(bounds: Bounds) -> Store {
         let engines = MapEngines::new(Arc::new(FaultyFs::new(0)));
         let engine = engines.open(Path::new(DIR), OpenState { create: true });
-        Store {
-            engine: engine.expect("an empty disk"),
-            engines,
-            bounds,
-        }
+        Store { engine: engine.expect("an empty disk"), engines, bounds }
     }
 
     pub(crate) fn flush(&self) {
@@ -50,21 +46,15 @@ impl Store {
     /// Loses what was not flushed.
     pub(crate) fn crash(self) -> Store {
         drop(self.engine);
-        let engine = self
-            .engines
-            .open(Path::new(DIR), OpenState { create: false });
-        Store {
-            engine: engine.expect("a healthy disk"),
-            ..self
-        }
+        let engine = self.engines.open(Path::new(DIR), OpenState { create: false });
+        Store { engine: engine.expect("a healthy disk"), ..self }
     }
 
     /// Another replica's state, record by record: what a snapshot brings.
     pub(crate) fn from_raw(raw: &Raw, bounds: Bounds) -> Store {
         let store = Store::new(bounds);
         let mut batch = Batch::new();
-        raw.iter()
-            .for_each(|(key, value)| batch.put(key.clone(), value.clone()));
+        raw.iter().for_each(|(key, value)| batch.put(key.clone(), value.clone()));
         store.engine.write(batch).expect("a healthy disk");
         store
     }
@@ -72,9 +62,7 @@ impl Store {
     /// Every record there is.
     pub(crate) fn raw(&self) -> Raw {
         let view = self.engine.view().expect("a healthy disk");
-        let mut cursor = view
-            .seek(vec![0]..vec![0xff], false)
-            .expect("a healthy disk");
+        let mut cursor = view.seek(vec![0]..vec![0xff], false).expect("a healthy disk");
         let mut raw = Raw::new();
         while let Some((key, value)) = cursor.next().expect("a healthy disk") {
             raw.insert(key, value);
@@ -98,10 +86,7 @@ impl Store {
 
     /// What a reader at this version finds.
     pub(crate) fn read(&self, keyspace: u32, key: &[u8], version: u64) -> Option<(u64, Bytes)> {
-        let found = self
-            .overlay()
-            .get_at(keyspace, key, version)
-            .expect("own records")?;
+        let found = self.overlay().get_at(keyspace, key, version).expect("own records")?;
         (!found.is_absent_at(version)).then_some((found.version, found.value))
     }
 

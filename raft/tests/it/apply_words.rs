@@ -22,40 +22,21 @@ pub(crate) struct Group {
 impl Group {
     /// A group that holds the whole ring, at epoch 1.
     pub(crate) fn new(bounds: Bounds) -> Group {
-        let mut group = Group {
-            store: Store::new(bounds),
-            now_ms: START_MS,
-            term: 1,
-            index: 0,
-        };
-        let descriptor = Descriptor {
-            shard: 1,
-            arc: Some((0, 0)),
-            epoch: 1,
-        };
+        let mut group = Group { store: Store::new(bounds), now_ms: START_MS, term: 1, index: 0 };
+        let descriptor = Descriptor { shard: 1, arc: Some((0, 0)), epoch: 1 };
         group.entry(Command::Describe(descriptor));
         group
     }
 
     /// A group that knows nothing of itself yet.
     pub(crate) fn fresh(bounds: Bounds) -> Group {
-        Group {
-            store: Store::new(bounds),
-            now_ms: START_MS,
-            term: 1,
-            index: 0,
-        }
+        Group { store: Store::new(bounds), now_ms: START_MS, term: 1, index: 0 }
     }
 
     pub(crate) fn entry(&mut self, command: Command) -> Vec<Reply> {
         let stamp = self.now_ms << 16;
         self.index += 1;
-        let entry = Stamped {
-            stamp,
-            ceiling: stamp + (250 << 16),
-            command,
-        }
-        .encode();
+        let entry = Stamped { stamp, ceiling: stamp + (250 << 16), command }.encode();
         let log = [(self.term, self.index, Logged::Command(entry))];
         self.store.apply(&log).expect("a sound entry")
     }
@@ -72,38 +53,21 @@ impl Group {
     }
 
     pub(crate) fn read_at(&self, key: &str, version: u64) -> Option<Bytes> {
-        self.store
-            .read(KEYSPACE, key.as_bytes(), version)
-            .map(|(_, value)| value)
+        self.store.read(KEYSPACE, key.as_bytes(), version).map(|(_, value)| value)
     }
 
     /// An id that is born now and keeps every answer of its client.
     pub(crate) fn id(&self, client: u64, sequence: u64) -> RequestId {
-        RequestId {
-            client,
-            sequence,
-            birth_ms: self.now_ms,
-            lowest_unanswered: 0,
-        }
+        RequestId { client, sequence, birth_ms: self.now_ms, lowest_unanswered: 0 }
     }
 }
 
 pub(crate) fn request(id: RequestId, operations: Vec<Operation>) -> Request {
-    Request {
-        id,
-        keyspace: KEYSPACE,
-        position: 5,
-        epoch: 0,
-        operations,
-    }
+    Request { id, keyspace: KEYSPACE, position: 5, epoch: 0, operations }
 }
 
 pub(crate) fn operation(key: &str, change: Change) -> Operation {
-    Operation {
-        key: Bytes::copy_from_slice(key.as_bytes()),
-        condition: None,
-        change,
-    }
+    Operation { key: Bytes::copy_from_slice(key.as_bytes()), condition: None, change }
 }
 
 pub(crate) fn put(key: &str, value: &str) -> Operation {
@@ -111,13 +75,7 @@ pub(crate) fn put(key: &str, value: &str) -> Operation {
 }
 
 pub(crate) fn put_for(key: &str, value: &str, ttl_ms: u64) -> Operation {
-    operation(
-        key,
-        Change::Put {
-            value: Bytes::copy_from_slice(value.as_bytes()),
-            ttl_ms,
-        },
-    )
+    operation(key, Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms })
 }
 
 pub(crate) fn increment(key: &str, by: i64) -> Operation {
@@ -125,10 +83,7 @@ pub(crate) fn increment(key: &str, by: i64) -> Operation {
 }
 
 pub(crate) fn when(condition: Condition, operation: Operation) -> Operation {
-    Operation {
-        condition: Some(condition),
-        ..operation
-    }
+    Operation { condition: Some(condition), ..operation }
 }
 
 pub(crate) fn applied_version(reply: &Reply) -> u64 {

@@ -1,6 +1,8 @@
 //! Three hosts, one group, a transport in memory: writes, reads, failover, restart, snapshots. Finds
 //! what goes wrong between openraft, the log and apply; the network proper is the server's.
 
+#![allow(clippy::disallowed_methods, reason = "these hosts run on the real seams")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -90,10 +92,7 @@ struct Node {
 async fn start(id: NodeId, dir: &Path, wires: &Arc<Wires>, start: u64) -> Node {
     let exec: Arc<dyn Exec> = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 8));
     let fs: Arc<dyn Fs> = Arc::new(RealFs);
-    let options = LogOptions {
-        segment_bytes: 1 << 20,
-        ..LogOptions::default()
-    };
+    let options = LogOptions { segment_bytes: 1 << 20, ..LogOptions::default() };
     let (log, recovery) =
         Log::open(fs.clone(), exec.clone(), &dir.join("log"), options).expect("the log opens");
     let stop = CancellationToken::new();
@@ -105,10 +104,7 @@ async fn start(id: NodeId, dir: &Path, wires: &Arc<Wires>, start: u64) -> Node {
         engines: Arc::new(MapEngines::new(fs)),
         exec,
         clock: Arc::new(WallClock),
-        transport: Arc::new(Wire {
-            from: id,
-            wires: wires.clone(),
-        }),
+        transport: Arc::new(Wire { from: id, wires: wires.clone() }),
         observer: Arc::new(Deaf),
         incarnation: start,
         stop: stop.clone(),
@@ -146,26 +142,14 @@ impl Cluster {
         }
         let members: BTreeMap<u64, NodeId> = (1..=3).map(|n| (10 + n, NodeId(n))).collect();
         for (replica, node) in members.iter().rev() {
-            let initial = Descriptor {
-                shard: SHARD.0,
-                arc: Some((0, 0)),
-                epoch: 1,
-            };
+            let initial = Descriptor { shard: SHARD.0, arc: Some((0, 0)), epoch: 1 };
             let made = nodes[node].host.create(ReplicaId(*replica), initial).await;
             let group = made.expect("a new replica");
             if node.0 == 1 {
-                group
-                    .initialize(members.clone())
-                    .await
-                    .expect("a new group");
+                group.initialize(members.clone()).await.expect("a new group");
             }
         }
-        Self {
-            dirs,
-            nodes,
-            wires,
-            sequence: 0,
-        }
+        Self { dirs, nodes, wires, sequence: 0 }
     }
 
     fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
@@ -182,10 +166,7 @@ impl Cluster {
         let operation = Operation {
             key: Bytes::copy_from_slice(key.as_bytes()),
             condition: None,
-            change: Change::Put {
-                value: Bytes::copy_from_slice(value.as_bytes()),
-                ttl_ms: 0,
-            },
+            change: Change::Put { value: Bytes::copy_from_slice(value.as_bytes()), ttl_ms: 0 },
         };
         let request = Request {
             id: RequestId {
@@ -222,10 +203,7 @@ impl Cluster {
                 let name = key.to_owned();
                 let deadline = Instant::now() + Duration::from_secs(2);
                 let read = group.read(deadline, move |state| {
-                    state
-                        .reader
-                        .get_at(1, name.as_bytes(), u64::MAX)
-                        .expect("readable")
+                    state.reader.get_at(1, name.as_bytes(), u64::MAX).expect("readable")
                 });
                 if let Ok(found) = read.await {
                     return found.map(|versioned| versioned.value);
@@ -257,14 +235,10 @@ async fn acknowledged_writes_survive_the_loss_of_leaders_and_a_restart_of_all() 
             }
             cluster.put(&format!("k{n}"), &format!("v{n}")).await;
             let dir = cluster.dirs[&id].path().to_path_buf();
-            cluster
-                .nodes
-                .insert(id, start(id, &dir, &cluster.wires, n).await);
+            cluster.nodes.insert(id, start(id, &dir, &cluster.wires, n).await);
         }
         let reply = cluster.put(&format!("k{n}"), &format!("v{n}")).await;
-        let Outcome::Applied { version: this, .. } = reply.outcome else {
-            unreachable!()
-        };
+        let Outcome::Applied { version: this, .. } = reply.outcome else { unreachable!() };
         assert!(this > version, "versions rise with the log");
         version = this;
     }
@@ -273,9 +247,7 @@ async fn acknowledged_writes_survive_the_loss_of_leaders_and_a_restart_of_all() 
         node.stop(id, &cluster.wires).await;
     }
     for (id, dir) in &cluster.dirs {
-        cluster
-            .nodes
-            .insert(*id, start(*id, dir.path(), &cluster.wires, 100).await);
+        cluster.nodes.insert(*id, start(*id, dir.path(), &cluster.wires, 100).await);
     }
     cluster.check(40).await;
 }
@@ -310,11 +282,7 @@ async fn a_follower_behind_the_purged_log_takes_a_snapshot() {
     let mut cluster = Cluster::new().await;
     cluster.put("k0", "v0").await;
     let (leader, _) = cluster.leader().expect("a leader");
-    let id = *cluster
-        .nodes
-        .keys()
-        .find(|id| **id != leader)
-        .expect("a follower");
+    let id = *cluster.nodes.keys().find(|id| **id != leader).expect("a follower");
     let node = cluster.nodes.remove(&id).expect("it runs");
     node.stop(id, &cluster.wires).await;
     let body = "x".repeat(200 << 10);
@@ -325,39 +293,21 @@ async fn a_follower_behind_the_purged_log_takes_a_snapshot() {
     let (_, group) = cluster.leader().expect("a leader");
     let until = Instant::now() + Duration::from_secs(30);
     while group.status().purged.is_none_or(|purged| purged.index < 20) {
-        assert!(
-            Instant::now() < until,
-            "the log was not purged: {:?}",
-            group.status()
-        );
+        assert!(Instant::now() < until, "the log was not purged: {:?}", group.status());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let dir = cluster.dirs[&id].path().to_path_buf();
-    cluster
-        .nodes
-        .insert(id, start(id, &dir, &cluster.wires, 2).await);
+    cluster.nodes.insert(id, start(id, &dir, &cluster.wires, 2).await);
     let follower = cluster.nodes[&id].host.group(SHARD).expect("it is there");
     let target = group.status().applied.expect("applied").index;
     let until = Instant::now() + Duration::from_secs(30);
-    while follower
-        .status()
-        .applied
-        .is_none_or(|applied| applied.index < target)
-    {
-        assert!(
-            Instant::now() < until,
-            "no snapshot arrived: {:?}",
-            follower.status()
-        );
+    while follower.status().applied.is_none_or(|applied| applied.index < target) {
+        assert!(Instant::now() < until, "no snapshot arrived: {:?}", follower.status());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let far = Instant::now() + Duration::from_secs(5);
     let found = follower.read_local(target, far, |state| {
-        state
-            .reader
-            .get_at(1, b"k119", u64::MAX)
-            .expect("readable")
-            .map(|found| found.value)
+        state.reader.get_at(1, b"k119", u64::MAX).expect("readable").map(|found| found.value)
     });
     assert_eq!(found.await.expect("served").as_deref(), Some(&b"v119"[..]));
 }

@@ -34,11 +34,7 @@ pub(super) fn check(layers: &Layers, memory_bytes: Option<u64>) -> Vec<Problem> 
     for name in LISTENERS {
         problems.extend(insecure(layers, name));
     }
-    problems.extend(advertise(
-        layers,
-        "listen.advertise_client",
-        "listen.client",
-    ));
+    problems.extend(advertise(layers, "listen.advertise_client", "listen.client"));
     problems.extend(advertise(layers, "listen.advertise_peer", "listen.peer"));
     problems.extend(memory(layers, memory_bytes));
     problems.extend(segments(layers));
@@ -52,14 +48,7 @@ fn blamed(found: &[&Found]) -> Origin {
 }
 
 fn problem(code: Code, what: String, of: &[&Found], allowed: &str, mend: String) -> Problem {
-    Problem {
-        code,
-        what,
-        origin: blamed(of),
-        excerpt: None,
-        allowed: allowed.to_owned(),
-        mend,
-    }
+    Problem { code, what, origin: blamed(of), excerpt: None, allowed: allowed.to_owned(), mend }
 }
 
 fn span<'a>(layers: &'a Layers, name: &str) -> Option<(&'a Found, Duration)> {
@@ -153,10 +142,7 @@ fn election_spread(layers: &Layers) -> Option<Problem> {
             ),
             &[min_found, max_found],
             "candidates wait a random time between the two, so that one of them is first",
-            format!(
-                "raise raft.election_timeout_max to \"{}\"",
-                show_span(min * 2)
-            ),
+            format!("raise raft.election_timeout_max to \"{}\"", show_span(min * 2)),
         )
     })
 }
@@ -207,10 +193,9 @@ fn advertise(layers: &Layers, name: &str, listener: &str) -> Option<Problem> {
     let (listened, address) = socket(layers, listener)?;
     let example = format!("\"n1.example.org:{}\"", address.port().max(1));
     let (what, origin) = match &advertised.value {
-        Value::Address(told) if told.ip().is_some_and(|ip| ip.is_unspecified()) => (
-            format!("{name} ({told}) is no address that anybody can dial"),
-            advertised,
-        ),
+        Value::Address(told) if told.ip().is_some_and(|ip| ip.is_unspecified()) => {
+            (format!("{name} ({told}) is no address that anybody can dial"), advertised)
+        }
         Value::Address(_) => return None,
         _ if address.ip().is_unspecified() => (
             format!("{listener} ({address}) listens on all interfaces, and {name} is not set"),
@@ -269,10 +254,7 @@ fn segments(layers: &Layers) -> Option<Problem> {
             ),
             &[target_found, segment_found],
             "space is freed by whole segments",
-            format!(
-                "raise storage.log_bytes_target to \"{}\"",
-                show_bytes(least)
-            ),
+            format!("raise storage.log_bytes_target to \"{}\"", show_bytes(least)),
         )
     })
 }

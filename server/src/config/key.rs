@@ -23,52 +23,32 @@ pub(super) enum Preset {
     Fixed(&'static str),
     /// A share of the memory that the process may use, kept within bounds; `unknown` where the
     /// machine does not tell.
-    MemoryShare {
-        percent: u64,
-        min: u64,
-        max: u64,
-        unknown: u64,
-    },
+    MemoryShare { percent: u64, min: u64, max: u64, unknown: u64 },
     /// Derived at run time, as these words say.
     Unset(&'static str),
 }
 
 impl Key {
     pub(super) fn section(&self) -> &'static str {
-        self.name
-            .split_once('.')
-            .expect("every name of the table has a section")
-            .0
+        self.name.split_once('.').expect("every name of the table has a section").0
     }
 
     pub(super) fn last_name(&self) -> &'static str {
-        self.name
-            .split_once('.')
-            .expect("every name of the table has a section")
-            .1
+        self.name.split_once('.').expect("every name of the table has a section").1
     }
 
     /// The environment variable that sets it.
     pub(super) fn env_name(&self) -> String {
-        format!(
-            "CORACLE__{}",
-            self.name.replace('.', "__").to_ascii_uppercase()
-        )
+        format!("CORACLE__{}", self.name.replace('.', "__").to_ascii_uppercase())
     }
 
     /// The default on a machine with this much memory.
     pub(super) fn default(&self, memory_bytes: Option<u64>) -> Value {
         match &self.preset {
-            Preset::Fixed(text) => self
-                .kind
-                .read(&Raw::Word(text))
-                .expect("a test reads every default of the table"),
-            Preset::MemoryShare {
-                percent,
-                min,
-                max,
-                unknown,
-            } => {
+            Preset::Fixed(text) => {
+                self.kind.read(&Raw::Word(text)).expect("a test reads every default of the table")
+            }
+            Preset::MemoryShare { percent, min, max, unknown } => {
                 let share = memory_bytes.map_or(*unknown, |memory| percent_of(memory, *percent));
                 // Whole MiB: it is printed.
                 Value::Bytes(share.clamp(*min, *max) >> 20 << 20)
@@ -101,17 +81,11 @@ pub(super) fn find(name: &str) -> Option<&'static Key> {
 /// The sections in their order, each with what it is about.
 pub(super) const SECTIONS: &[(&str, &str)] = &[
     ("node", "This node."),
-    (
-        "listen",
-        "Where it listens, and what it tells others to dial.",
-    ),
+    ("listen", "Where it listens, and what it tells others to dial."),
     ("cluster", "How it finds its cluster."),
     ("raft", "Raft's times. The same on all nodes of a cluster."),
     ("storage", "Memory and disk."),
-    (
-        "limits",
-        "What it holds at a time. Beyond a limit callers are refused with OVERLOADED.",
-    ),
+    ("limits", "What it holds at a time. Beyond a limit callers are refused with OVERLOADED."),
     ("observability", "Logs."),
     ("test", "For tests and demos only."),
 ];

@@ -13,13 +13,8 @@ const FILE_BYTES_MAX: usize = 16 << 10;
 pub fn memory_bytes(fs: &dyn Fs) -> Option<u64> {
     let read = |path: &str| read(fs, Path::new(path));
     let machine = read("/proc/meminfo").and_then(|text| machine_bytes(&text));
-    let groups = read("/proc/self/cgroup")
-        .map(|text| group_limits(&text))
-        .unwrap_or_default();
-    let limits = groups
-        .iter()
-        .filter_map(|path| read(path))
-        .filter_map(|text| limit_bytes(&text));
+    let groups = read("/proc/self/cgroup").map(|text| group_limits(&text)).unwrap_or_default();
+    let limits = groups.iter().filter_map(|path| read(path)).filter_map(|text| limit_bytes(&text));
     machine.into_iter().chain(limits).min()
 }
 
@@ -34,15 +29,8 @@ fn read(fs: &dyn Fs, path: &Path) -> Option<String> {
 
 /// `MemTotal:       16384256 kB`.
 fn machine_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// The files that may hold a limit: of the process's own group and of every group above it, version 2

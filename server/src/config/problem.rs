@@ -123,22 +123,13 @@ pub struct Problem {
 impl fmt::Display for Problem {
     /// Several lines, the last without its end.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "error[{}]: {}\n  --> {}",
-            self.code.as_str(),
-            self.what,
-            self.origin
-        )?;
+        write!(f, "error[{}]: {}\n  --> {}", self.code.as_str(), self.what, self.origin)?;
         if let (Some(excerpt), Origin::File { line, .. }) = (&self.excerpt, &self.origin) {
             let margin = " ".repeat(line.to_string().len());
             let (before, marks) = (" ".repeat(excerpt.before), "^".repeat(excerpt.len.max(1)));
             // Tabs would move the marks away from what they mark.
             let text = excerpt.line.replace('\t', " ");
-            write!(
-                f,
-                "\n {margin} |\n {line} | {text}\n {margin} | {before}{marks}"
-            )?;
+            write!(f, "\n {margin} |\n {line} | {text}\n {margin} | {before}{marks}")?;
         }
         if !self.allowed.is_empty() {
             write!(f, "\n  allowed: {}", self.allowed)?;
@@ -159,10 +150,6 @@ pub(super) struct Fault {
 
 impl Fault {
     pub(super) fn new(code: Code, what: impl Into<String>, mend: impl Into<String>) -> Fault {
-        Fault {
-            code,
-            what: what.into(),
-            mend: mend.into(),
-        }
+        Fault { code, what: what.into(), mend: mend.into() }
     }
 }

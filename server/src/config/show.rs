@@ -85,11 +85,7 @@ pub(super) fn show<'a>(
         if lines.is_empty() {
             continue;
         }
-        let width = lines
-            .iter()
-            .map(|(line, _)| line.chars().count())
-            .max()
-            .unwrap_or(0);
+        let width = lines.iter().map(|(line, _)| line.chars().count()).max().unwrap_or(0);
         let mut text = format!("[{section}]\n");
         for (line, from) in &lines {
             let _ = match origin {

@@ -69,29 +69,18 @@ pub(super) struct Layers {
 impl Layers {
     /// Reads all sources, from the weakest to the strongest.
     pub(super) fn read(sources: &Sources) -> Layers {
-        let mut layers = Layers {
-            found: BTreeMap::new(),
-            spoiled: BTreeSet::new(),
-            problems: Vec::new(),
-        };
+        let mut layers =
+            Layers { found: BTreeMap::new(), spoiled: BTreeSet::new(), problems: Vec::new() };
         for key in KEYS {
             let value = key.default(sources.memory_bytes);
-            layers.found.insert(
-                key.name,
-                Found {
-                    value,
-                    origin: Origin::Default,
-                },
-            );
+            layers.found.insert(key.name, Found { value, origin: Origin::Default });
         }
         if let Some(file) = &sources.file {
             layers.read_file(file);
         }
         layers.read_env(&sources.env);
         for (name, value) in &sources.set {
-            let origin = Origin::Flag {
-                flag: format!("--set {name}"),
-            };
+            let origin = Origin::Flag { flag: format!("--set {name}") };
             match key::find(name) {
                 Some(key) => layers.put(key, &Raw::Word(value), origin, None),
                 None => layers.problems.push(unknown_key(name, origin, None)),
@@ -99,9 +88,7 @@ impl Layers {
         }
         for flag in &sources.flags {
             let key = key::find(flag.key).expect("a flag of the program names a key of the table");
-            let origin = Origin::Flag {
-                flag: flag.flag.to_owned(),
-            };
+            let origin = Origin::Flag { flag: flag.flag.to_owned() };
             layers.put(key, &Raw::Word(&flag.value), origin, None);
         }
         layers
@@ -126,14 +113,7 @@ impl Layers {
                 self.spoiled.insert(key.name);
                 let what = format!("{}: {what}", key.name);
                 let allowed = key.kind.allowed();
-                self.problems.push(Problem {
-                    code,
-                    what,
-                    origin,
-                    excerpt,
-                    allowed,
-                    mend,
-                });
+                self.problems.push(Problem { code, what, origin, excerpt, allowed, mend });
             }
         }
     }
@@ -202,9 +182,7 @@ impl Layers {
                 mend: format!("write [{name}] on a line of its own, and its keys below"),
             }),
             DeValue::Table(_) => self.problems.push(unknown_section(name, place)),
-            _ => self
-                .problems
-                .push(unknown_key(name, place.origin, Some(place.excerpt))),
+            _ => self.problems.push(unknown_key(name, place.origin, Some(place.excerpt))),
         }
     }
 
@@ -218,17 +196,11 @@ impl Layers {
         let full = format!("{section}.{}", name.get_ref().as_ref());
         let Some(key) = key::find(&full) else {
             let place = Place::of(file, name.span());
-            self.problems
-                .push(unknown_key(&full, place.origin, Some(place.excerpt)));
+            self.problems.push(unknown_key(&full, place.origin, Some(place.excerpt)));
             return;
         };
         let place = Place::of(file, value.span());
-        self.put(
-            key,
-            &raw(value.get_ref()),
-            place.origin,
-            Some(place.excerpt),
-        );
+        self.put(key, &raw(value.get_ref()), place.origin, Some(place.excerpt));
     }
 }
 
@@ -261,20 +233,14 @@ impl Place {
         let line_end = text[start..].find('\n').map_or(text.len(), |at| start + at);
         let line = text[line_start..line_end].trim_end_matches('\r');
         let before = text[line_start..start].chars().count();
-        let marked = text
-            .get(start..span.end.min(line_end))
-            .map_or(0, |part| part.chars().count());
+        let marked = text.get(start..span.end.min(line_end)).map_or(0, |part| part.chars().count());
         Place {
             origin: Origin::File {
                 path: file.path.clone(),
                 line: text[..start].matches('\n').count() + 1,
                 column: before + 1,
             },
-            excerpt: Excerpt {
-                line: line.to_owned(),
-                before,
-                len: marked,
-            },
+            excerpt: Excerpt { line: line.to_owned(), before, len: marked },
         }
     }
 }
@@ -287,11 +253,8 @@ pub(super) fn unknown_key(name: &str, origin: Origin, excerpt: Option<Excerpt>) 
     };
     let allowed = match name.split_once('.') {
         Some((section, _)) => {
-            let keys: Vec<&str> = KEYS
-                .iter()
-                .filter(|key| key.section() == section)
-                .map(Key::last_name)
-                .collect();
+            let keys: Vec<&str> =
+                KEYS.iter().filter(|key| key.section() == section).map(Key::last_name).collect();
             if keys.is_empty() {
                 String::new()
             } else {
@@ -301,14 +264,7 @@ pub(super) fn unknown_key(name: &str, origin: Origin, excerpt: Option<Excerpt>) 
         None => String::new(),
     };
     let what = format!("there is no setting {name:?}");
-    Problem {
-        code: Code::UnknownKey,
-        what,
-        origin,
-        excerpt,
-        allowed,
-        mend,
-    }
+    Problem { code: Code::UnknownKey, what, origin, excerpt, allowed, mend }
 }
 
 fn unknown_section(name: &str, place: Place) -> Problem {
@@ -328,9 +284,7 @@ fn unknown_section(name: &str, place: Place) -> Problem {
 }
 
 fn unknown_variable(name: &str, origin: Origin) -> Problem {
-    let key = name[ENV_PREFIX.len()..]
-        .replace("__", ".")
-        .to_ascii_lowercase();
+    let key = name[ENV_PREFIX.len()..].replace("__", ".").to_ascii_lowercase();
     let mend = match suggest::nearest_key(&key, KEYS.iter().map(|key| key.name)) {
         Some(meant) => {
             let meant = key::find(meant).expect("suggestions come from the table");

@@ -9,8 +9,7 @@ pub(super) fn nearest<'a>(wrong: &str, known: impl Iterator<Item = &'a str>) -> 
         (distance <= wrong.chars().count().max(word.chars().count()) / 3)
             .then_some((distance, word))
     });
-    near.min_by_key(|(distance, _)| *distance)
-        .map(|(_, word)| word)
+    near.min_by_key(|(distance, _)| *distance).map(|(_, word)| word)
 }
 
 /// The known key (`section.name`) that `wrong` most likely stands for: a typing error, the right name
@@ -70,10 +69,7 @@ mod tests {
     fn keys_are_found_by_name_and_by_part() {
         let keys = ["raft.heartbeat_interval", "listen.client", "node.zone"];
         let find = |wrong| nearest_key(wrong, keys.into_iter());
-        assert_eq!(
-            find("raft.heartbeat_intervall"),
-            Some("raft.heartbeat_interval")
-        );
+        assert_eq!(find("raft.heartbeat_intervall"), Some("raft.heartbeat_interval"));
         assert_eq!(find("server_settings.zone"), Some("node.zone"));
         assert_eq!(find("raft.heartbeat"), Some("raft.heartbeat_interval"));
         assert_eq!(find("quota.bytes"), None);
@@ -81,12 +77,9 @@ mod tests {
 
     #[test]
     fn distances() {
-        for (left, right, steps) in [
-            ("", "abc", 3),
-            ("abc", "abc", 0),
-            ("abcd", "abdc", 1),
-            ("kitten", "sitting", 3),
-        ] {
+        for (left, right, steps) in
+            [("", "abc", 3), ("abc", "abc", 0), ("abcd", "abdc", 1), ("kitten", "sitting", 3)]
+        {
             assert_eq!(distance(left, right), steps, "{left} {right}");
         }
     }

@@ -24,9 +24,7 @@ impl Address {
             Ok(port) if port > 0 => port,
             _ => return Err(format!("{port:?} is not a port from 1 to 65535")),
         };
-        let bracketed = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'));
+        let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
         let named = |host: &str| {
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
             !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed)
@@ -39,10 +37,7 @@ impl Address {
             }
             _ => return Err(format!("{host:?} is neither a host name nor an IP address")),
         };
-        Ok(Address {
-            host: host.to_owned(),
-            port,
-        })
+        Ok(Address { host: host.to_owned(), port })
     }
 
     /// The name or the IP address, without brackets.
@@ -63,10 +58,7 @@ impl Address {
 
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Address {
-        Address {
-            host: address.ip().to_string(),
-            port: address.port(),
-        }
+        Address { host: address.ip().to_string(), port: address.port() }
     }
 }
 
@@ -142,13 +134,8 @@ impl fmt::Display for Raw<'_> {
     }
 }
 
-const SIZE_UNITS: [(&str, u64); 5] = [
-    ("TiB", 1 << 40),
-    ("GiB", 1 << 30),
-    ("MiB", 1 << 20),
-    ("KiB", 1 << 10),
-    ("B", 1),
-];
+const SIZE_UNITS: [(&str, u64); 5] =
+    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
 const TIME_UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
 
@@ -181,10 +168,7 @@ impl Kind {
                 other => Err(other),
             })),
             (Kind::Addresses, Raw::Word(text)) => {
-                let parts = text
-                    .split(',')
-                    .map(str::trim)
-                    .filter(|part| !part.is_empty());
+                let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
                 addresses(parts.map(Ok))
             }
             (_, Raw::Text(text) | Raw::Word(text)) => self.read_text(text),
@@ -214,11 +198,7 @@ impl Kind {
                     Some(word) => format!("did you mean {word:?}?"),
                     None => format!("write one of {}", quoted(words)),
                 };
-                Err(Fault::new(
-                    Code::Form,
-                    format!("{text:?} is not known"),
-                    mend,
-                ))
+                Err(Fault::new(Code::Form, format!("{text:?} is not known"), mend))
             }
             Kind::Listen => match text.parse::<SocketAddr>() {
                 Ok(address) => Ok(Value::Listen(address)),
@@ -327,9 +307,7 @@ pub(super) fn show_ms(ms: u64) -> String {
 }
 
 fn show(amount: u64, units: &[(&str, u64)], zero: &str) -> String {
-    let exact = units
-        .iter()
-        .find(|(_, unit)| amount >= *unit && amount.is_multiple_of(*unit));
+    let exact = units.iter().find(|(_, unit)| amount >= *unit && amount.is_multiple_of(*unit));
     match exact {
         Some((name, unit)) => format!("{}{name}", amount / unit),
         None => format!("{amount}{zero}"),
@@ -339,9 +317,7 @@ fn show(amount: u64, units: &[(&str, u64)], zero: &str) -> String {
 /// A whole number with one of these units.
 fn measure(text: &str, units: &[(&str, u64)], example: &str) -> Result<u64, Fault> {
     let text = text.trim();
-    let end = text
-        .find(|char: char| !char.is_ascii_digit())
-        .unwrap_or(text.len());
+    let end = text.find(|char: char| !char.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = (&text[..end], text[end..].trim_start());
     if !number.is_empty() && unit.is_empty() {
         return Err(no_unit(number, example));
@@ -362,10 +338,7 @@ fn measure(text: &str, units: &[(&str, u64)], example: &str) -> Result<u64, Faul
             None => example.to_owned(),
         }));
     };
-    let amount = number
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(*factor));
+    let amount = number.parse::<u64>().ok().and_then(|number| number.checked_mul(*factor));
     amount.ok_or_else(|| Fault::new(Code::Range, format!("{text:?} is too large"), example))
 }
 
@@ -389,18 +362,11 @@ fn within(got: u64, min: u64, max: u64, show: impl Fn(u64) -> String) -> Result<
     if (min..=max).contains(&got) {
         return Ok(got);
     }
-    let (side, bound) = if got < min {
-        ("small", min)
-    } else {
-        ("large", max)
-    };
+    let (side, bound) = if got < min { ("small", min) } else { ("large", max) };
     Err(Fault::new(
         Code::Range,
         format!("{} is too {side}", show(got)),
-        format!(
-            "write {}, or leave the key out for the default",
-            show(bound)
-        ),
+        format!("write {}, or leave the key out for the default", show(bound)),
     ))
 }
 
@@ -421,10 +387,7 @@ fn addresses<'r, 'a: 'r>(
         Ok(text) => address(text),
         Err(other) => Err(Kind::Addresses.wrong_type(other)),
     };
-    items
-        .map(read)
-        .collect::<Result<Vec<Address>, Fault>>()
-        .map(Value::Addresses)
+    items.map(read).collect::<Result<Vec<Address>, Fault>>().map(Value::Addresses)
 }
 
 fn listen_fault(text: &str) -> Fault {
@@ -449,9 +412,7 @@ const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
 /// likely a level with a typing error.
 fn log_filter(text: &str) -> Result<(), Fault> {
     for directive in text.split(',').map(str::trim) {
-        let level = directive
-            .rsplit_once('=')
-            .map_or(directive, |(_, level)| level);
+        let level = directive.rsplit_once('=').map_or(directive, |(_, level)| level);
         if LEVELS.contains(&level.to_ascii_lowercase().as_str()) {
             continue;
         }
@@ -460,11 +421,7 @@ fn log_filter(text: &str) -> Result<(), Fault> {
             None if directive.contains('=') => format!("write one of {}", quoted(&LEVELS)),
             None => format!("write a level, or \"{directive}=debug\""),
         };
-        return Err(Fault::new(
-            Code::Form,
-            format!("{level:?} is not a log level"),
-            mend,
-        ));
+        return Err(Fault::new(Code::Form, format!("{level:?} is not a log level"), mend));
     }
     Ok(())
 }

@@ -47,19 +47,12 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     /// Checks the checksum, then the format.
     pub(super) fn new(path: &Path, bytes: &'a [u8]) -> Result<Reader<'a>, Error> {
-        let damaged = |why: &str| {
-            Err(Error::Damaged {
-                file: path.to_owned(),
-                why: why.to_owned(),
-            })
-        };
+        let damaged =
+            |why: &str| Err(Error::Damaged { file: path.to_owned(), why: why.to_owned() });
         let Ok(text) = str::from_utf8(bytes) else {
             return damaged("it is not text");
         };
-        let body_len = text
-            .trim_end_matches('\n')
-            .rfind('\n')
-            .map_or(0, |at| at + 1);
+        let body_len = text.trim_end_matches('\n').rfind('\n').map_or(0, |at| at + 1);
         let (body, last) = text.split_at(body_len);
         // Exactly as it is written: a byte more or less is damage, too.
         if last != format!("crc = {:08x}\n", crc32fast::hash(body.as_bytes())) {
@@ -72,17 +65,11 @@ impl<'a> Reader<'a> {
                 None => return damaged(&format!("{line:?} is no \"key = value\"")),
             }
         }
-        let mut reader = Reader {
-            path: path.to_owned(),
-            fields: fields.into_iter().peekable(),
-        };
+        let mut reader = Reader { path: path.to_owned(), fields: fields.into_iter().peekable() };
         let found = reader.take_number("format")?;
         if found != u64::from(FORMAT) {
             let found = u32::try_from(found).unwrap_or(u32::MAX);
-            return Err(Error::Format {
-                file: reader.path,
-                found,
-            });
+            return Err(Error::Format { file: reader.path, found });
         }
         Ok(reader)
     }
@@ -95,16 +82,12 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn next_if(&mut self, key: &str) -> Option<&'a str> {
-        self.fields
-            .next_if(|(name, _)| *name == key)
-            .map(|(_, value)| value)
+        self.fields.next_if(|(name, _)| *name == key).map(|(_, value)| value)
     }
 
     pub(super) fn take_number(&mut self, key: &str) -> Result<u64, Error> {
         let value = self.take(key)?;
-        value
-            .parse()
-            .map_err(|_| self.damaged(format!("{key} is {value:?}, not a number")))
+        value.parse().map_err(|_| self.damaged(format!("{key} is {value:?}, not a number")))
     }
 
     pub(super) fn end(mut self) -> Result<(), Error> {
@@ -115,9 +98,6 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn damaged(&self, why: String) -> Error {
-        Error::Damaged {
-            file: self.path.clone(),
-            why,
-        }
+        Error::Damaged { file: self.path.clone(), why }
     }
 }

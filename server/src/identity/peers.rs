@@ -89,10 +89,7 @@ impl Peers {
     /// A node was met, or was told of: the later start's word holds. True when that is news, and worth
     /// saving.
     pub fn hear(&mut self, node: NodeId, peer: Peer) -> bool {
-        let later = self
-            .known
-            .get(&node)
-            .is_none_or(|known| peer.start_count > known.start_count);
+        let later = self.known.get(&node).is_none_or(|known| peer.start_count > known.start_count);
         later && self.put(node, peer)
     }
 
@@ -103,14 +100,9 @@ impl Peers {
 
     fn put(&mut self, node: NodeId, peer: Peer) -> bool {
         // What comes from the network must not be able to write lines of its own.
-        let fits = [
-            &peer.peer_address,
-            &peer.client_address,
-            &peer.http_address,
-            &peer.zone,
-        ]
-        .into_iter()
-        .all(|word| is_word(word));
+        let fits = [&peer.peer_address, &peer.client_address, &peer.http_address, &peer.zone]
+            .into_iter()
+            .all(|word| is_word(word));
         if node.0 == 0 || !fits {
             return false;
         }

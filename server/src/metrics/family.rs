@@ -19,11 +19,7 @@ pub struct Family<M, const N: usize> {
 
 impl<M: Clone, const N: usize> Family<M, N> {
     pub(super) fn new(labels: [&'static str; N], new: fn() -> M) -> Family<M, N> {
-        Family {
-            labels,
-            new,
-            series: Arc::default(),
-        }
+        Family { labels, new, series: Arc::default() }
     }
 
     /// The series with these label values, made when it is not there. To be kept where it is used
@@ -33,26 +29,18 @@ impl<M: Clone, const N: usize> Family<M, N> {
         if let Some(found) = self.series.read().get(&values) {
             return found.clone();
         }
-        self.series
-            .write()
-            .entry(values)
-            .or_insert_with(self.new)
-            .clone()
+        self.series.write().entry(values).or_insert_with(self.new).clone()
     }
 
     /// What it told about is gone (a peer that left, a shard that moved away).
     pub fn remove(&self, values: [impl AsRef<str>; N]) {
-        self.series
-            .write()
-            .remove(&values.map(|value| value.as_ref().to_owned()));
+        self.series.write().remove(&values.map(|value| value.as_ref().to_owned()));
     }
 }
 
 impl<M, const N: usize> fmt::Debug for Family<M, N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Family")
-            .field("labels", &self.labels)
-            .finish_non_exhaustive()
+        f.debug_struct("Family").field("labels", &self.labels).finish_non_exhaustive()
     }
 }
 
@@ -62,12 +50,8 @@ where
 {
     fn encode(&self, mut encoder: MetricEncoder<'_>) -> fmt::Result {
         for (values, metric) in self.series.read().iter() {
-            let pairs: Vec<(&str, &str)> = self
-                .labels
-                .iter()
-                .copied()
-                .zip(values.iter().map(String::as_str))
-                .collect();
+            let pairs: Vec<(&str, &str)> =
+                self.labels.iter().copied().zip(values.iter().map(String::as_str)).collect();
             metric.encode(encoder.encode_family(&pairs)?)?;
         }
         Ok(())

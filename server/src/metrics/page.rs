@@ -12,21 +12,16 @@ pub fn page() -> String {
          durations are histograms in seconds. Generated from `server/src/metrics.rs`: `./x fix` writes it anew.\n",
     );
     for (area, specs) in TABLE {
-        let _ = write!(
-            out,
-            "\n## {area}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n"
-        );
+        let _ =
+            write!(out, "\n## {area}\n\n| metric | kind | labels | meaning |\n|---|---|---|---|\n");
         for spec in *specs {
             let kind = match spec.kind {
                 Kind::Counter => "counter",
                 Kind::Gauge => "gauge",
                 Kind::Histogram => "histogram",
             };
-            let labels: Vec<String> = spec
-                .labels
-                .iter()
-                .map(|label| format!("`{label}`"))
-                .collect();
+            let labels: Vec<String> =
+                spec.labels.iter().map(|label| format!("`{label}`")).collect();
             let _ = writeln!(
                 out,
                 "| `{}` | {kind} | {} | {} |",
@@ -56,21 +51,11 @@ mod tests {
             let name = spec.name;
             assert!(names.insert(name), "{name} stands twice");
             assert!(name.starts_with("coracle_"), "{name}");
-            assert_eq!(
-                name.ends_with("_total"),
-                spec.kind == Kind::Counter,
-                "{name}"
-            );
+            assert_eq!(name.ends_with("_total"), spec.kind == Kind::Counter, "{name}");
             if spec.kind == Kind::Histogram {
-                assert!(
-                    name.ends_with("_seconds"),
-                    "{name}: the buckets are seconds"
-                );
+                assert!(name.ends_with("_seconds"), "{name}: the buckets are seconds");
             }
-            assert!(
-                !spec.help.ends_with('.'),
-                "{name}: the encoder adds the full stop"
-            );
+            assert!(!spec.help.ends_with('.'), "{name}: the encoder adds the full stop");
         }
     }
 

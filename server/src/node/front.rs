@@ -95,10 +95,7 @@ impl Front {
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let servers = watch::Sender::new(None);
         let to = servers.subscribe();
-        (
-            Self { servers },
-            accept(listener, connections_max, to, stop),
-        )
+        (Self { servers }, accept(listener, connections_max, to, stop))
     }
 
     /// Serves `routes` on all connections from now on, until `stop`; requests under way are finished.
@@ -133,9 +130,7 @@ impl futures_util::Stream for Accepted {
     type Item = Result<Connection, io::Error>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Pin::new(&mut self.0)
-            .poll_next(context)
-            .map(|next| next.map(Ok))
+        Pin::new(&mut self.0).poll_next(context).map(|next| next.map(Ok))
     }
 }
 
@@ -149,11 +144,7 @@ async fn accept(
     loop {
         let next = stop.run_until_cancelled(async {
             // Beyond the limit new clients wait in the system's backlog.
-            let place = places
-                .clone()
-                .acquire_owned()
-                .await
-                .expect("it is never closed");
+            let place = places.clone().acquire_owned().await.expect("it is never closed");
             (place, listener.accept().await)
         });
         let Some((place, accepted)) = next.await else {
@@ -166,17 +157,11 @@ async fn accept(
                     return;
                 };
                 // A server that is going away drops the connection: its client dials again.
-                let _ = server
-                    .send(Connection {
-                        stream,
-                        _place: place,
-                    })
-                    .await;
+                let _ = server.send(Connection { stream, _place: place }).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "the client listener could not accept a connection");
-                stop.run_until_cancelled(tokio::time::sleep(ACCEPT_PAUSE))
-                    .await;
+                stop.run_until_cancelled(tokio::time::sleep(ACCEPT_PAUSE)).await;
             }
         }
     }

@@ -21,26 +21,18 @@ pub(super) fn collect(
         led += i64::from(status.state == Standing::Leader);
         orphaned += i64::from(status.leader.is_none());
         let shard = format!("s{}", group.shard());
-        metrics
-            .shard_size_bytes
-            .with([shard.as_str()])
-            .set(group.state_bytes() as i64);
+        metrics.shard_size_bytes.with([shard.as_str()]).set(group.state_bytes() as i64);
     }
     metrics.raft_groups.set(groups.len() as i64);
     metrics.raft_leaders.set(led);
     metrics.raft_groups_without_leader.set(orphaned);
-    metrics
-        .log_size_bytes
-        .set(member.log.stats().bytes_on_disk as i64);
+    metrics.log_size_bytes.set(member.log.stats().bytes_on_disk as i64);
     if let Some(space) = space {
         metrics.disk_free_bytes.set(space.free_bytes as i64);
         metrics.disk_total_bytes.set(space.total_bytes as i64);
     }
     for (peer, offset_ms) in clocks.offsets() {
         let peer = format!("n{peer}");
-        metrics
-            .clock_offset_seconds
-            .with([peer.as_str()])
-            .set(offset_ms as f64 / 1_000.0);
+        metrics.clock_offset_seconds.with([peer.as_str()]).set(offset_ms as f64 / 1_000.0);
     }
 }

@@ -59,7 +59,6 @@ impl Member {
     /// Opens the log and every replica, and starts the node's duties.
     pub(crate) async fn start(own: Own, shared: &Arc<Shared>) -> Result<Arc<Self>, String> {
         let parts = &shared.parts;
-        let dir = &parts.config.node.data_dir;
         let (log, recovery) = open_log(own.start_count, shared)?;
         for damage in &recovery.recovering {
             tracing::error!(
@@ -67,34 +66,12 @@ impl Member {
                 why = %damage.why, "a replica's log is damaged: it does not run"
             );
         }
-        let on_fatal = parts.on_fatal.clone();
         let clock = Arc::new(StampClock(shared.neighbours.clocks.clone()));
-        let host = Host::new(Options {
-            shards: dir.join("shards"),
-            timing: timing(parts),
-            log: log.clone(),
-            log_bytes_target: parts.config.storage.log_bytes_target,
-            engines: parts.engines.clone(),
-            exec: parts.exec.clone(),
-            clock: clock.clone(),
-            transport: Arc::new(shared.transport.clone()),
-            observer: Arc::new(GroupMetrics {
-                stages: shared.metrics.stages(),
-                metrics: shared.metrics.clone(),
-            }),
-            incarnation: own.start_count,
-            stop: shared.stop.clone(),
-            on_hang: Arc::new(move || on_fatal("the log's disk hangs".to_owned())),
-        });
-        host.open_all(&recovery)
-            .await
-            .map_err(|error| error.to_string())?;
+        let host = new_host(shared, log.clone(), clock.clone(), own.start_count);
+        host.open_all(&recovery).await.map_err(|error| error.to_string())?;
         shared.neighbours.set_host(host.clone());
-        let records = Arc::new(Records::new(
-            host.clone(),
-            clock.clone(),
-            shared.draw("records client"),
-        ));
+        let records =
+            Arc::new(Records::new(host.clone(), clock.clone(), shared.draw("records client")));
         let cluster = Arc::new(Cluster {
             host: host.clone(),
             records,
@@ -104,43 +81,61 @@ impl Member {
             made: Mutex::default(),
             told: Mutex::default(),
         });
-        let limits = &parts.config.limits;
-        let router = Router::new(router::Parts {
-            node: own.node,
-            map: shared.map.clone(),
-            source: Arc::new(MapFromPeers(cluster.clone())),
-            host: host.clone(),
-            forwarder: Arc::new(ForwardOverTransport(shared.transport.clone())),
-            clock: clock.clone(),
-            gate: shared.neighbours.clone(),
-            ids: RequestIds::new(shared.draw("request ids"), clock),
-            admission: Admission::new(
-                limits.requests_in_flight,
-                limits.request_bytes_in_flight,
-                shared.draining.clone(),
-            ),
-            metrics: shared.metrics.clone(),
-            slow: parts
-                .config
-                .observability
-                .slow_request
-                .unwrap_or(std::time::Duration::MAX),
-        });
+        let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
-        parts.exec.spawn(
-            "reconcile",
-            Box::pin(async move { reconciled.reconcile(stop).await }),
-        );
+        parts.exec.spawn("reconcile", Box::pin(async move { reconciled.reconcile(stop).await }));
         let recovering = recovery.recovering;
-        Ok(Arc::new(Self {
-            own,
-            host,
-            log,
-            cluster,
-            router,
-            recovering,
-        }))
+        Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
     }
+}
+
+fn new_host(shared: &Arc<Shared>, log: Log, clock: Arc<StampClock>, start_count: u64) -> Arc<Host> {
+    let parts = &shared.parts;
+    let on_fatal = parts.on_fatal.clone();
+    Host::new(Options {
+        shards: parts.config.node.data_dir.join("shards"),
+        timing: timing(parts),
+        log,
+        log_bytes_target: parts.config.storage.log_bytes_target,
+        engines: parts.engines.clone(),
+        exec: parts.exec.clone(),
+        clock,
+        transport: Arc::new(shared.transport.clone()),
+        observer: Arc::new(GroupMetrics {
+            stages: shared.metrics.stages(),
+            metrics: shared.metrics.clone(),
+        }),
+        incarnation: start_count,
+        stop: shared.stop.clone(),
+        on_hang: Arc::new(move || on_fatal("the log's disk hangs".to_owned())),
+    })
+}
+
+fn new_router(
+    shared: &Arc<Shared>,
+    node: NodeId,
+    cluster: &Arc<Cluster>,
+    clock: Arc<StampClock>,
+) -> Arc<Router> {
+    let config = &shared.parts.config;
+    let limits = &config.limits;
+    Router::new(router::Parts {
+        node,
+        map: shared.map.clone(),
+        source: Arc::new(MapFromPeers(cluster.clone())),
+        host: cluster.host.clone(),
+        forwarder: Arc::new(ForwardOverTransport(shared.transport.clone())),
+        clock: clock.clone(),
+        gate: shared.neighbours.clone(),
+        ids: RequestIds::new(shared.draw("request ids"), clock),
+        admission: Admission::new(
+            limits.requests_in_flight,
+            limits.request_bytes_in_flight,
+            shared.draining.clone(),
+        ),
+        metrics: shared.metrics.clone(),
+        slow: config.observability.slow_request.unwrap_or(std::time::Duration::MAX),
+    })
 }
 
 fn timing(parts: &Parts) -> Timing {
@@ -169,9 +164,7 @@ fn open_log(
         on_sync: {
             let (metrics, stages) = (shared.metrics.clone(), shared.metrics.stages());
             Arc::new(move |took| {
-                metrics
-                    .log_fsync_duration_seconds
-                    .observe(took.as_secs_f64());
+                metrics.log_fsync_duration_seconds.observe(took.as_secs_f64());
                 stages.observe(Stage::LogSync, took);
             })
         },
@@ -186,11 +179,7 @@ fn open_log(
 fn check_log_is_there(parts: &Parts, dir: &Path, start_count: u64) -> Result<(), String> {
     let shards = parts.config.node.data_dir.join("shards");
     let replicas = if parts.fs.exists(&shards) {
-        parts
-            .fs
-            .read_dir(&shards)
-            .map_err(|error| format!("{}: {error}", shards.display()))?
-            .len()
+        parts.fs.read_dir(&shards).map_err(|error| format!("{}: {error}", shards.display()))?.len()
     } else {
         0
     };
@@ -223,9 +212,7 @@ impl Inbound for Answers {
         };
         let (shard, replica) = (ShardId(question.shard), ReplicaId(question.to_replica));
         let answer = member.host.answer(from, shard, replica, question.body);
-        answer
-            .map(|answer| answer.map_err(|error| error.to_string()))
-            .boxed()
+        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
     }
 
     fn forward(&self, from: NodeId, body: Bytes) -> BoxFuture<'static, Result<Bytes, String>> {
@@ -243,10 +230,7 @@ impl Inbound for Answers {
                 (None, Kind::Adopt(adopt)) => {
                     use crate::cluster::Membership as _;
                     let error = shared.home.adopt(&adopt).err().unwrap_or_default();
-                    peer::CommandDone {
-                        error,
-                        ..Default::default()
-                    }
+                    peer::CommandDone { error, ..Default::default() }
                 }
                 (None, _) => peer::CommandDone {
                     error: "this node is still starting".to_owned(),
@@ -291,9 +275,7 @@ impl Forwarder for ForwardOverTransport {
         timeout: std::time::Duration,
     ) -> BoxFuture<'static, Result<Bytes, String>> {
         let answer = self.0.forward(to, body, timeout);
-        answer
-            .map(|answer| answer.map_err(|error| error.to_string()))
-            .boxed()
+        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
     }
 }
 

@@ -32,50 +32,26 @@ pub(crate) fn written(
     map: &ShardMap,
 ) -> Result<Answer, Fault> {
     let shard = ShardId(served.shard);
-    let served = Some(v1::Served {
-        term: reply.term,
-        index: reply.index,
-        ..served
-    });
+    let served = Some(v1::Served { term: reply.term, index: reply.index, ..served });
     let (applied, version, results) = match reply.outcome {
         apply::Outcome::Applied { version, results } => (true, version, results),
         apply::Outcome::ConditionFailed { results } => (false, 0, results),
         refused => {
-            return Err(refusal(
-                refused,
-                map,
-                shard,
-                served.map_or(0, |s| s.server_time_ms),
-            ));
+            return Err(refusal(refused, map, shard, served.map_or(0, |s| s.server_time_ms)));
         }
     };
     Ok(match answer {
         WriteAnswer::Write => {
             let results = operation_results(results);
-            Answer::Write(v1::WriteResponse {
-                applied,
-                version,
-                results,
-                served,
-            })
+            Answer::Write(v1::WriteResponse { applied, version, results, served })
         }
         WriteAnswer::Put => {
             let current = first_current(results);
-            Answer::Put(v1::PutResponse {
-                applied,
-                version,
-                current,
-                served,
-            })
+            Answer::Put(v1::PutResponse { applied, version, current, served })
         }
         WriteAnswer::Delete => {
             let current = first_current(results);
-            Answer::Delete(v1::DeleteResponse {
-                applied,
-                version,
-                current,
-                served,
-            })
+            Answer::Delete(v1::DeleteResponse { applied, version, current, served })
         }
     })
 }
@@ -116,11 +92,7 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
 fn first_current(results: Vec<apply::OperationResult>) -> Option<v1::Entry> {
     let current = results.into_iter().next()?.current?;
     let value = current.value.unwrap_or_default();
-    Some(v1::Entry {
-        value,
-        version: current.version,
-        expires_at_ms: 0,
-    })
+    Some(v1::Entry { value, version: current.version, expires_at_ms: 0 })
 }
 
 /// All operations' results, the current values among them up to the limit on their bytes.
@@ -134,11 +106,7 @@ fn operation_results(results: Vec<apply::OperationResult>) -> Vec<v1::OperationR
             room -= value.as_ref().map_or(0, Bytes::len);
             value_left_out = value.is_none();
             let value = value.unwrap_or_default();
-            v1::Entry {
-                value,
-                version: current.version,
-                expires_at_ms: 0,
-            }
+            v1::Entry { value, version: current.version, expires_at_ms: 0 }
         });
         v1::OperationResult {
             condition_failed: result.condition_failed,
@@ -153,10 +121,7 @@ fn operation_results(results: Vec<apply::OperationResult>) -> Vec<v1::OperationR
 /// As another node carries it: a fault is an answer too.
 pub(crate) fn pipelined(id: u64, result: Result<Answer, Fault>) -> v1::PipelineResponse {
     let result = result.unwrap_or_else(|fault| Answer::Error(fault.to_pipeline()));
-    v1::PipelineResponse {
-        id,
-        result: Some(result),
-    }
+    v1::PipelineResponse { id, result: Some(result) }
 }
 
 /// What another node has answered.
@@ -179,16 +144,10 @@ pub(crate) fn bytes(answer: &Answer) -> u64 {
         Answer::Put(answer) => entry(&answer.current),
         Answer::Delete(answer) => entry(&answer.current),
         Answer::BatchGet(answer) => answer.items.iter().map(|item| entry(&item.entry)).sum(),
-        Answer::Write(answer) => answer
-            .results
-            .iter()
-            .map(|result| entry(&result.current))
-            .sum(),
-        Answer::Scan(page) => page
-            .entries
-            .iter()
-            .map(|found| found.key.len() + entry(&found.entry))
-            .sum(),
+        Answer::Write(answer) => answer.results.iter().map(|result| entry(&result.current)).sum(),
+        Answer::Scan(page) => {
+            page.entries.iter().map(|found| found.key.len() + entry(&found.entry)).sum()
+        }
         Answer::FixVersion(_) | Answer::Error(_) => 0,
     };
     bytes as u64
@@ -201,11 +160,7 @@ mod tests {
     fn failed(value: Option<usize>) -> apply::OperationResult {
         let value = value.map(|len| Bytes::from(vec![b'v'; len]));
         let current = Some(apply::Current { version: 7, value });
-        apply::OperationResult {
-            condition_failed: true,
-            current,
-            counter: None,
-        }
+        apply::OperationResult { condition_failed: true, current, counter: None }
     }
 
     #[test]
@@ -220,19 +175,9 @@ mod tests {
         ]);
         let lengths: Vec<_> = results
             .iter()
-            .map(|result| {
-                (
-                    result.current.as_ref().map(|c| c.value.len()),
-                    result.value_left_out,
-                )
-            })
+            .map(|result| (result.current.as_ref().map(|c| c.value.len()), result.value_left_out))
             .collect();
-        let told = [
-            (Some(most - 1), false),
-            (Some(0), true),
-            (Some(1), false),
-            (Some(0), true),
-        ];
+        let told = [(Some(most - 1), false), (Some(0), true), (Some(1), false), (Some(0), true)];
         assert_eq!(lengths[..4], told);
         assert_eq!(lengths[4], (None, false));
     }

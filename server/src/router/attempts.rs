@@ -40,15 +40,7 @@ pub(crate) enum Next {
 
 impl Attempts {
     pub(crate) fn new(write: bool, own_id: bool, retries: bool, route_named: bool) -> Attempts {
-        Attempts {
-            write,
-            own_id,
-            retries,
-            route_named,
-            made: 0,
-            pauses: 0,
-            unresolved: false,
-        }
+        Attempts { write, own_id, retries, route_named, made: 0, pauses: 0, unresolved: false }
     }
 
     /// How many failed.
@@ -66,11 +58,7 @@ impl Attempts {
         if !self.retries || !self.worth_another(&fault) || self.made >= ATTEMPTS_MAX {
             return Next::Fail(self.settled(fault));
         }
-        let pause = if learned {
-            Duration::ZERO
-        } else {
-            self.pause()
-        };
+        let pause = if learned { Duration::ZERO } else { self.pause() };
         if pause >= left {
             return Next::Fail(self.settled(fault));
         }
@@ -90,9 +78,7 @@ impl Attempts {
     }
 
     fn pause(&mut self) -> Duration {
-        let pause = PAUSE_MIN
-            .saturating_mul(1 << self.pauses.min(10))
-            .min(PAUSE_MAX);
+        let pause = PAUSE_MIN.saturating_mul(1 << self.pauses.min(10)).min(PAUSE_MAX);
         self.pauses += 1;
         pause
     }
@@ -143,10 +129,7 @@ mod tests {
             total += pause;
         }
         assert_eq!(attempts.made(), ATTEMPTS_MAX);
-        assert!(
-            (Duration::from_secs(1)..Duration::from_secs(2)).contains(&total),
-            "{total:?}"
-        );
+        assert!((Duration::from_secs(1)..Duration::from_secs(2)).contains(&total), "{total:?}");
     }
 
     #[test]
@@ -154,27 +137,17 @@ mod tests {
         let mut attempts = Attempts::new(true, false, true, false);
         let lost = attempts.failed(fault(Reason::Unreachable), false, LONG);
         assert!(matches!(lost, Next::Again { .. }));
-        for refusal in [
-            Reason::Overloaded,
-            Reason::DeadlineNotApplied,
-            Reason::InvalidArgument,
-        ] {
+        for refusal in [Reason::Overloaded, Reason::DeadlineNotApplied, Reason::InvalidArgument] {
             let Next::Fail(told) = attempts.failed(fault(refusal), false, LONG) else {
                 panic!("{refusal} is final")
             };
-            assert_eq!(
-                (told.reason, told.outcome),
-                (Reason::OutcomeUnknown, Outcome::Unknown)
-            );
+            assert_eq!((told.reason, told.outcome), (Reason::OutcomeUnknown, Outcome::Unknown));
         }
         let Next::Fail(told) = attempts.failed(fault(Reason::RetryWindowPassed), false, LONG)
         else {
             panic!("final")
         };
-        assert_eq!(
-            (told.reason, told.outcome),
-            (Reason::RetryWindowPassed, Outcome::Unknown)
-        );
+        assert_eq!((told.reason, told.outcome), (Reason::RetryWindowPassed, Outcome::Unknown));
     }
 
     #[test]
@@ -185,10 +158,7 @@ mod tests {
         let Next::Fail(told) = attempts.failed(fault(Reason::Overloaded), false, LONG) else {
             panic!("final")
         };
-        assert_eq!(
-            (told.reason, told.outcome),
-            (Reason::Overloaded, Outcome::NotApplied)
-        );
+        assert_eq!((told.reason, told.outcome), (Reason::Overloaded, Outcome::NotApplied));
     }
 
     #[test]
@@ -206,11 +176,7 @@ mod tests {
         };
         assert_eq!(passed(true, false), Outcome::NotApplied);
         assert_eq!(passed(true, true), Outcome::Unknown);
-        assert_eq!(
-            passed(false, false),
-            Outcome::Unknown,
-            "the client may have sent it before"
-        );
+        assert_eq!(passed(false, false), Outcome::Unknown, "the client may have sent it before");
     }
 
     #[test]

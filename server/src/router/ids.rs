@@ -31,15 +31,8 @@ pub(crate) struct Issued {
 impl RequestIds {
     /// `client` is drawn at random at every start of the node: the sequence begins anew then.
     pub fn new(client: u64, clock: Arc<dyn Clock>) -> Arc<RequestIds> {
-        let open = Mutex::new(Open {
-            next: 1,
-            unanswered: BTreeSet::new(),
-        });
-        Arc::new(RequestIds {
-            client,
-            clock,
-            open,
-        })
+        let open = Mutex::new(Open { next: 1, unanswered: BTreeSet::new() });
+        Arc::new(RequestIds { client, clock, open })
     }
 
     pub(crate) fn issue(self: &Arc<Self>) -> Issued {
@@ -50,16 +43,8 @@ impl RequestIds {
         let lowest = open.unanswered.first().copied();
         let lowest_unanswered = lowest.expect("at least the one that was just added");
         let birth = self.clock.now_ms();
-        let id = v1::RequestId {
-            client: self.client,
-            sequence,
-            birth,
-            lowest_unanswered,
-        };
-        Issued {
-            ids: self.clone(),
-            id,
-        }
+        let id = v1::RequestId { client: self.client, sequence, birth, lowest_unanswered };
+        Issued { ids: self.clone(), id }
     }
 }
 

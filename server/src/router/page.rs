@@ -90,17 +90,11 @@ impl Range {
         }
         if reverse {
             let end = self.end.as_deref().map_or(last, |end| end.min(last));
-            return Range {
-                start: self.start.clone(),
-                end: Some(end.to_vec()),
-            };
+            return Range { start: self.start.clone(), end: Some(end.to_vec()) };
         }
         let mut next = last.to_vec();
         next.push(0);
-        Range {
-            start: self.start.clone().max(next),
-            end: self.end.clone(),
-        }
+        Range { start: self.start.clone().max(next), end: self.end.clone() }
     }
 
     fn is_empty(&self) -> bool {
@@ -144,10 +138,7 @@ impl PageSpec {
     /// The entity of the whole scan, where it has only one: then one shard holds all of it.
     pub(crate) fn entity(&self, keyspace: &Keyspace) -> Option<Vec<u8>> {
         let end = self.range.end.as_deref().unwrap_or_default();
-        keyspace
-            .rule
-            .entity_of_range(&self.range.start, end)
-            .map(<[u8]>::to_vec)
+        keyspace.rule.entity_of_range(&self.range.start, end).map(<[u8]>::to_vec)
     }
 
     /// Where the scan stands.
@@ -162,11 +153,7 @@ impl PageSpec {
 
     /// A page as its answer.
     pub(crate) fn response(&self, page: Page, served: v1::Served) -> v1::ScanResponse {
-        let last = if page.last.is_empty() {
-            self.token.last_key.clone()
-        } else {
-            page.last
-        };
+        let last = if page.last.is_empty() { self.token.last_key.clone() } else { page.last };
         let mut token = self.token.advance(last, page.entries.len() as u64);
         token.version = page.version;
         v1::ScanResponse {
@@ -179,10 +166,7 @@ impl PageSpec {
     }
 
     fn entries_max(&self) -> usize {
-        let remaining = self
-            .token
-            .remaining
-            .and_then(|left| usize::try_from(left).ok());
+        let remaining = self.token.remaining.and_then(|left| usize::try_from(left).ok());
         remaining.map_or(SCAN_PAGE_ENTRIES, |left| left.min(SCAN_PAGE_ENTRIES))
     }
 }
@@ -230,24 +214,13 @@ pub(crate) async fn fix_version(
     // First, as in `read_page`.
     let look = |state: &ReadState| (state.descriptor.clone(), state.position);
     let (descriptor, at) = group.read(deadline, look).await?;
-    let known = descriptor
-        .as_ref()
-        .filter(|known| epoch == 0 || epoch == known.epoch);
+    let known = descriptor.as_ref().filter(|known| epoch == 0 || epoch == known.epoch);
     let Some((known, (start, end))) = known.and_then(|known| Some((known, known.arc?))) else {
         return Err(Refusal::Stale(descriptor));
     };
     let epoch = known.epoch;
     let version = fix(group, (version > 0).then_some(version), deadline).await?;
-    Ok((
-        v1::FixVersionResponse {
-            version,
-            start,
-            end,
-            epoch,
-            served: None,
-        },
-        at,
-    ))
+    Ok((v1::FixVersionResponse { version, start, end, epoch, served: None }, at))
 }
 
 impl PageSpec {
@@ -257,10 +230,7 @@ impl PageSpec {
         descriptor: &Descriptor,
         version: u64,
     ) -> Result<Page, StorageError> {
-        let mut page = Page {
-            version,
-            ..Page::default()
-        };
+        let mut page = Page { version, ..Page::default() };
         if self.is_over() {
             page.done = true;
             return Ok(page);
@@ -268,15 +238,8 @@ impl PageSpec {
         let range = key::data_range(self.keyspace, &self.rest.start, self.rest.end.as_deref());
         let cursor = view.seek(range, self.token.reverse)?;
         let reverse = self.token.reverse;
-        let mut keys = Keys {
-            view,
-            cursor,
-            reverse,
-            version,
-            ahead: None,
-            examined: 0,
-            examined_bytes: 0,
-        };
+        let mut keys =
+            Keys { view, cursor, reverse, version, ahead: None, examined: 0, examined_bytes: 0 };
         let mut bytes = 0;
         while page.entries.len() < self.entries_max() && !keys.spent() {
             let Some((user_key, newest)) = keys.next()? else {
@@ -303,19 +266,8 @@ impl PageSpec {
 
     fn shown(&self, key: Bytes, version: u64, value: Value) -> v1::KeyValue {
         let expires_at_ms = HybridTime(value.expires_at).ms();
-        let value = if self.keys_only {
-            Bytes::new()
-        } else {
-            value.bytes
-        };
-        v1::KeyValue {
-            key,
-            entry: Some(v1::Entry {
-                value,
-                version,
-                expires_at_ms,
-            }),
-        }
+        let value = if self.keys_only { Bytes::new() } else { value.bytes };
+        v1::KeyValue { key, entry: Some(v1::Entry { value, version, expires_at_ms }) }
     }
 }
 
@@ -377,9 +329,7 @@ impl Keys<'_> {
     ) -> Result<(), StorageError> {
         self.examined += 2 * STEPS_BEFORE_SEEK;
         if self.reverse || chosen.is_none() {
-            let first = self
-                .view
-                .first(&key::data_at(prefix, self.version), prefix)?;
+            let first = self.view.first(&key::data_at(prefix, self.version), prefix)?;
             *chosen = match first {
                 Some(entry) => Some((split(&entry.0)?.1, decode(&entry)?)),
                 None => None,
@@ -420,10 +370,7 @@ fn damaged(physical: &[u8]) -> StorageError {
     StorageError::Corruption {
         file: "state".into(),
         offset: 0,
-        why: format!(
-            "a stored version of {} key bytes makes no sense",
-            physical.len()
-        ),
+        why: format!("a stored version of {} key bytes makes no sense", physical.len()),
     }
 }
 

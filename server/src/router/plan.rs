@@ -32,10 +32,7 @@ pub(crate) enum Task {
     /// Several keys of the shard.
     BatchGet(Lookup),
     /// An atomic write.
-    Write {
-        request: command::Request,
-        answer: WriteAnswer,
-    },
+    Write { request: command::Request, answer: WriteAnswer },
     /// A page of a scan.
     Page(PageSpec),
     /// A version to read at; 0: the leader's choice.
@@ -123,10 +120,7 @@ pub(crate) fn plan(map: &ShardMap, operation: &Operation, origin: Origin) -> Res
         Operation::BatchGet(request) => batch_get(map, request, origin),
         Operation::Put(request) => {
             limits::check_put(request)?;
-            let change = Change::Put {
-                value: request.value.clone(),
-                ttl_ms: request.ttl_ms,
-            };
+            let change = Change::Put { value: request.value.clone(), ttl_ms: request.ttl_ms };
             let one = one(&request.key, request.condition.as_ref(), change)?;
             let write = Write {
                 keyspace: keyspace(map, &request.keyspace, origin)?,
@@ -163,29 +157,20 @@ pub(crate) fn plan(map: &ShardMap, operation: &Operation, origin: Origin) -> Res
             write.plan(map, WriteAnswer::Write)
         }
         Operation::Scan(request) => page(map, request, origin),
-        Operation::FixVersion(request) => {
-            let route = request.route.unwrap_or_default();
-            if route.shard == 0 {
-                return Err(Fault::invalid(
-                    "route.shard",
-                    "a version is fixed on a named shard",
-                ));
-            }
-            let (shard, epoch) = (ShardId(route.shard), route.shard_epoch);
-            let task = Task::Fix {
-                version: request.version,
-            };
-            // Only asked of shards of the ring.
-            let keyspace = coracle_proto::shard_map::DEFAULT_KEYSPACE;
-            Ok(Plan {
-                shard,
-                epoch,
-                position: None,
-                keyspace,
-                task,
-            })
-        }
+        Operation::FixVersion(request) => fix_version(request),
     }
+}
+
+fn fix_version(request: &v1::FixVersionRequest) -> Result<Plan, Fault> {
+    let route = request.route.unwrap_or_default();
+    if route.shard == 0 {
+        return Err(Fault::invalid("route.shard", "a version is fixed on a named shard"));
+    }
+    let (shard, epoch) = (ShardId(route.shard), route.shard_epoch);
+    let task = Task::Fix { version: request.version };
+    // Only asked of shards of the ring.
+    let keyspace = coracle_proto::shard_map::DEFAULT_KEYSPACE;
+    Ok(Plan { shard, epoch, position: None, keyspace, task })
 }
 
 /// How fresh a read must be.
@@ -208,9 +193,7 @@ pub(crate) fn freshness(read: Option<&v1::ReadOptions>) -> Result<Freshness, Fau
         v1::Consistency::Session => {
             let token = SessionToken::decode(&read.session)
                 .map_err(|error| Fault::invalid("read.session", error.to_string()))?;
-            Freshness::Newest {
-                judged_from: token.version(),
-            }
+            Freshness::Newest { judged_from: token.version() }
         }
         v1::Consistency::Unspecified | v1::Consistency::Linearizable | v1::Consistency::Bounded => {
             Freshness::Newest { judged_from: 0 }
@@ -220,10 +203,7 @@ pub(crate) fn freshness(read: Option<&v1::ReadOptions>) -> Result<Freshness, Fau
 
 /// Says which shard and epoch the next hop shall serve: it must not choose another.
 pub(crate) fn named(operation: &Operation, plan: &Plan) -> Operation {
-    let route = Some(v1::Route {
-        shard: plan.shard.0,
-        shard_epoch: plan.epoch,
-    });
+    let route = Some(v1::Route { shard: plan.shard.0, shard_epoch: plan.epoch });
     let mut operation = operation.clone();
     match &mut operation {
         Operation::Get(request) => request.route = route,
@@ -272,19 +252,8 @@ struct At {
 
 impl At {
     fn plan(self, task: Task) -> Plan {
-        let At {
-            shard,
-            epoch,
-            position,
-            keyspace,
-        } = self;
-        Plan {
-            shard,
-            epoch,
-            position,
-            keyspace,
-            task,
-        }
+        let At { shard, epoch, position, keyspace } = self;
+        Plan { shard, epoch, position, keyspace, task }
     }
 }
 
@@ -297,12 +266,7 @@ fn locate(map: &ShardMap, keyspace: &Keyspace, key: &[u8], route: Option<&v1::Ro
         None => map.locate(position).id,
     };
     let epoch = route.map_or(0, |route| route.shard_epoch);
-    At {
-        shard,
-        epoch,
-        position: Some(position.0),
-        keyspace: keyspace.id,
-    }
+    At { shard, epoch, position: Some(position.0), keyspace: keyspace.id }
 }
 
 fn batch_get(map: &ShardMap, request: &v1::BatchGetRequest, origin: Origin) -> Result<Plan, Fault> {
@@ -312,14 +276,8 @@ fn batch_get(map: &ShardMap, request: &v1::BatchGetRequest, origin: Origin) -> R
     let first = request.keys.first();
     let first = first.ok_or_else(|| Fault::invalid("keys", "a batch of no keys has no shard"))?;
     let at = locate(map, keyspace, first, None);
-    let keys = request
-        .keys
-        .iter()
-        .map(|key| (map.position_of(keyspace, key).0, key.clone()));
-    Ok(at.plan(Task::BatchGet(Lookup {
-        keys: keys.collect(),
-        freshness,
-    })))
+    let keys = request.keys.iter().map(|key| (map.position_of(keyspace, key).0, key.clone()));
+    Ok(at.plan(Task::BatchGet(Lookup { keys: keys.collect(), freshness })))
 }
 
 fn page(map: &ShardMap, request: &v1::ScanRequest, origin: Origin) -> Result<Plan, Fault> {
@@ -333,12 +291,7 @@ fn page(map: &ShardMap, request: &v1::ScanRequest, origin: Origin) -> Result<Pla
         (None, _) if keyspace.id == SYSTEM_KEYSPACE => locate(map, keyspace, b"", None),
         (None, Some(route)) => {
             let (shard, epoch) = (ShardId(route.shard), route.shard_epoch);
-            At {
-                shard,
-                epoch,
-                position: None,
-                keyspace: keyspace.id,
-            }
+            At { shard, epoch, position: None, keyspace: keyspace.id }
         }
         (None, None) => {
             let message = "a page is of one shard: name it, or a range within one entity";
@@ -385,20 +338,13 @@ fn one(
     change: Change,
 ) -> Result<Vec<command::Operation>, Fault> {
     let condition = condition.map(condition_of).transpose()?;
-    Ok(vec![command::Operation {
-        key: key.clone(),
-        condition,
-        change,
-    }])
+    Ok(vec![command::Operation { key: key.clone(), condition, change }])
 }
 
 fn operation_of(operation: &v1::Operation) -> Result<command::Operation, Fault> {
     use v1::operation::Kind;
     let change = match &operation.kind {
-        Some(Kind::Put(put)) => Change::Put {
-            value: put.value.clone(),
-            ttl_ms: put.ttl_ms,
-        },
+        Some(Kind::Put(put)) => Change::Put { value: put.value.clone(), ttl_ms: put.ttl_ms },
         Some(Kind::Delete(_)) => Change::Delete,
         Some(Kind::Increment(increment)) => Change::Increment { by: increment.by },
         Some(Kind::Check(_)) => Change::Check,
@@ -408,11 +354,7 @@ fn operation_of(operation: &v1::Operation) -> Result<command::Operation, Fault> 
         }
     };
     let condition = operation.condition.as_ref().map(condition_of).transpose()?;
-    Ok(command::Operation {
-        key: operation.key.clone(),
-        condition,
-        change,
-    })
+    Ok(command::Operation { key: operation.key.clone(), condition, change })
 }
 
 /// A condition that is not understood is never taken for none: the write would be unconditional.
@@ -422,10 +364,9 @@ fn condition_of(condition: &v1::Condition) -> Result<Condition, Fault> {
         Some(Kind::IfAbsent(true)) => Ok(Condition::IfAbsent),
         Some(Kind::IfVersion(version)) => Ok(Condition::IfVersion(*version)),
         Some(Kind::IfValue(value)) => Ok(Condition::IfValue(value.clone())),
-        Some(Kind::IfAbsent(false)) => Err(Fault::invalid(
-            "condition.if_absent",
-            "if_absent is true or not there at all",
-        )),
+        Some(Kind::IfAbsent(false)) => {
+            Err(Fault::invalid("condition.if_absent", "if_absent is true or not there at all"))
+        }
         None => {
             let message = "a condition of no kind, or of one that this version does not know";
             Err(Fault::invalid("condition.kind", message))
@@ -439,9 +380,7 @@ fn one_entity(keyspace: &Keyspace, operations: &[v1::Operation]) -> Result<(), F
         return Ok(());
     };
     let entity = keyspace.rule.entity(&first.key);
-    let other = operations
-        .iter()
-        .find(|other| keyspace.rule.entity(&other.key) != entity);
+    let other = operations.iter().find(|other| keyspace.rule.entity(&other.key) != entity);
     let Some(other) = other else { return Ok(()) };
     let shown = |key: &[u8]| {
         let cut = &key[..key.len().min(64)];

@@ -48,11 +48,7 @@ pub(crate) async fn look_up(
     now_ms: u64,
     deadline: Instant,
 ) -> Result<Found, Refusal> {
-    let question = Question {
-        keyspace,
-        epoch,
-        keys: Arc::new(lookup.keys.clone()),
-    };
+    let question = Question { keyspace, epoch, keys: Arc::new(lookup.keys.clone()) };
     match lookup.freshness {
         Freshness::Any => {
             let look = move |state: &ReadState| question.look(state, u64::MAX);
@@ -106,9 +102,7 @@ pub(crate) async fn still_there(
     version: u64,
     deadline: Instant,
 ) -> Result<(), Refusal> {
-    let oldest = group
-        .read_local(0, deadline, |state| state.history_threshold)
-        .await?;
+    let oldest = group.read_local(0, deadline, |state| state.history_threshold).await?;
     if version < oldest {
         return Err(Refusal::Gone { oldest });
     }
@@ -142,26 +136,15 @@ impl Question {
             limits::check_batch_get_answer(bytes).map_err(Fault::from)?;
             entries.push(found);
         }
-        Ok(Found {
-            entries,
-            at: state.position,
-            clock: state.clock,
-        })
+        Ok(Found { entries, at: state.position, clock: state.clock })
     }
 }
 
 impl Found {
     /// The first version at which something that was found expires.
     fn first_expiry(&self) -> Option<u64> {
-        let expiries = self
-            .entries
-            .iter()
-            .flatten()
-            .filter(|found| !found.tombstone);
-        expiries
-            .map(|found| found.expires_at_version)
-            .filter(|expiry| *expiry != 0)
-            .min()
+        let expiries = self.entries.iter().flatten().filter(|found| !found.tombstone);
+        expiries.map(|found| found.expires_at_version).filter(|expiry| *expiry != 0).min()
     }
 
     /// Drops what is deleted, or expired at the version.
@@ -177,32 +160,17 @@ mod tests {
     use super::*;
 
     fn entry(expires_at_version: u64, tombstone: bool) -> Option<Versioned> {
-        Some(Versioned {
-            version: 1,
-            value: Bytes::new(),
-            expires_at_version,
-            tombstone,
-        })
+        Some(Versioned { version: 1, value: Bytes::new(), expires_at_version, tombstone })
     }
 
     fn found(entries: Vec<Option<Versioned>>) -> Found {
-        Found {
-            entries,
-            at: Position::default(),
-            clock: 0,
-        }
+        Found { entries, at: Position::default(), clock: 0 }
     }
 
     #[test]
     fn only_what_can_expire_asks_for_a_version() {
-        assert_eq!(
-            found(vec![None, entry(0, false), entry(9, true)]).first_expiry(),
-            None
-        );
-        assert_eq!(
-            found(vec![entry(9, false), entry(7, false)]).first_expiry(),
-            Some(7)
-        );
+        assert_eq!(found(vec![None, entry(0, false), entry(9, true)]).first_expiry(), None);
+        assert_eq!(found(vec![entry(9, false), entry(7, false)]).first_expiry(), Some(7));
     }
 
     #[test]
@@ -210,11 +178,7 @@ mod tests {
         let judged = |version| {
             let mut found = found(vec![entry(0, true), entry(0, false), entry(7, false)]);
             found.judge(version);
-            found
-                .entries
-                .iter()
-                .map(Option::is_some)
-                .collect::<Vec<_>>()
+            found.entries.iter().map(Option::is_some).collect::<Vec<_>>()
         };
         assert_eq!(judged(6), [false, true, true]);
         assert_eq!(judged(7), [false, true, false]);

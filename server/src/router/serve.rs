@@ -32,32 +32,17 @@ impl Router {
         let told = |refusal: Refusal| self.refused(map, plan.shard, group, refusal);
         match plan.task {
             Task::Get(lookup) => {
-                let found = self.look_up(
-                    group,
-                    plan.shard,
-                    plan.keyspace,
-                    plan.epoch,
-                    &lookup,
-                    deadline,
-                );
+                let found =
+                    self.look_up(group, plan.shard, plan.keyspace, plan.epoch, &lookup, deadline);
                 let (mut entries, served) = found.await.map_err(told)?;
                 let (entry, served) = (entries.pop().flatten(), Some(served));
                 Ok(Answer::Get(v1::GetResponse { entry, served }))
             }
             Task::BatchGet(lookup) => {
-                let found = self.look_up(
-                    group,
-                    plan.shard,
-                    plan.keyspace,
-                    plan.epoch,
-                    &lookup,
-                    deadline,
-                );
+                let found =
+                    self.look_up(group, plan.shard, plan.keyspace, plan.epoch, &lookup, deadline);
                 let (entries, served) = found.await.map_err(told)?;
-                let item = |entry| v1::BatchGetItem {
-                    entry,
-                    served: Some(served),
-                };
+                let item = |entry| v1::BatchGetItem { entry, served: Some(served) };
                 let items = entries.into_iter().map(item).collect();
                 Ok(Answer::BatchGet(v1::BatchGetResponse { items }))
             }
@@ -72,18 +57,13 @@ impl Router {
                 let page = page::read_page(group, &spec, plan.epoch, plan.position, deadline).await;
                 let (page, at) = page.map_err(told)?;
                 self.stages.observe(Stage::Read, began.elapsed());
-                Ok(Answer::Scan(
-                    spec.response(page, self.served(plan.shard, at)),
-                ))
+                Ok(Answer::Scan(spec.response(page, self.served(plan.shard, at))))
             }
             Task::Fix { version } => {
                 let fixed = page::fix_version(group, version, plan.epoch, deadline).await;
                 let (fixed, at) = fixed.map_err(told)?;
                 let served = Some(self.served(plan.shard, at));
-                Ok(Answer::FixVersion(v1::FixVersionResponse {
-                    served,
-                    ..fixed
-                }))
+                Ok(Answer::FixVersion(v1::FixVersionResponse { served, ..fixed }))
             }
         }
     }
@@ -108,10 +88,7 @@ impl Router {
             let age_ms = now_ms.saturating_sub(HybridTime(found.clock).ms());
             served.staleness_ms = age_ms + limits::CLOCK_BOUND.as_millis() as u64;
         }
-        let entries = found
-            .entries
-            .into_iter()
-            .map(|found| found.map(answer::entry));
+        let entries = found.entries.into_iter().map(|found| found.map(answer::entry));
         Ok((entries.collect(), served))
     }
 
@@ -136,8 +113,5 @@ impl Router {
 
 fn only_deletes(request: &command::Request) -> bool {
     let deletes = |change: &Change| matches!(change, Change::Delete | Change::Check);
-    request
-        .operations
-        .iter()
-        .all(|operation| deletes(&operation.change))
+    request.operations.iter().all(|operation| deletes(&operation.change))
 }

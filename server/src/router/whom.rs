@@ -46,10 +46,7 @@ pub(crate) fn whom(
         return Whom::Node(follow);
     }
     let usable = |node: &NodeId| *node != own && Some(*node) != trail.avoid;
-    let hint = shard.leader.map(|node| Leader {
-        node,
-        term: shard.leader_term,
-    });
+    let hint = shard.leader.map(|node| Leader { node, term: shard.leader_term });
     let named = match local {
         // In a higher term than the hint's: an election is under way, or its winner is known here.
         Some(status) if status.term > shard.leader_term => leader_in(status),
@@ -62,12 +59,8 @@ pub(crate) fn whom(
     if local.is_some() && trail.avoid.is_none() {
         return Whom::Nobody;
     }
-    let others: Vec<NodeId> = shard
-        .replicas
-        .iter()
-        .map(|replica| replica.node)
-        .filter(usable)
-        .collect();
+    let others: Vec<NodeId> =
+        shard.replicas.iter().map(|replica| replica.node).filter(usable).collect();
     match others.len() {
         // Only the silent one is left: what was lost may have been the answer alone.
         0 => trail
@@ -85,10 +78,7 @@ pub(crate) fn leads(status: &GroupStatus) -> bool {
 
 /// The leader that a replica knows, with the term in which it does: from one look.
 pub(crate) fn leader_in(status: &GroupStatus) -> Option<Leader> {
-    status.leader.map(|node| Leader {
-        node,
-        term: status.term,
-    })
+    status.leader.map(|node| Leader { node, term: status.term })
 }
 
 #[cfg(test)]
@@ -102,25 +92,9 @@ mod tests {
     const OWN: NodeId = NodeId(1);
 
     fn shard(leader: u64, term: u64) -> Shard {
-        let replicas = [1, 2, 3]
-            .map(|node| v1::Replica {
-                id: node,
-                node,
-                role: 1,
-            })
-            .to_vec();
-        let shard = v1::Shard {
-            id: 4,
-            epoch: 1,
-            replicas,
-            ..Default::default()
-        };
-        Shard::from_proto(&v1::Shard {
-            leader_node: leader,
-            leader_term: term,
-            ..shard
-        })
-        .unwrap()
+        let replicas = [1, 2, 3].map(|node| v1::Replica { id: node, node, role: 1 }).to_vec();
+        let shard = v1::Shard { id: 4, epoch: 1, replicas, ..Default::default() };
+        Shard::from_proto(&v1::Shard { leader_node: leader, leader_term: term, ..shard }).unwrap()
     }
 
     fn replica(state: Standing, term: u64, leader: Option<u64>) -> GroupStatus {
@@ -149,14 +123,8 @@ mod tests {
         let leads = replica(Standing::Leader, 5, Some(1));
         assert_eq!(asked(&shard(2, 4), Some(leads), &trail), Whom::Here);
         let follows = replica(Standing::Follower, 5, Some(3));
-        assert_eq!(
-            asked(&shard(2, 4), Some(follows.clone()), &trail),
-            Whom::Node(NodeId(3))
-        );
-        assert_eq!(
-            asked(&shard(2, 6), Some(follows), &trail),
-            Whom::Node(NodeId(2))
-        );
+        assert_eq!(asked(&shard(2, 4), Some(follows.clone()), &trail), Whom::Node(NodeId(3)));
+        assert_eq!(asked(&shard(2, 6), Some(follows), &trail), Whom::Node(NodeId(2)));
         let campaigns = replica(Standing::Candidate, 5, None);
         assert_eq!(asked(&shard(2, 4), Some(campaigns), &trail), Whom::Nobody);
     }
@@ -166,41 +134,21 @@ mod tests {
         let trail = Trail::default();
         assert_eq!(asked(&shard(3, 4), None, &trail), Whom::Node(NodeId(3)));
         assert_eq!(asked(&shard(0, 0), None, &trail), Whom::Node(NodeId(2)));
-        assert_eq!(
-            whom(&shard(0, 0), OWN, None, &trail, 1),
-            Whom::Node(NodeId(3))
-        );
+        assert_eq!(whom(&shard(0, 0), OWN, None, &trail, 1), Whom::Node(NodeId(3)));
         let stopped = replica(Standing::Stopped, 9, None);
-        assert_eq!(
-            asked(&shard(3, 4), Some(stopped), &trail),
-            Whom::Node(NodeId(3))
-        );
+        assert_eq!(asked(&shard(3, 4), Some(stopped), &trail), Whom::Node(NodeId(3)));
     }
 
     #[test]
     fn named_leader_is_followed_and_a_silent_one_avoided() {
-        let named = Trail {
-            follow: Some(NodeId(3)),
-            avoid: None,
-            term: 7,
-        };
+        let named = Trail { follow: Some(NodeId(3)), avoid: None, term: 7 };
         assert_eq!(asked(&shard(2, 4), None, &named), Whom::Node(NodeId(3)));
         let deposed = replica(Standing::Leader, 5, Some(1));
-        assert_eq!(
-            asked(&shard(1, 5), Some(deposed), &named),
-            Whom::Node(NodeId(3))
-        );
-        let silent = Trail {
-            follow: None,
-            avoid: Some(NodeId(2)),
-            term: 0,
-        };
+        assert_eq!(asked(&shard(1, 5), Some(deposed), &named), Whom::Node(NodeId(3)));
+        let silent = Trail { follow: None, avoid: Some(NodeId(2)), term: 0 };
         assert_eq!(asked(&shard(2, 4), None, &silent), Whom::Node(NodeId(3)));
         let follows = replica(Standing::Follower, 4, Some(2));
-        assert_eq!(
-            asked(&shard(2, 4), Some(follows), &silent),
-            Whom::Node(NodeId(3))
-        );
+        assert_eq!(asked(&shard(2, 4), Some(follows), &silent), Whom::Node(NodeId(3)));
         let mut alone = shard(2, 4);
         alone.replicas.retain(|replica| replica.node == NodeId(2));
         assert_eq!(asked(&alone, None, &silent), Whom::Node(NodeId(2)));

@@ -37,11 +37,7 @@ pub(crate) struct OutOfOrder;
 impl Merge {
     /// Lanes that have brought nothing yet.
     pub(crate) fn new(lanes: usize, reverse: bool) -> Merge {
-        let lane = || Lane {
-            entries: VecDeque::new(),
-            bytes: 0,
-            more: true,
-        };
+        let lane = || Lane { entries: VecDeque::new(), bytes: 0, more: true };
         Merge {
             reverse,
             lanes: (0..lanes).map(|_| lane()).collect(),
@@ -76,30 +72,20 @@ impl Merge {
         if self.starved > 0 {
             return Ok(None);
         }
-        let head = if self.reverse {
-            self.heads.pop_last()
-        } else {
-            self.heads.pop_first()
-        };
+        let head = if self.reverse { self.heads.pop_last() } else { self.heads.pop_first() };
         let Some((key, lane)) = head else {
             return Ok(None);
         };
-        let in_order = self.last.as_ref().is_none_or(|last| {
-            if self.reverse {
-                key < *last
-            } else {
-                key > *last
-            }
-        });
+        let in_order = self
+            .last
+            .as_ref()
+            .is_none_or(|last| if self.reverse { key < *last } else { key > *last });
         if !in_order {
             return Err(OutOfOrder);
         }
         self.last = Some(key);
         let from = &mut self.lanes[lane];
-        let entry = from
-            .entries
-            .pop_front()
-            .expect("a lane with a head holds it");
+        let entry = from.entries.pop_front().expect("a lane with a head holds it");
         from.bytes -= entry_bytes(&entry);
         self.show_head(lane)?;
         Ok(Some(entry))
@@ -115,10 +101,7 @@ impl Merge {
     pub(crate) fn hungry(&self, low: usize) -> Vec<usize> {
         let hungry = |lane: &Lane| lane.more && (lane.entries.is_empty() || lane.bytes < low);
         let lanes = self.lanes.iter().enumerate();
-        lanes
-            .filter(|(_, lane)| hungry(lane))
-            .map(|(at, _)| at)
-            .collect()
+        lanes.filter(|(_, lane)| hungry(lane)).map(|(at, _)| at).collect()
     }
 
     /// Bytes that all lanes hold.
@@ -147,10 +130,7 @@ mod tests {
 
     fn page(keys: &[&'static str]) -> Vec<v1::KeyValue> {
         keys.iter()
-            .map(|key| v1::KeyValue {
-                key: Bytes::from_static(key.as_bytes()),
-                entry: None,
-            })
+            .map(|key| v1::KeyValue { key: Bytes::from_static(key.as_bytes()), entry: None })
             .collect()
     }
 
@@ -167,10 +147,7 @@ mod tests {
         let mut merge = Merge::new(3, false);
         merge.bring(0, page(&["b", "d"]), true).unwrap();
         merge.bring(1, page(&["a", "c", "e"]), false).unwrap();
-        assert!(
-            merge.starved() && out(&mut merge).is_empty(),
-            "the third may bring anything"
-        );
+        assert!(merge.starved() && out(&mut merge).is_empty(), "the third may bring anything");
         merge.bring(2, page(&[]), false).unwrap();
         assert_eq!(out(&mut merge), ["a", "b", "c", "d"]);
         assert!(merge.starved(), "the first may bring something before e");

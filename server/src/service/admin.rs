@@ -53,20 +53,12 @@ impl AdminService for Admin {
         request: Request<v1::InitRequest>,
     ) -> Result<Response<v1::InitResponse>, Status> {
         let asked = request.into_inner();
-        let options = InitOptions {
-            shards: asked.shards,
-            replicas: asked.replicas,
-            nodes: asked.nodes,
-        };
+        let options =
+            InitOptions { shards: asked.shards, replicas: asked.replicas, nodes: asked.nodes };
         coracle_proto::limits::check_shards(options.shards.max(1)).map_err(Fault::from)?;
         let made = self.0.init(options, Instant::now() + INIT_TIMEOUT).await;
         let (map, warnings) = made.map_err(init_fault)?;
-        let replicas = map
-            .shards
-            .iter()
-            .map(|shard| shard.replicas.len())
-            .max()
-            .unwrap_or(0);
+        let replicas = map.shards.iter().map(|shard| shard.replicas.len()).max().unwrap_or(0);
         Ok(Response::new(v1::InitResponse {
             cluster_id: map.cluster_id,
             shards: map.shards.len().saturating_sub(1) as u32,
@@ -90,10 +82,7 @@ impl AdminService for Admin {
         let shard = ShardId(asked.shard);
         let host = self.0.host().ok_or_else(not_initialized)?;
         let group = host.group(shard).ok_or_else(|| {
-            Fault::new(
-                Reason::UnknownShard,
-                format!("shard {shard} has no replica on this node"),
-            )
+            Fault::new(Reason::UnknownShard, format!("shard {shard} has no replica on this node"))
         })?;
         if group.status().state != Standing::Leader {
             let message = format!("shard {shard} is not led here: ask its leader's node");
@@ -105,21 +94,14 @@ impl AdminService for Admin {
             let message = format!("shard {shard} was not handed over: {error}");
             Fault::new(Reason::Conflict, message)
         })?;
-        Ok(Response::new(v1::TransferLeaderResponse {
-            leader_node: leader.0,
-        }))
+        Ok(Response::new(v1::TransferLeaderResponse { leader_node: leader.0 }))
     }
 
     async fn inject_fault(
         &self,
         request: Request<v1::InjectFaultRequest>,
     ) -> Result<Response<v1::InjectFaultResponse>, Status> {
-        let cut: BTreeSet<NodeId> = request
-            .into_inner()
-            .cut_from
-            .into_iter()
-            .map(NodeId)
-            .collect();
+        let cut: BTreeSet<NodeId> = request.into_inner().cut_from.into_iter().map(NodeId).collect();
         if !self.0.cut(cut) {
             let message = "this server was not started with test.fault_injection";
             return Err(Fault::new(Reason::NotAllowed, message).into());

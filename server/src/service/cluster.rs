@@ -55,12 +55,7 @@ impl ClusterService for ClusterFacts {
         request: Request<v1::WatchMapRequest>,
     ) -> Result<Response<Self::WatchMapStream>, Status> {
         let (router, from_epoch) = (self.router.clone(), request.into_inner().from_epoch);
-        let follower = Follower {
-            changes: router.map().watch(),
-            router,
-            from_epoch,
-            sent: None,
-        };
+        let follower = Follower { changes: router.map().watch(), router, from_epoch, sent: None };
         let draining = self.router.admission().draining().clone().cancelled_owned();
         let maps = stream::unfold(follower, |mut follower| async move {
             let map = follower.next().await?;
@@ -73,9 +68,7 @@ impl ClusterService for ClusterFacts {
         &self,
         _: Request<v1::GetMapRequest>,
     ) -> Result<Response<v1::GetMapResponse>, Status> {
-        Ok(Response::new(v1::GetMapResponse {
-            map: Some(self.map()?),
-        }))
+        Ok(Response::new(v1::GetMapResponse { map: Some(self.map()?) }))
     }
 
     async fn list_keyspaces(
@@ -97,9 +90,7 @@ impl ClusterService for ClusterFacts {
         self.router.current_map()?;
         let _permit = self.router.admission().admit(0, call.origin)?;
         let keyspace = self.keyspaces.create(request, call).await?;
-        Ok(Response::new(v1::CreateKeyspaceResponse {
-            keyspace: Some(keyspace),
-        }))
+        Ok(Response::new(v1::CreateKeyspaceResponse { keyspace: Some(keyspace) }))
     }
 }
 
@@ -136,10 +127,7 @@ impl Follower {
 
 /// The map as it travels, with the time for the births of a client's first writes.
 fn timed(router: &Router, map: &ShardMap) -> v1::ShardMap {
-    v1::ShardMap {
-        server_time_ms: router.now_ms(),
-        ..map.to_proto()
-    }
+    v1::ShardMap { server_time_ms: router.now_ms(), ..map.to_proto() }
 }
 
 /// What is wrong with a new keyspace whatever keyspaces there are.
@@ -147,6 +135,5 @@ fn check(request: &v1::CreateKeyspaceRequest) -> Result<(), Fault> {
     limits::check_keyspace_name(&request.name)?;
     limits::check_history(request.history_ms)?;
     let rule = EntityRule::from_request(request.entity_rule.as_ref());
-    rule.map(drop)
-        .map_err(|error| Fault::invalid("entity_rule", error.to_string()))
+    rule.map(drop).map_err(|error| Fault::invalid("entity_rule", error.to_string()))
 }

@@ -40,11 +40,7 @@ impl Health {
     }
 
     async fn set(&self, services: &[&str], serving: bool) {
-        let status = if serving {
-            ServingStatus::Serving
-        } else {
-            ServingStatus::NotServing
-        };
+        let status = if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
         for service in services {
             self.0.set_service_status(*service, status).await;
         }
@@ -62,8 +58,5 @@ pub fn reflection() -> (
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let whole = "the descriptors are generated, and a test compares them";
-    (
-        builder().build_v1().expect(whole),
-        builder().build_v1alpha().expect(whole),
-    )
+    (builder().build_v1().expect(whole), builder().build_v1alpha().expect(whole))
 }

@@ -71,10 +71,7 @@ impl Kv {
             let (answer, _permit) = self.router.admitted(size, Some(operation), &call?).await?;
             take(answer).ok_or_else(mismatched)
         };
-        counted
-            .end(served.await)
-            .map(Response::new)
-            .map_err(Status::from)
+        counted.end(served.await).map(Response::new).map_err(Status::from)
     }
 }
 
@@ -87,15 +84,10 @@ impl KvService for Kv {
         &self,
         request: Request<v1::GetRequest>,
     ) -> Result<Response<v1::GetResponse>, Status> {
-        self.unary(
-            request,
-            &self.methods.get,
-            Operation::Get,
-            |answer| match answer {
-                Answer::Get(answer) => Some(answer),
-                _ => None,
-            },
-        )
+        self.unary(request, &self.methods.get, Operation::Get, |answer| match answer {
+            Answer::Get(answer) => Some(answer),
+            _ => None,
+        })
         .await
     }
 
@@ -103,15 +95,10 @@ impl KvService for Kv {
         &self,
         request: Request<v1::BatchGetRequest>,
     ) -> Result<Response<v1::BatchGetResponse>, Status> {
-        self.unary(
-            request,
-            &self.methods.batch_get,
-            Operation::BatchGet,
-            |answer| match answer {
-                Answer::BatchGet(answer) => Some(answer),
-                _ => None,
-            },
-        )
+        self.unary(request, &self.methods.batch_get, Operation::BatchGet, |answer| match answer {
+            Answer::BatchGet(answer) => Some(answer),
+            _ => None,
+        })
         .await
     }
 
@@ -119,15 +106,10 @@ impl KvService for Kv {
         &self,
         request: Request<v1::PutRequest>,
     ) -> Result<Response<v1::PutResponse>, Status> {
-        self.unary(
-            request,
-            &self.methods.put,
-            Operation::Put,
-            |answer| match answer {
-                Answer::Put(answer) => Some(answer),
-                _ => None,
-            },
-        )
+        self.unary(request, &self.methods.put, Operation::Put, |answer| match answer {
+            Answer::Put(answer) => Some(answer),
+            _ => None,
+        })
         .await
     }
 
@@ -135,15 +117,10 @@ impl KvService for Kv {
         &self,
         request: Request<v1::DeleteRequest>,
     ) -> Result<Response<v1::DeleteResponse>, Status> {
-        self.unary(
-            request,
-            &self.methods.delete,
-            Operation::Delete,
-            |answer| match answer {
-                Answer::Delete(answer) => Some(answer),
-                _ => None,
-            },
-        )
+        self.unary(request, &self.methods.delete, Operation::Delete, |answer| match answer {
+            Answer::Delete(answer) => Some(answer),
+            _ => None,
+        })
         .await
     }
 
@@ -151,15 +128,10 @@ impl KvService for Kv {
         &self,
         request: Request<v1::WriteRequest>,
     ) -> Result<Response<v1::WriteResponse>, Status> {
-        self.unary(
-            request,
-            &self.methods.write,
-            Operation::Write,
-            |answer| match answer {
-                Answer::Write(answer) => Some(answer),
-                _ => None,
-            },
-        )
+        self.unary(request, &self.methods.write, Operation::Write, |answer| match answer {
+            Answer::Write(answer) => Some(answer),
+            _ => None,
+        })
         .await
     }
 
@@ -240,13 +212,7 @@ pub(crate) struct Counted {
 impl Counted {
     fn begin(method: &Method, consistency: Consistency) -> Counted {
         let (_in_flight, began) = (method.begin(), Instant::now());
-        Counted {
-            method: method.clone(),
-            consistency,
-            began,
-            ended: false,
-            _in_flight,
-        }
+        Counted { method: method.clone(), consistency, began, ended: false, _in_flight }
     }
 
     pub(crate) fn end<T>(mut self, result: Result<T, Fault>) -> Result<T, Fault> {

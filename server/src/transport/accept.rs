@@ -49,10 +49,7 @@ pub(crate) async fn run(hub: Arc<Hub>, mut listener: Box<dyn Listener>) {
             }
         };
         let Some(guest) = Guest::enter(&guests) else {
-            tracing::warn!(
-                address,
-                "{GUESTS_MAX} unknown connections: one more is closed"
-            );
+            tracing::warn!(address, "{GUESTS_MAX} unknown connections: one more is closed");
             continue;
         };
         let task_hub = hub.clone();
@@ -108,9 +105,7 @@ async fn serve(hub: &Arc<Hub>, stream: Box<dyn Stream>, address: &str, guest: Gu
 async fn serve_member(hub: &Arc<Hub>, peer: &Peer, mut greeted: Greeted) {
     let connection = greeted.connection;
     let start_count = greeted.from.start_count;
-    let entered = hub
-        .gates
-        .enter(peer.node, connection, start_count, &hub.ended);
+    let entered = hub.gates.enter(peer.node, connection, start_count, &hub.ended);
     peer.note_met();
     // The node lives: whatever could not reach it may try at once.
     peer.hurry();
@@ -136,20 +131,9 @@ type Member<'a> = Option<(&'a Peer, &'a Gate)>;
 
 /// Until the connection breaks.
 async fn converse(hub: &Arc<Hub>, member: Member<'_>, greeted: &mut Greeted) -> Broken {
-    let Greeted {
-        reader,
-        writer,
-        pulse,
-        from,
-        ..
-    } = greeted;
+    let Greeted { reader, writer, pulse, from, .. } = greeted;
     let outbox = Outbox::default();
-    let asker = Asker {
-        hub,
-        member,
-        from,
-        outbox: &outbox,
-    };
+    let asker = Asker { hub, member, from, outbox: &outbox };
     let read = async {
         match asker.read_questions(reader, pulse).await {
             Err(why) => why,
@@ -198,15 +182,15 @@ impl Future for Answering {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Item> {
         let call = self.call;
         match &mut self.answer {
-            Answer::Group(answer) => answer
-                .poll_unpin(context)
-                .map(|answer| group_answer(call, answer)),
-            Answer::Forward(answer) => answer
-                .poll_unpin(context)
-                .map(|answer| forward_answer(call, answer)),
-            Answer::Command(answer) => answer
-                .poll_unpin(context)
-                .map(|kind| command_answer(call, kind)),
+            Answer::Group(answer) => {
+                answer.poll_unpin(context).map(|answer| group_answer(call, answer))
+            }
+            Answer::Forward(answer) => {
+                answer.poll_unpin(context).map(|answer| forward_answer(call, answer))
+            }
+            Answer::Command(answer) => {
+                answer.poll_unpin(context).map(|kind| command_answer(call, kind))
+            }
         }
     }
 }
@@ -249,19 +233,13 @@ impl Asker<'_> {
                 let call = question.call;
                 if !self.busy(answers, || group_answer(call, Err(busy()))) {
                     let answer = inbound.question(peer.node, question);
-                    answers.push(Answering {
-                        call,
-                        answer: Answer::Group(answer),
-                    });
+                    answers.push(Answering { call, answer: Answer::Group(answer) });
                 }
             }
             for Forward { call, body, .. } in envelope.forwards {
                 if !self.busy(answers, || forward_answer(call, Err(busy()))) {
                     let answer = inbound.forward(peer.node, body);
-                    answers.push(Answering {
-                        call,
-                        answer: Answer::Forward(answer),
-                    });
+                    answers.push(Answering { call, answer: Answer::Forward(answer) });
                 }
             }
             self.take_command(envelope.cluster, answers);
@@ -276,18 +254,12 @@ impl Asker<'_> {
             return;
         };
         let Some(kind) = kind else {
-            self.outbox.push(command_answer(
-                call,
-                failed("this command is not known here".into()),
-            ));
+            self.outbox.push(command_answer(call, failed("this command is not known here".into())));
             return;
         };
         if !self.busy(answers, || command_answer(call, failed(busy()))) {
             let answer = self.hub.handlers().inbound.command(self.from.clone(), kind);
-            answers.push(Answering {
-                call,
-                answer: Answer::Command(answer),
-            });
+            answers.push(Answering { call, answer: Answer::Command(answer) });
         }
     }
 
@@ -302,10 +274,7 @@ impl Asker<'_> {
 }
 
 fn failed(error: String) -> Kind {
-    Kind::Done(CommandDone {
-        error,
-        ..Default::default()
-    })
+    Kind::Done(CommandDone { error, ..Default::default() })
 }
 
 fn busy() -> String {
@@ -315,13 +284,9 @@ fn busy() -> String {
 /// Body and reason of an answer, such that a reason is never empty and a body fits a frame.
 fn parts(answer: Result<Bytes, String>) -> (Bytes, String) {
     match answer {
-        Ok(body) if body.len() > MESSAGE_BYTES_MAX => (
-            Bytes::new(),
-            format!(
-                "an answer of {} bytes is over {MESSAGE_BYTES_MAX}",
-                body.len()
-            ),
-        ),
+        Ok(body) if body.len() > MESSAGE_BYTES_MAX => {
+            (Bytes::new(), format!("an answer of {} bytes is over {MESSAGE_BYTES_MAX}", body.len()))
+        }
         Ok(body) => (body, String::new()),
         Err(why) if why.is_empty() => (Bytes::new(), "not taken".into()),
         Err(why) => (Bytes::new(), why),
@@ -330,28 +295,14 @@ fn parts(answer: Result<Bytes, String>) -> (Bytes, String) {
 
 fn group_answer(call: u64, answer: Result<Bytes, String>) -> Item {
     let (body, unreachable) = parts(answer);
-    Item::Group(GroupMessage {
-        call,
-        answer: true,
-        body,
-        unreachable,
-        ..Default::default()
-    })
+    Item::Group(GroupMessage { call, answer: true, body, unreachable, ..Default::default() })
 }
 
 fn forward_answer(call: u64, answer: Result<Bytes, String>) -> Item {
     let (body, unreachable) = parts(answer);
-    Item::Forward(Forward {
-        call,
-        answer: true,
-        body,
-        unreachable,
-    })
+    Item::Forward(Forward { call, answer: true, body, unreachable })
 }
 
 fn command_answer(call: u64, kind: Kind) -> Item {
-    Item::Command(ClusterCommand {
-        call,
-        kind: Some(kind),
-    })
+    Item::Command(ClusterCommand { call, kind: Some(kind) })
 }

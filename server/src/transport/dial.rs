@@ -30,9 +30,7 @@ pub(crate) fn spawn(hub: &Arc<Hub>, peer: &Arc<Peer>) {
         hub.spawn("connection to a peer", async move {
             let closes = Closes(&lane);
             let ended = peer.ended.clone();
-            ended
-                .run_until_cancelled(keep(&task_hub, &peer, &lane))
-                .await;
+            ended.run_until_cancelled(keep(&task_hub, &peer, &lane)).await;
             drop(closes);
         });
     }
@@ -71,10 +69,7 @@ async fn keep(hub: &Arc<Hub>, peer: &Arc<Peer>, lane: &Lane) {
                 if peer.ended.is_cancelled() {
                     return;
                 }
-                lane.down(&format!(
-                    "the connection to node {} broke: {why}",
-                    peer.node
-                ));
+                lane.down(&format!("the connection to node {} broke: {why}", peer.node));
                 hub.lose(peer, connection, &why);
             }
             Err(why) => {
@@ -93,10 +88,7 @@ async fn keep(hub: &Arc<Hub>, peer: &Arc<Peer>, lane: &Lane) {
 /// `PAUSE_MIN`, doubled for each failure up to `PAUSE_MAX`, times a draw that keeps many nodes from
 /// dialling one in step.
 fn pause(failures: u32, draw: f64) -> Duration {
-    PAUSE_MIN
-        .saturating_mul(1 << failures.min(10))
-        .min(PAUSE_MAX)
-        .mul_f64(draw)
+    PAUSE_MIN.saturating_mul(1 << failures.min(10)).min(PAUSE_MAX).mul_f64(draw)
 }
 
 /// A connection to the newest start of the node, and what ends it from this side.
@@ -108,11 +100,8 @@ async fn connect(
     if hub.is_cut(peer.node) {
         return Err(Broken::Cut);
     }
-    let address = hub.directory(|directory| {
-        directory
-            .get(peer.node)
-            .map(|known| known.peer_address.clone())
-    });
+    let address =
+        hub.directory(|directory| directory.get(peer.node).map(|known| known.peer_address.clone()));
     let Some(address) = address else {
         return Err(Broken::Refused("the node was forgotten".into()));
     };
@@ -123,9 +112,7 @@ async fn connect(
     // First the token, then the look at what would have cancelled it: nothing slips between.
     let standing = peer.standing();
     let newest = hub.directory(|directory| {
-        directory
-            .get(peer.node)
-            .is_some_and(|known| known.start_count == greeted.from.start_count)
+        directory.get(peer.node).is_some_and(|known| known.start_count == greeted.from.start_count)
     });
     if !newest || hub.is_cut(peer.node) {
         return Err(hub.ended_by_us(peer.node));
@@ -136,13 +123,7 @@ async fn connect(
 
 /// Until the connection breaks.
 async fn converse(hub: &Arc<Hub>, peer: &Peer, lane: &Lane, greeted: &mut Greeted) -> Broken {
-    let Greeted {
-        reader,
-        writer,
-        pulse,
-        told,
-        ..
-    } = greeted;
+    let Greeted { reader, writer, pulse, told, .. } = greeted;
     let read = async {
         match read_answers(hub, peer, lane, reader, pulse).await {
             Err(why) => why,
@@ -203,10 +184,7 @@ mod tests {
     #[test]
     fn pauses_double_and_are_bounded() {
         let at = |failures| pause(failures, 1.0).as_millis();
-        assert_eq!(
-            [at(0), at(1), at(4), at(5), at(1000)],
-            [20, 40, 320, 500, 500]
-        );
+        assert_eq!([at(0), at(1), at(4), at(5), at(1000)], [20, 40, 320, 500, 500]);
         assert_eq!(pause(0, 0.5), PAUSE_MIN / 2);
     }
 }

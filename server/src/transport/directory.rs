@@ -70,10 +70,7 @@ pub(crate) struct Directory {
 
 impl Directory {
     pub(crate) fn new(cluster_id: String, own: KnownNode) -> Self {
-        assert!(
-            own.incarnation != 0,
-            "0 stands for an incarnation that is not known"
-        );
+        assert!(own.incarnation != 0, "0 stands for an incarnation that is not known");
         Self {
             cluster_id,
             own,
@@ -93,10 +90,7 @@ impl Directory {
             self.cluster_id.is_empty() || self.cluster_id == cluster_id,
             "a node never changes its cluster"
         );
-        assert!(
-            self.own.node == 0 || self.own.node == node.0,
-            "a node never changes its id"
-        );
+        assert!(self.own.node == 0 || self.own.node == node.0, "a node never changes its id");
         self.cluster_id = cluster_id.to_owned();
         self.own.node = node.0;
     }
@@ -172,8 +166,7 @@ impl Directory {
                 self.cluster_id, hello.cluster_id
             ));
         }
-        self.judge_member(from, hello.to_node, expected)
-            .map_err(Broken::Refused)
+        self.judge_member(from, hello.to_node, expected).map_err(Broken::Refused)
     }
 
     /// Both are of one cluster.
@@ -187,19 +180,13 @@ impl Directory {
             return Err(format!("this is node {}, not {to_node}", self.own.node));
         }
         if expected != 0 && from.node != expected {
-            return Err(format!(
-                "node {} answered in the place of {expected}",
-                from.node
-            ));
+            return Err(format!("node {} answered in the place of {expected}", from.node));
         }
         if from.node == 0 {
             return Err("a node of this cluster without an id".into());
         }
         if from.node == self.own.node {
-            return Err(format!(
-                "this is node {}: another process goes by its id",
-                from.node
-            ));
+            return Err(format!("this is node {}: another process goes by its id", from.node));
         }
         if self.forgotten.contains(&from.node) {
             return Err(format!("node {} was removed from the cluster", from.node));
@@ -221,11 +208,7 @@ impl Directory {
             }
         }
         // Who dialled an address, or was dialled by one, is a guest on this connection.
-        Ok(if to_node == 0 {
-            Standing::Guest
-        } else {
-            Standing::Member(NodeId(from.node))
-        })
+        Ok(if to_node == 0 { Standing::Guest } else { Standing::Member(NodeId(from.node)) })
     }
 
     /// Takes up what a Hello tells of its sender and of others. Call it after `judge`, under the
@@ -281,64 +264,40 @@ impl Directory {
         }
         self.version += 1;
         self.strangers.remove(&said.peer_address);
-        self.nodes.insert(
-            said.node,
-            Entry {
-                known: said.clone(),
-                version: self.version,
-            },
-        );
+        self.nodes.insert(said.node, Entry { known: said.clone(), version: self.version });
         news.changed.push(said.clone());
     }
 
     fn meet(&mut self, said: &KnownNode, direct: bool, now: Instant) {
         let own = said.incarnation == self.own.incarnation;
-        let member = self
-            .nodes()
-            .any(|known| known.peer_address == said.peer_address);
+        let member = self.nodes().any(|known| known.peer_address == said.peer_address);
         if own || (member && !direct) {
             return;
         }
-        self.strangers
-            .retain(|_, stranger| now - stranger.seen < STRANGER_MAX_AGE);
+        self.strangers.retain(|_, stranger| now - stranger.seen < STRANGER_MAX_AGE);
         if self.strangers.len() >= KNOWN_MAX && !self.strangers.contains_key(&said.peer_address) {
             return;
         }
-        let direct_before = self
-            .strangers
-            .get(&said.peer_address)
-            .is_some_and(|stranger| stranger.direct);
+        let direct_before =
+            self.strangers.get(&said.peer_address).is_some_and(|stranger| stranger.direct);
         if !direct && direct_before {
             return;
         }
-        let stranger = Stranger {
-            known: said.clone(),
-            seen: now,
-            direct,
-        };
+        let stranger = Stranger { known: said.clone(), seen: now, direct };
         self.strangers.insert(said.peer_address.clone(), stranger);
     }
 
     /// Some of the nodes that changed after `version`, and the version up to which they reach.
     pub(crate) fn changed_since(&self, version: u64) -> (Vec<KnownNode>, u64) {
-        let mut changed: Vec<&Entry> = self
-            .nodes
-            .values()
-            .filter(|entry| entry.version > version)
-            .collect();
+        let mut changed: Vec<&Entry> =
+            self.nodes.values().filter(|entry| entry.version > version).collect();
         changed.sort_by_key(|entry| entry.version);
         let upto = match changed.get(GOSSIP_MAX - 1) {
             Some(last) => last.version,
             None => self.version,
         };
         changed.truncate(GOSSIP_MAX);
-        (
-            changed
-                .into_iter()
-                .map(|entry| entry.known.clone())
-                .collect(),
-            upto,
-        )
+        (changed.into_iter().map(|entry| entry.known.clone()).collect(), upto)
     }
 }
 
@@ -364,10 +323,7 @@ mod tests {
     }
 
     fn directory(own: u64) -> Directory {
-        Directory::new(
-            if own == 0 { "" } else { "c" }.into(),
-            node(own, 1, 1000 + own),
-        )
+        Directory::new(if own == 0 { "" } else { "c" }.into(), node(own, 1, 1000 + own))
     }
 
     fn hello(from: KnownNode, to_node: u64) -> Hello {
@@ -392,30 +348,15 @@ mod tests {
     fn who_is_let_in() {
         let directory = directory(1);
         let from_2 = hello(node(2, 1, 7), 1);
-        assert_eq!(
-            directory.judge(&from_2, 0).expect("a member"),
-            Standing::Member(NodeId(2))
-        );
+        assert_eq!(directory.judge(&from_2, 0).expect("a member"), Standing::Member(NodeId(2)));
         let by_address = hello(node(2, 1, 7), 0);
-        assert_eq!(
-            directory.judge(&by_address, 0).expect("a guest"),
-            Standing::Guest
-        );
+        assert_eq!(directory.judge(&by_address, 0).expect("a guest"), Standing::Guest);
         let unborn = hello(node(0, 1, 7), 0);
-        assert_eq!(
-            directory.judge(&unborn, 0).expect("a guest"),
-            Standing::Guest
-        );
+        assert_eq!(directory.judge(&unborn, 0).expect("a guest"), Standing::Guest);
 
-        let other_cluster = Hello {
-            cluster_id: "d".into(),
-            ..from_2.clone()
-        };
+        let other_cluster = Hello { cluster_id: "d".into(), ..from_2.clone() };
         assert!(refusal(directory.judge(&other_cluster, 0)).contains("cluster c, not d"));
-        let newer = Hello {
-            protocol: PROTOCOL + 1,
-            ..from_2.clone()
-        };
+        let newer = Hello { protocol: PROTOCOL + 1, ..from_2.clone() };
         assert!(refusal(directory.judge(&newer, 0)).contains("protocol"));
         let astray = hello(node(2, 1, 7), 3);
         assert!(refusal(directory.judge(&astray, 0)).contains("this is node 1, not 3"));
@@ -436,10 +377,7 @@ mod tests {
         assert!(directory.judge(&first, 2).is_ok(), "the same process again");
         assert!(refusal(directory.judge(&hello(node(2, 4, 8), 1), 2)).contains("rolled back"));
         assert!(refusal(directory.judge(&hello(node(2, 5, 8), 1), 2)).contains("was copied"));
-        assert!(
-            directory.judge(&hello(node(2, 6, 8), 1), 2).is_ok(),
-            "a restart"
-        );
+        assert!(directory.judge(&hello(node(2, 6, 8), 1), 2).is_ok(), "a restart");
 
         let stale = hello(node(2, 4, 8), 1);
         assert!(directory.learn_hello(&stale, false, now).changed.is_empty());
@@ -504,16 +442,9 @@ mod tests {
         let met = Instant::now();
         let mut from = hello(node(0, 1, 7), 0);
         from.from.as_mut().expect("set above").peer_address = "direct:1".into();
-        from.known = vec![KnownNode {
-            peer_address: "told:1".into(),
-            ..node(0, 1, 8)
-        }];
+        from.known = vec![KnownNode { peer_address: "told:1".into(), ..node(0, 1, 8) }];
         directory.learn_hello(&from, true, met);
-        let known: Vec<_> = directory
-            .strangers(met)
-            .into_iter()
-            .map(|s| s.peer_address)
-            .collect();
+        let known: Vec<_> = directory.strangers(met).into_iter().map(|s| s.peer_address).collect();
         assert_eq!(known, ["direct:1", "told:1"]);
         let said = directory.hello(0, 1, met, String::new()).known;
         assert_eq!(said.len(), 1, "only the one that was met");

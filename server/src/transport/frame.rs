@@ -74,10 +74,8 @@ impl Pulse {
         let (mut heard, mut sent, mut silent) = (0, 0, 0);
         loop {
             tokio::time::sleep(KEEPALIVE).await;
-            let (heard_now, sent_now) = (
-                self.heard.load(Ordering::Relaxed),
-                self.sent.load(Ordering::Relaxed),
-            );
+            let (heard_now, sent_now) =
+                (self.heard.load(Ordering::Relaxed), self.sent.load(Ordering::Relaxed));
             if sent == sent_now {
                 keep_alive();
             }
@@ -99,11 +97,7 @@ pub(crate) struct FrameReader<R> {
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     pub(crate) fn new(stream: R, bytes_max: usize) -> Self {
-        Self {
-            stream,
-            buffer: BytesMut::new(),
-            bytes_max,
-        }
+        Self { stream, buffer: BytesMut::new(), bytes_max }
     }
 
     pub(crate) fn set_bytes_max(&mut self, bytes_max: usize) {
@@ -135,15 +129,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         let bytes = u32::from_be_bytes([l0, l1, l2, l3]) as usize;
         let crc = u32::from_be_bytes([c0, c1, c2, c3]);
         if bytes > self.bytes_max {
-            return Err(Broken::TooLarge {
-                bytes,
-                max: self.bytes_max,
-            });
+            return Err(Broken::TooLarge { bytes, max: self.bytes_max });
         }
         let whole = HEADER_BYTES + bytes;
         if self.buffer.len() < whole {
-            self.buffer
-                .reserve((whole - self.buffer.len()).max(READ_BYTES));
+            self.buffer.reserve((whole - self.buffer.len()).max(READ_BYTES));
             return Ok(None);
         }
         let mut body = self.buffer.split_to(whole).freeze();
@@ -163,10 +153,7 @@ pub(crate) struct FrameWriter<W> {
 
 impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     pub(crate) fn new(stream: W) -> Self {
-        Self {
-            stream,
-            buffer: Vec::new(),
-        }
+        Self { stream, buffer: Vec::new() }
     }
 
     /// Writes one message as one frame. Not cancel safe: a frame that was begun must be ended, or
@@ -181,19 +168,13 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     ) -> Result<(), Broken> {
         let bytes = message.encoded_len();
         if bytes > FRAME_BYTES_MAX {
-            return Err(Broken::TooLarge {
-                bytes,
-                max: FRAME_BYTES_MAX,
-            });
+            return Err(Broken::TooLarge { bytes, max: FRAME_BYTES_MAX });
         }
         self.buffer.clear();
         self.buffer.reserve(HEADER_BYTES + bytes);
-        self.buffer
-            .put_u32(u32::try_from(bytes).expect("checked against the frame limit"));
+        self.buffer.put_u32(u32::try_from(bytes).expect("checked against the frame limit"));
         self.buffer.put_u32(0);
-        message
-            .encode(&mut self.buffer)
-            .expect("a Vec grows as needed");
+        message.encode(&mut self.buffer).expect("a Vec grows as needed");
         let crc = crc32fast::hash(&self.buffer[HEADER_BYTES..]);
         self.buffer[4..HEADER_BYTES].copy_from_slice(&crc.to_be_bytes());
         self.stream.write_all(&self.buffer).await?;
@@ -207,10 +188,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
 }
 
 #[cfg(test)]
-#[allow(
-    clippy::disallowed_methods,
-    reason = "tokio::test expands to Runtime::block_on"
-)]
+#[allow(clippy::disallowed_methods, reason = "tokio::test expands to Runtime::block_on")]
 mod tests {
     use coracle_proto::peer::{Envelope, GroupMessage};
 
@@ -226,25 +204,17 @@ mod tests {
                 ..Default::default()
             })
             .collect();
-        Envelope {
-            messages,
-            ..Default::default()
-        }
+        Envelope { messages, ..Default::default() }
     }
 
     async fn framed(message: &Envelope) -> Vec<u8> {
         let mut writer = FrameWriter::new(Vec::new());
-        writer
-            .send(message, &Pulse::default())
-            .await
-            .expect("written");
+        writer.send(message, &Pulse::default()).await.expect("written");
         writer.stream
     }
 
     async fn read(bytes: &[u8], bytes_max: usize) -> Result<Envelope, Broken> {
-        FrameReader::new(bytes, bytes_max)
-            .next(&Pulse::default())
-            .await
+        FrameReader::new(bytes, bytes_max).next(&Pulse::default()).await
     }
 
     /// The bytes of format 1: they may not change without a new `Hello.protocol`.
@@ -259,11 +229,7 @@ mod tests {
 
     #[tokio::test]
     async fn frames_come_back_however_they_are_cut() {
-        let sent = [
-            envelope(&[b"one", b"two"]),
-            Envelope::default(),
-            envelope(&[b"three"]),
-        ];
+        let sent = [envelope(&[b"one", b"two"]), Envelope::default(), envelope(&[b"three"])];
         let mut bytes = Vec::new();
         for message in &sent {
             bytes.extend(framed(message).await);
@@ -276,15 +242,9 @@ mod tests {
                 let mut reader = FrameReader::new(from, FRAME_BYTES_MAX);
                 let pulse = Pulse::default();
                 for message in &sent {
-                    assert_eq!(
-                        reader.next::<Envelope>(&pulse).await.expect("whole"),
-                        *message
-                    );
+                    assert_eq!(reader.next::<Envelope>(&pulse).await.expect("whole"), *message);
                 }
-                assert!(matches!(
-                    reader.next::<Envelope>(&pulse).await,
-                    Err(Broken::Closed)
-                ));
+                assert!(matches!(reader.next::<Envelope>(&pulse).await, Err(Broken::Closed)));
             };
             tokio::join!(write, read);
         }
@@ -299,10 +259,7 @@ mod tests {
             assert!(read(&damaged, FRAME_BYTES_MAX).await.is_err(), "bit {bit}");
         }
         for len in 0..bytes.len() {
-            assert!(matches!(
-                read(&bytes[..len], FRAME_BYTES_MAX).await,
-                Err(Broken::Closed)
-            ));
+            assert!(matches!(read(&bytes[..len], FRAME_BYTES_MAX).await, Err(Broken::Closed)));
         }
     }
 
@@ -311,13 +268,7 @@ mod tests {
         let header = [0xff; HEADER_BYTES];
         let mut reader = FrameReader::new(&header[..], HELLO_BYTES_MAX);
         let refused = reader.next::<Envelope>(&Pulse::default()).await;
-        assert!(matches!(
-            refused,
-            Err(Broken::TooLarge {
-                max: HELLO_BYTES_MAX,
-                ..
-            })
-        ));
+        assert!(matches!(refused, Err(Broken::TooLarge { max: HELLO_BYTES_MAX, .. })));
         assert!(reader.buffer.capacity() <= 2 * READ_BYTES);
     }
 }

@@ -50,30 +50,19 @@ impl Gates {
         start_count: u64,
         ended: &CancellationToken,
     ) -> Entered<'_> {
-        let gate = Arc::new(Gate {
-            start_count,
-            open: Mutex::new(true),
-            closed: ended.child_token(),
-        });
+        let gate =
+            Arc::new(Gate { start_count, open: Mutex::new(true), closed: ended.child_token() });
         let replaced = self.0.lock().insert((node, lane), gate.clone());
         if let Some(replaced) = replaced {
             replaced.close();
         }
-        Entered {
-            gates: self,
-            node,
-            lane,
-            gate,
-        }
+        Entered { gates: self, node, lane, gate }
     }
 
     /// The lanes on which a node is connected.
     pub(crate) fn of(&self, node: NodeId) -> Vec<Connection> {
         let gates = self.0.lock();
-        Connection::ALL
-            .into_iter()
-            .filter(|lane| gates.contains_key(&(node, *lane)))
-            .collect()
+        Connection::ALL.into_iter().filter(|lane| gates.contains_key(&(node, *lane))).collect()
     }
 
     /// Closes the connections of a node's starts before `start_count`.
@@ -82,9 +71,7 @@ impl Gates {
             let gates = self.0.lock();
             let of_lane = |lane| gates.get(&(node, lane)).cloned();
             let gates = Connection::ALL.into_iter().filter_map(of_lane);
-            gates
-                .filter(|gate| gate.start_count < start_count)
-                .collect()
+            gates.filter(|gate| gate.start_count < start_count).collect()
         };
         // Without the map's lock: a gate is waited for while questions pass.
         for gate in closing {
@@ -105,10 +92,7 @@ impl Drop for Entered<'_> {
     fn drop(&mut self) {
         let mut gates = self.gates.0.lock();
         let key = (self.node, self.lane);
-        if gates
-            .get(&key)
-            .is_some_and(|gate| Arc::ptr_eq(gate, &self.gate))
-        {
+        if gates.get(&key).is_some_and(|gate| Arc::ptr_eq(gate, &self.gate)) {
             gates.remove(&key);
         }
     }
@@ -131,10 +115,7 @@ mod tests {
         assert!(newer.gate.pass(|| {}).is_ok() && other_lane.gate.pass(|| {}).is_ok());
 
         drop(older);
-        assert_eq!(
-            gates.of(NodeId(2)),
-            [Connection::Control, Connection::Appends]
-        );
+        assert_eq!(gates.of(NodeId(2)), [Connection::Control, Connection::Appends]);
         gates.close(NodeId(2), 5);
         assert!(newer.gate.pass(|| {}).is_ok(), "this start stays");
         gates.close(NodeId(2), 6);

@@ -59,19 +59,9 @@ pub(crate) async fn dial(
         let standing = hub.admit(&answer, to_node)?;
         reader.set_bytes_max(FRAME_BYTES_MAX);
         let from = answer.from.unwrap_or_default();
-        Ok(Greeted {
-            reader,
-            writer,
-            pulse,
-            from,
-            standing,
-            connection,
-            told,
-        })
+        Ok(Greeted { reader, writer, pulse, from, standing, connection, told })
     };
-    timeout(HELLO_TIMEOUT, greet)
-        .await
-        .map_err(|_| Broken::Slow("greeting"))?
+    timeout(HELLO_TIMEOUT, greet).await.map_err(|_| Broken::Slow("greeting"))?
 }
 
 /// The other end of `dial`. The answer is sent by `welcome`, when the connection has its place.
@@ -81,24 +71,15 @@ pub(crate) async fn receive(hub: &Arc<Hub>, stream: Box<dyn Stream>) -> Result<G
         let pulse = Pulse::default();
         let hello: Hello = reader.next(&pulse).await?;
         let judged =
-            hub.admit(&hello, 0)
-                .and_then(|standing| match Connection::from_wire(hello.lane) {
-                    Some(connection) => Ok((standing, connection)),
-                    None => Err(Broken::Refused(format!("lane {} is unknown", hello.lane))),
-                });
+            hub.admit(&hello, 0).and_then(|standing| match Connection::from_wire(hello.lane) {
+                Some(connection) => Ok((standing, connection)),
+                None => Err(Broken::Refused(format!("lane {} is unknown", hello.lane))),
+            });
         match judged {
             Ok((standing, connection)) => {
                 reader.set_bytes_max(FRAME_BYTES_MAX);
                 let from = hello.from.unwrap_or_default();
-                Ok(Greeted {
-                    reader,
-                    writer,
-                    pulse,
-                    from,
-                    standing,
-                    connection,
-                    told: 0,
-                })
+                Ok(Greeted { reader, writer, pulse, from, standing, connection, told: 0 })
             }
             Err(why) => {
                 refuse(hub, &hello, &why, &mut writer, &pulse).await?;
@@ -106,9 +87,7 @@ pub(crate) async fn receive(hub: &Arc<Hub>, stream: Box<dyn Stream>) -> Result<G
             }
         }
     };
-    timeout(HELLO_TIMEOUT, receive)
-        .await
-        .map_err(|_| Broken::Slow("greeting"))?
+    timeout(HELLO_TIMEOUT, receive).await.map_err(|_| Broken::Slow("greeting"))?
 }
 
 /// Answers the Hello of a connection that is let in.
@@ -118,12 +97,7 @@ pub(crate) async fn welcome(hub: &Arc<Hub>, greeted: &mut Greeted) -> Result<(),
         Standing::Guest => 0,
     };
     let hello = hub.directory(|directory| {
-        directory.hello(
-            to_node,
-            greeted.connection.wire(),
-            Instant::now(),
-            String::new(),
-        )
+        directory.hello(to_node, greeted.connection.wire(), Instant::now(), String::new())
     });
     timeout(HELLO_TIMEOUT, greeted.writer.send(&hello, &greeted.pulse))
         .await
@@ -153,8 +127,5 @@ async fn refuse(
 
 fn halves(stream: Box<dyn Stream>) -> (Reader, Writer) {
     let (read, write) = tokio::io::split(stream);
-    (
-        FrameReader::new(read, HELLO_BYTES_MAX),
-        FrameWriter::new(write),
-    )
+    (FrameReader::new(read, HELLO_BYTES_MAX), FrameWriter::new(write))
 }

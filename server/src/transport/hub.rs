@@ -124,16 +124,11 @@ impl Hub {
     }
 
     pub(crate) fn set_handlers(&self, handlers: Handlers) {
-        assert!(
-            self.handlers.set(handlers).is_ok(),
-            "a transport is started once"
-        );
+        assert!(self.handlers.set(handlers).is_ok(), "a transport is started once");
     }
 
     pub(crate) fn handlers(&self) -> &Handlers {
-        self.handlers
-            .get()
-            .expect("tasks begin after the start, which sets the handlers")
+        self.handlers.get().expect("tasks begin after the start, which sets the handlers")
     }
 
     pub(crate) fn started(&self) -> bool {
@@ -150,8 +145,7 @@ impl Hub {
         let task = async move {
             ended.run_until_cancelled(task).await;
         };
-        self.exec
-            .spawn(name, Box::pin(self.tasks.track_future(task)));
+        self.exec.spawn(name, Box::pin(self.tasks.track_future(task)));
     }
 
     /// Waits until all tasks are gone.
@@ -179,11 +173,7 @@ impl Hub {
         hello: &Hello,
         expected: u64,
     ) -> Result<Standing, Broken> {
-        if hello
-            .from
-            .as_ref()
-            .is_some_and(|from| self.is_cut(NodeId(from.node)))
-        {
+        if hello.from.as_ref().is_some_and(|from| self.is_cut(NodeId(from.node))) {
             return Err(Broken::Cut);
         }
         let now = Instant::now();
@@ -206,9 +196,7 @@ impl Hub {
         }
         peer.note_heard();
         if let Some(facts) = envelope.facts.take() {
-            self.handlers()
-                .events
-                .heard_facts(peer.node, facts, Instant::now());
+            self.handlers().events.heard_facts(peer.node, facts, Instant::now());
         }
     }
 
@@ -301,11 +289,7 @@ impl Hub {
 
     /// Why a connection was ended from this side.
     pub(crate) fn ended_by_us(&self, node: NodeId) -> Broken {
-        if self.is_cut(node) {
-            Broken::Cut
-        } else {
-            Broken::Replaced
-        }
+        if self.is_cut(node) { Broken::Cut } else { Broken::Replaced }
     }
 
     /// Logs a refusal, once for each reason.

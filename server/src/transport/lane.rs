@@ -94,11 +94,7 @@ impl Lane {
             wanted: connection == Connection::Control,
             hurry: false,
         };
-        Self {
-            connection,
-            state: Mutex::new(state),
-            stir: Notify::new(),
-        }
+        Self { connection, state: Mutex::new(state), stir: Notify::new() }
     }
 
     pub(crate) fn connection(&self) -> Connection {
@@ -127,18 +123,8 @@ impl Lane {
             state.check(bytes, self.connection)?;
             state.last_call = call;
             state.bytes += bytes;
-            state.waiting.insert(
-                call,
-                Waiting {
-                    bytes,
-                    answer: sender,
-                },
-            );
-            state.queue.push_back(Queued {
-                call,
-                lingers,
-                item: Some(item),
-            });
+            state.waiting.insert(call, Waiting { bytes, answer: sender });
+            state.queue.push_back(Queued { call, lingers, item: Some(item) });
             let stir = state.note_queued(lingers, now);
             (call, stir)
         };
@@ -146,14 +132,7 @@ impl Lane {
             self.stir.notify_one();
         }
         let deadline = now + timeout;
-        Ok(Asked {
-            lane: self.clone(),
-            call,
-            answer,
-            deadline,
-            timeout,
-            open: true,
-        })
+        Ok(Asked { lane: self.clone(), call, answer, deadline, timeout, open: true })
     }
 
     /// Waits until the connection is wanted.
@@ -167,10 +146,7 @@ impl Lane {
     pub(crate) async fn rest(&self, pause: Duration) {
         let until = Instant::now() + pause;
         while !std::mem::take(&mut self.state.lock().hurry) {
-            if tokio::time::timeout_at(until, self.stir.notified())
-                .await
-                .is_err()
-            {
+            if tokio::time::timeout_at(until, self.stir.notified()).await.is_err() {
                 return;
             }
         }
@@ -220,9 +196,7 @@ impl Lane {
         };
         for waiting in waiting.into_values() {
             // The asker may have gone in this moment.
-            let _ = waiting
-                .answer
-                .send(Err(TransportError::Unreachable(why.to_owned())));
+            let _ = waiting.answer.send(Err(TransportError::Unreachable(why.to_owned())));
         }
     }
 
@@ -243,25 +217,14 @@ impl Lane {
 
     /// Hands the answers of one envelope to those who wait for them; late ones are dropped.
     pub(crate) fn answered(&self, envelope: Envelope) {
-        let Envelope {
-            messages,
-            forwards,
-            cluster,
-            ..
-        } = envelope;
+        let Envelope { messages, forwards, cluster, .. } = envelope;
         let count = messages.len() + forwards.len() + usize::from(cluster.is_some());
         if count == 0 {
             return;
         }
-        let groups = messages
-            .into_iter()
-            .map(|m| (m.call, answer(m.body, m.unreachable)));
-        let forwards = forwards
-            .into_iter()
-            .map(|m| (m.call, answer(m.body, m.unreachable)));
-        let commands = cluster
-            .into_iter()
-            .map(|c| (c.call, command_answer(c.kind)));
+        let groups = messages.into_iter().map(|m| (m.call, answer(m.body, m.unreachable)));
+        let forwards = forwards.into_iter().map(|m| (m.call, answer(m.body, m.unreachable)));
+        let commands = cluster.into_iter().map(|c| (c.call, command_answer(c.kind)));
         let mut taken = Vec::with_capacity(count);
         {
             let mut state = self.state.lock();
@@ -290,9 +253,7 @@ fn answer(body: Bytes, unreachable: String) -> Answer {
 fn command_answer(kind: Option<Kind>) -> Answer {
     match kind {
         Some(kind) => Ok(Reply::Command(kind)),
-        None => Err(TransportError::Unreachable(
-            "a cluster command's answer is unknown".into(),
-        )),
+        None => Err(TransportError::Unreachable("a cluster command's answer is unknown".into())),
     }
 }
 
@@ -305,18 +266,14 @@ impl State {
             Phase::Closed => return refuse("the transport to this node has ended".into()),
         }
         if bytes > MESSAGE_BYTES_MAX {
-            return refuse(format!(
-                "a message of {bytes} bytes is over {MESSAGE_BYTES_MAX}"
-            ));
+            return refuse(format!("a message of {bytes} bytes is over {MESSAGE_BYTES_MAX}"));
         }
         // One message always has room, however large.
         if self.bytes > 0 && self.bytes + bytes > connection.bytes_max() {
             return refuse(format!("{connection:?} has {} bytes under way", self.bytes));
         }
         if self.waiting.len() >= IN_FLIGHT_MAX || self.queue.len() >= IN_FLIGHT_MAX {
-            return refuse(format!(
-                "{connection:?} has {IN_FLIGHT_MAX} questions under way"
-            ));
+            return refuse(format!("{connection:?} has {IN_FLIGHT_MAX} questions under way"));
         }
         Ok(())
     }
@@ -349,12 +306,7 @@ impl State {
             if front.item.as_ref().is_some_and(|item| !packer.fits(item)) {
                 break;
             }
-            let Some(Queued {
-                lingers,
-                item: Some(item),
-                ..
-            }) = self.queue.pop_front()
-            else {
+            let Some(Queued { lingers, item: Some(item), .. }) = self.queue.pop_front() else {
                 continue;
             };
             heartbeats |= lingers;
@@ -407,9 +359,7 @@ impl Asked {
             Ok(answer) => {
                 self.open = false;
                 answer.unwrap_or_else(|_| {
-                    Err(TransportError::Unreachable(
-                        "the transport has ended".into(),
-                    ))
+                    Err(TransportError::Unreachable("the transport has ended".into()))
                 })
             }
             Err(_) => Err(TransportError::Timeout(self.timeout)),

@@ -60,9 +60,7 @@ impl Connection {
     }
 
     pub(crate) fn from_wire(lane: i32) -> Option<Self> {
-        Self::ALL
-            .into_iter()
-            .find(|connection| connection.wire() == lane)
+        Self::ALL.into_iter().find(|connection| connection.wire() == lane)
     }
 }
 
@@ -132,15 +130,8 @@ impl Question {
                 body,
                 ..Default::default()
             }),
-            Self::Forward(body) => Item::Forward(Forward {
-                call,
-                body,
-                ..Default::default()
-            }),
-            Self::Command(kind) => Item::Command(ClusterCommand {
-                call,
-                kind: Some(kind),
-            }),
+            Self::Forward(body) => Item::Forward(Forward { call, body, ..Default::default() }),
+            Self::Command(kind) => Item::Command(ClusterCommand { call, kind: Some(kind) }),
         }
     }
 }

@@ -119,19 +119,10 @@ impl PeerTransport {
         exec: Arc<dyn Exec>,
         ended: CancellationToken,
     ) -> Self {
-        let Settings {
-            cluster_id,
-            own,
-            known,
-            seed,
-            fault_injection,
-        } = settings;
+        let Settings { cluster_id, own, known, seed, fault_injection } = settings;
         let mut directory = Directory::new(cluster_id, own);
         directory.learn_all(&known, Instant::now(), &mut News::default());
-        Self {
-            hub: Arc::new(Hub::new(directory, net, exec, seed, ended)),
-            fault_injection,
-        }
+        Self { hub: Arc::new(Hub::new(directory, net, exec, seed, ended)), fault_injection }
     }
 
     /// Begins to dial the known nodes and to accept. Call it once.
@@ -143,30 +134,26 @@ impl PeerTransport {
     ) {
         self.hub.set_handlers(Handlers { inbound, events });
         self.hub.add_peers();
-        self.hub
-            .spawn("peer listener", accept::run(self.hub.clone(), listener));
+        self.hub.spawn("peer listener", accept::run(self.hub.clone(), listener));
     }
 
     /// Gives the node its identity, once. Call it when the identity is durable.
     pub fn set_identity(&self, cluster_id: &str, node: NodeId) {
-        self.hub
-            .directory(|directory| directory.set_identity(cluster_id, node));
+        self.hub.directory(|directory| directory.set_identity(cluster_id, node));
         self.hub.identity_given.notify_waiters();
     }
 
     /// Keeps greeting whoever is at this peer address, until a member of the cluster answered.
     pub fn dial_seed(&self, address: &str) {
         assert!(self.hub.started(), "seeds are dialled after the start");
-        self.hub
-            .spawn("seed", seed::run(self.hub.clone(), address.to_owned()));
+        self.hub.spawn("seed", seed::run(self.hub.clone(), address.to_owned()));
     }
 
     /// Takes up what is known of a node from elsewhere; news only if its start count is higher.
     pub fn set_known(&self, known: &KnownNode) {
         let mut news = News::default();
         let told = std::slice::from_ref(known);
-        self.hub
-            .directory(|directory| directory.learn_all(told, Instant::now(), &mut news));
+        self.hub.directory(|directory| directory.learn_all(told, Instant::now(), &mut news));
         self.hub.spread(&news);
     }
 
@@ -177,14 +164,12 @@ impl PeerTransport {
 
     /// The other nodes of the cluster that are known, each with its newest addresses.
     pub fn peers(&self) -> Vec<KnownNode> {
-        self.hub
-            .directory(|directory| directory.nodes().cloned().collect())
+        self.hub.directory(|directory| directory.nodes().cloned().collect())
     }
 
     /// Nodes without a cluster that greeted a moment ago, or of which one that did tells.
     pub fn strangers(&self) -> Vec<KnownNode> {
-        self.hub
-            .directory(|directory| directory.strangers(Instant::now()))
+        self.hub.directory(|directory| directory.strangers(Instant::now()))
     }
 
     /// This node, as it introduces itself.
@@ -232,12 +217,7 @@ impl PeerTransport {
                 );
             }
         };
-        match self.place(
-            node,
-            Connection::Control,
-            Question::Command(command),
-            timeout,
-        ) {
+        match self.place(node, Connection::Control, Question::Command(command), timeout) {
             Ok(asked) => Box::pin(async move {
                 match asked.answer().await? {
                     Reply::Command(kind) => Ok(kind),
@@ -271,9 +251,7 @@ impl PeerTransport {
     ) -> Result<Asked, TransportError> {
         match self.hub.peer(node) {
             Some(peer) => peer.lane(connection).ask(question, timeout),
-            None => Err(TransportError::Unreachable(format!(
-                "node {node} is not known here"
-            ))),
+            None => Err(TransportError::Unreachable(format!("node {node} is not known here"))),
         }
     }
 }
@@ -293,11 +271,7 @@ impl Transport for PeerTransport {
             Lane::Appends => (Connection::Appends, false),
             Lane::Bulk => (Connection::Bulk, false),
         };
-        let question = Question::Group {
-            to,
-            body: question,
-            lingers,
-        };
+        let question = Question::Group { to, body: question, lingers };
         match self.place(to.node, connection, question, timeout) {
             Ok(asked) => Box::pin(bytes_of(asked)),
             Err(error) => Box::pin(ready(Err(error))),

@@ -84,19 +84,12 @@ impl Peer {
 
     pub(crate) fn note_heard(&self) {
         let ms = self.born.elapsed().as_millis();
-        self.heard_ms.store(
-            u64::try_from(ms).unwrap_or(u64::MAX - 1) + 1,
-            Ordering::Relaxed,
-        );
+        self.heard_ms.store(u64::try_from(ms).unwrap_or(u64::MAX - 1) + 1, Ordering::Relaxed);
     }
 
     pub(crate) fn silence(&self) -> Option<Duration> {
         let ms = self.heard_ms.load(Ordering::Relaxed).checked_sub(1)?;
-        Some(
-            self.born
-                .elapsed()
-                .saturating_sub(Duration::from_millis(ms)),
-        )
+        Some(self.born.elapsed().saturating_sub(Duration::from_millis(ms)))
     }
 
     pub(crate) fn note_met(&self) {

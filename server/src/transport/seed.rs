@@ -61,20 +61,10 @@ pub(crate) async fn command(
 }
 
 async fn ask(hub: &Arc<Hub>, address: &str, kind: Kind) -> Result<Kind, Broken> {
-    let Greeted {
-        mut reader,
-        mut writer,
-        pulse,
-        ..
-    } = handshake::dial(hub, address, 0, Connection::Control).await?;
-    let question = ClusterCommand {
-        call: 1,
-        kind: Some(kind),
-    };
-    let mut envelope = Envelope {
-        cluster: Some(question),
-        ..Default::default()
-    };
+    let Greeted { mut reader, mut writer, pulse, .. } =
+        handshake::dial(hub, address, 0, Connection::Control).await?;
+    let question = ClusterCommand { call: 1, kind: Some(kind) };
+    let mut envelope = Envelope { cluster: Some(question), ..Default::default() };
     loop {
         writer.send(&envelope, &pulse).await?;
         envelope = Envelope::default();
@@ -83,9 +73,7 @@ async fn ask(hub: &Arc<Hub>, address: &str, kind: Kind) -> Result<Kind, Broken> 
             let Some(answer) = answer?.cluster else {
                 continue;
             };
-            return answer
-                .kind
-                .ok_or_else(|| Broken::Malformed("an unknown answer".into()));
+            return answer.kind.ok_or_else(|| Broken::Malformed("an unknown answer".into()));
         }
     }
 }

@@ -7,14 +7,8 @@ use coracle_server::config::{Config, SourceFile, Sources, split_set};
 use crate::generated::expect_generated;
 
 fn load(text: &str) -> Config {
-    let file = SourceFile {
-        path: "a.toml".to_owned(),
-        text: text.to_owned(),
-    };
-    let sources = Sources {
-        file: Some(file),
-        ..Sources::default()
-    };
+    let file = SourceFile { path: "a.toml".to_owned(), text: text.to_owned() };
+    let sources = Sources { file: Some(file), ..Sources::default() };
     Config::load(&sources).expect("the file is right")
 }
 
@@ -34,17 +28,12 @@ fn every_key_of_the_sample_can_be_switched_on() {
     let mut keys = 0;
     let text: String = Config::sample()
         .lines()
-        .map(|line| {
-            match line
-                .strip_prefix('#')
-                .filter(|rest| !rest.starts_with([' ', '#']))
-            {
-                Some(key) if !key.is_empty() => {
-                    keys += 1;
-                    format!("{key}\n")
-                }
-                _ => format!("{line}\n"),
+        .map(|line| match line.strip_prefix('#').filter(|rest| !rest.starts_with([' ', '#'])) {
+            Some(key) if !key.is_empty() => {
+                keys += 1;
+                format!("{key}\n")
             }
+            _ => format!("{line}\n"),
         })
         .collect();
     assert_eq!(keys, Config::keys().count());
@@ -63,11 +52,7 @@ fn what_is_shown_can_be_loaded_again() {
     );
     for origin in [false, true] {
         let shown = config.show(origin, false);
-        assert_eq!(
-            load(&shown).show(false, false),
-            config.show(false, false),
-            "{shown}"
-        );
+        assert_eq!(load(&shown).show(false, false), config.show(false, false), "{shown}");
     }
 }
 
@@ -77,15 +62,8 @@ fn show_tells_origins_and_leaves_out_defaults() {
         path: "a.toml".to_owned(),
         text: "[node]\nzone = \"default\"\n[raft]\nelection_timeout_max = \"1s\"\n".to_owned(),
     };
-    let env = [(
-        "CORACLE__RAFT__HEARTBEAT_INTERVAL".to_owned(),
-        "120ms".to_owned(),
-    )];
-    let sources = Sources {
-        file: Some(file),
-        env: env.into(),
-        ..Sources::default()
-    };
+    let env = [("CORACLE__RAFT__HEARTBEAT_INTERVAL".to_owned(), "120ms".to_owned())];
+    let sources = Sources { file: Some(file), env: env.into(), ..Sources::default() };
     let config = Config::load(&sources).expect("right");
     assert_eq!(
         config.show(true, true),
@@ -125,10 +103,5 @@ fn set_is_taken_apart_at_the_first_sign() {
     let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
     assert_eq!(split_set("a.b=c=d"), Ok(pair("a.b", "c=d")));
     assert_eq!(split_set("a.b = c"), Ok(pair("a.b", "c")));
-    assert!(
-        split_set("a.b")
-            .expect_err("no sign")
-            .mend
-            .contains("--set")
-    );
+    assert!(split_set("a.b").expect_err("no sign").mend.contains("--set"));
 }

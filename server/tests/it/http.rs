@@ -30,22 +30,10 @@ impl Probe for Node {
 
     fn ready(&self) -> Vec<Check> {
         let full = self.full.load(Ordering::SeqCst);
-        let disk = if full {
-            "below its reserve"
-        } else {
-            "12 GiB free"
-        };
+        let disk = if full { "below its reserve" } else { "12 GiB free" };
         vec![
-            Check {
-                name: "joined",
-                ok: true,
-                detail: "as n1".to_owned(),
-            },
-            Check {
-                name: "disk",
-                ok: !full,
-                detail: disk.to_owned(),
-            },
+            Check { name: "joined", ok: true, detail: "as n1".to_owned() },
+            Check { name: "disk", ok: !full, detail: disk.to_owned() },
         ]
     }
 
@@ -68,13 +56,7 @@ async fn server() -> Server {
     let (node, stop) = (Arc::new(Node::default()), CancellationToken::new());
     let exec = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 1));
     let done = tokio::spawn(serve(listener, node.clone(), exec.clone(), stop.clone()));
-    Server {
-        address,
-        node,
-        stop,
-        exec,
-        done,
-    }
+    Server { address, node, stop, exec, done }
 }
 
 impl Server {
@@ -86,24 +68,15 @@ impl Server {
     async fn ask(&self, method: &str, path: &str) -> String {
         let mut stream = self.connect().await;
         let request = format!("{method} {path} HTTP/1.1\r\nHost: n1\r\nConnection: close\r\n\r\n");
-        stream
-            .write_all(request.as_bytes())
-            .await
-            .expect("it reads");
+        stream.write_all(request.as_bytes()).await.expect("it reads");
         let mut answer = String::new();
-        timeout(SOON, stream.read_to_string(&mut answer))
-            .await
-            .expect("in time")
-            .expect("text");
+        timeout(SOON, stream.read_to_string(&mut answer)).await.expect("in time").expect("text");
         answer
     }
 
     async fn end(self) {
         self.stop.cancel();
-        timeout(SOON, self.done)
-            .await
-            .expect("in time")
-            .expect("no panic");
+        timeout(SOON, self.done).await.expect("in time").expect("no panic");
         timeout(SOON, self.exec.shutdown()).await.expect("in time");
     }
 }
@@ -126,27 +99,12 @@ async fn health_and_metrics_are_answered() {
     for (path, status, body) in [
         ("/livez", "HTTP/1.1 200 OK", "live\n"),
         ("/readyz", "HTTP/1.1 200 OK", "ready\n"),
-        (
-            "/readyz?verbose",
-            "HTTP/1.1 200 OK",
-            "[+] joined: as n1\n[+] disk: 12 GiB free\nready\n",
-        ),
-        (
-            "/",
-            "HTTP/1.1 404 Not Found",
-            "here are /metrics, /livez and /readyz?verbose\n",
-        ),
+        ("/readyz?verbose", "HTTP/1.1 200 OK", "[+] joined: as n1\n[+] disk: 12 GiB free\nready\n"),
+        ("/", "HTTP/1.1 404 Not Found", "here are /metrics, /livez and /readyz?verbose\n"),
     ] {
-        assert_eq!(
-            parts(&server.ask("GET", path).await),
-            (status, body),
-            "{path}"
-        );
+        assert_eq!(parts(&server.ask("GET", path).await), (status, body), "{path}");
     }
-    assert_eq!(
-        parts(&server.ask("HEAD", "/livez").await),
-        ("HTTP/1.1 200 OK", "")
-    );
+    assert_eq!(parts(&server.ask("HEAD", "/livez").await), ("HTTP/1.1 200 OK", ""));
     let post = server.ask("POST", "/livez").await;
     assert_eq!(parts(&post).0, "HTTP/1.1 405 Method Not Allowed");
     server.end().await;
@@ -161,16 +119,9 @@ async fn what_fails_is_said() {
     for (path, body) in [
         ("/livez", "not live: the log has not synced for 31 s\n"),
         ("/readyz", "[-] disk: below its reserve\nnot ready\n"),
-        (
-            "/readyz?verbose=1",
-            "[+] joined: as n1\n[-] disk: below its reserve\nnot ready\n",
-        ),
+        ("/readyz?verbose=1", "[+] joined: as n1\n[-] disk: below its reserve\nnot ready\n"),
     ] {
-        assert_eq!(
-            parts(&server.ask("GET", path).await),
-            (unavailable, body),
-            "{path}"
-        );
+        assert_eq!(parts(&server.ask("GET", path).await), (unavailable, body), "{path}");
     }
     server.end().await;
 }
@@ -185,22 +136,14 @@ async fn odd_connections_hold_up_nobody() {
     let mut garbage = server.connect().await;
     garbage.write_all(&[0xff; 64]).await.expect("it reads");
     let mut rest = Vec::new();
-    timeout(SOON, garbage.read_to_end(&mut rest))
-        .await
-        .expect("closed")
-        .expect("an end");
+    timeout(SOON, garbage.read_to_end(&mut rest)).await.expect("closed").expect("an end");
     assert_eq!(parts(&server.ask("GET", "/livez").await).1, "live\n");
     let address = server.address.clone();
     server.end().await;
     for stream in [&mut idle, &mut half] {
         let mut rest = Vec::new();
         // An end or a reset: either way it is over.
-        let _ = timeout(SOON, stream.read_to_end(&mut rest))
-            .await
-            .expect("closed with the node");
+        let _ = timeout(SOON, stream.read_to_end(&mut rest)).await.expect("closed with the node");
     }
-    assert!(
-        TcpStream::connect(address).await.is_err(),
-        "nobody listens any more"
-    );
+    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
 }

@@ -39,9 +39,7 @@ fn existing(opened: Opened) -> Identity {
 
 fn adopted() -> FaultyFs {
     let fs = FaultyFs::new(7);
-    fresh(open(&fs).expect("opens"))
-        .adopt(cluster(), NodeId(3), 99)
-        .expect("adopts");
+    fresh(open(&fs).expect("opens")).adopt(cluster(), NodeId(3), 99).expect("adopts");
     fs
 }
 
@@ -50,18 +48,15 @@ fn refused(fs: &FaultyFs) -> Error {
 }
 
 fn put(fs: &FaultyFs, path: &str) {
-    let file = fs
-        .open(Path::new(path), OpenMode::CreateNew)
-        .expect("creates");
+    let file = fs.open(Path::new(path), OpenMode::CreateNew).expect("creates");
     file.write_at(b"x", 0).expect("writes");
 }
 
 #[test]
 fn an_identity_stays_and_every_start_is_counted() {
     let fs = FaultyFs::new(1);
-    let identity = fresh(open(&fs).expect("opens"))
-        .adopt(cluster(), NodeId(3), 99)
-        .expect("adopts");
+    let identity =
+        fresh(open(&fs).expect("opens")).adopt(cluster(), NodeId(3), 99).expect("adopts");
     assert_eq!(identity.start_count(), 1);
     drop(identity);
     for start in 2..5 {
@@ -117,10 +112,7 @@ fn no_crash_takes_an_identity_back_or_a_count_twice() {
             }
         }
     }
-    assert!(
-        crashes > 3 * 10,
-        "only {crashes} crashes: is the machine ever killed?"
-    );
+    assert!(crashes > 3 * 10, "only {crashes} crashes: is the machine ever killed?");
 }
 
 /// Adoption and one more start; returns the last start count that was shown.
@@ -147,37 +139,26 @@ fn somebody_elses_directory_is_left_alone() {
         "/srv/data is not a data directory of Coracle: it holds a.txt, b.txt, c.txt and 1 more, and \
          no IDENTITY; name an empty or new directory with --data-dir"
     );
-    assert_eq!(
-        fs.read_dir(Path::new(DIR)).expect("lists").len(),
-        4,
-        "nothing was put there"
-    );
+    assert_eq!(fs.read_dir(Path::new(DIR)).expect("lists").len(), 4, "nothing was put there");
 }
 
 #[test]
 fn what_an_interrupted_start_or_mkfs_leaves_does_no_harm() {
     let fs = FaultyFs::new(1);
-    fs.create_dir_all(&Path::new(DIR).join("lost+found"))
-        .expect("makes it");
+    fs.create_dir_all(&Path::new(DIR).join("lost+found")).expect("makes it");
     for name in ["LOCK", "IDENTITY.new", "PROBE", "PEERS", "INIT"] {
         put(&fs, &format!("{DIR}/{name}"));
     }
-    fresh(open(&fs).expect("opens"))
-        .adopt(cluster(), NodeId(1), 0)
-        .expect("adopts");
+    fresh(open(&fs).expect("opens")).adopt(cluster(), NodeId(1), 0).expect("adopts");
 }
 
 #[test]
 fn data_without_an_identity_are_not_taken_for_a_new_node() {
     let fs = FaultyFs::new(1);
-    fs.create_dir_all(&Path::new(DIR).join("log"))
-        .expect("makes it");
+    fs.create_dir_all(&Path::new(DIR).join("log")).expect("makes it");
     let error = refused(&fs);
     assert!(matches!(error, Error::Beheaded { .. }), "{error}");
-    assert!(
-        error.to_string().contains("holds log but no IDENTITY"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("holds log but no IDENTITY"), "{error}");
 }
 
 #[test]
@@ -188,10 +169,7 @@ fn every_flipped_bit_is_found() {
         let fs = adopted();
         fs.flip_bit(&path, offset, (offset % 8) as u8);
         let error = refused(&fs);
-        assert!(
-            matches!(error, Error::Damaged { .. }),
-            "byte {offset}: {error}"
-        );
+        assert!(matches!(error, Error::Damaged { .. }), "byte {offset}: {error}");
     }
     let fs = adopted();
     fs.flip_bit(&path, 90, 0);
@@ -240,16 +218,8 @@ fn fields_that_make_no_sense_are_damage() {
         ("node = 3\n", "", "node is missing"),
         ("node = 3\n", "node = x\n", "node is \"x\", not a number"),
         ("cluster = 0b6", "cluster = 0B6", "is no cluster id"),
-        (
-            "hash_seed = 99\n",
-            "hash_seed = 99\nextra = 1\n",
-            "start_count is missing",
-        ),
-        (
-            "start_count = 1\n",
-            "start_count = 1\nextra = 1\n",
-            "extra does not belong there",
-        ),
+        ("hash_seed = 99\n", "hash_seed = 99\nextra = 1\n", "start_count is missing"),
+        ("start_count = 1\n", "start_count = 1\nextra = 1\n", "extra does not belong there"),
         ("node = 3\n", "node 3\n", "is no \"key = value\""),
     ] {
         let fs = adopted();
@@ -262,23 +232,17 @@ fn fields_that_make_no_sense_are_damage() {
 #[test]
 fn another_cluster_or_node_is_refused() {
     let identity = existing(open(&adopted()).expect("opens"));
-    identity
-        .expect(Some(&cluster()), Some(NodeId(3)))
-        .expect("it is that node");
+    identity.expect(Some(&cluster()), Some(NodeId(3))).expect("it is that node");
     identity.expect(None, None).expect("any");
     let other = ClusterId::parse("ffffffff-1c7d-4f00-8a11-5e5e5e5e5e5e").expect("an id");
-    let error = identity
-        .expect(Some(&other), None)
-        .expect_err("another cluster");
+    let error = identity.expect(Some(&other), None).expect_err("another cluster");
     assert_eq!(
         error.to_string(),
         "/srv/data belongs to cluster 0b6b2a3e-1c7d-4f00-8a11-5e5e5e5e5e5e, not to \
          ffffffff-1c7d-4f00-8a11-5e5e5e5e5e5e: --data-dir or --join is wrong. A node never changes \
          its cluster; to join this one, start it in an empty directory"
     );
-    let error = identity
-        .expect(None, Some(NodeId(4)))
-        .expect_err("another node");
+    let error = identity.expect(None, Some(NodeId(4))).expect_err("another node");
     assert_eq!(
         error.to_string(),
         "/srv/data belongs to node n3, not to n4: --data-dir is wrong, or the directory was copied. \
@@ -294,16 +258,9 @@ fn a_full_disk_is_told_before_and_after_the_identity() {
     let fs = adopted();
     fs.set_capacity(fs.used_bytes());
     let error = refused(&fs);
-    assert!(
-        error.to_string().contains("the disk is full: make room"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("the disk is full: make room"), "{error}");
     fs.set_capacity(1 << 20);
-    assert_eq!(
-        existing(open(&fs).expect("opens")).start_count(),
-        2,
-        "nothing was changed"
-    );
+    assert_eq!(existing(open(&fs).expect("opens")).start_count(), 2, "nothing was changed");
 }
 
 #[test]
@@ -317,11 +274,7 @@ fn cluster_ids_look_like_uuids_and_come_from_the_seed() {
         assert_eq!(id.as_str().as_bytes()[14], b'4', "{id}");
         assert!(b"89ab".contains(&id.as_str().as_bytes()[19]), "{id}");
     }
-    for wrong in [
-        "",
-        "0b6b2a3e1c7d4f008a115e5e5e5e5e5e",
-        "0B6b2a3e-1c7d-4f00-8a11-5e5e5e5e5e5e",
-    ] {
+    for wrong in ["", "0b6b2a3e1c7d4f008a115e5e5e5e5e5e", "0B6b2a3e-1c7d-4f00-8a11-5e5e5e5e5e5e"] {
         assert_eq!(ClusterId::parse(wrong), None, "{wrong}");
     }
 }
@@ -336,10 +289,7 @@ fn one_process_at_a_time_on_a_real_disk() {
     let process = format!("is in use by process {}: stop it first", std::process::id());
     assert!(error.to_string().contains(&process), "{error}");
     let held = held.adopt(cluster(), NodeId(3), 99).expect("adopts");
-    assert!(
-        matches!(open(), Err(Error::InUse { .. })),
-        "the lock goes over to the identity"
-    );
+    assert!(matches!(open(), Err(Error::InUse { .. })), "the lock goes over to the identity");
     drop(held);
     assert_eq!(existing(open().expect("opens")).start_count(), 2);
 }

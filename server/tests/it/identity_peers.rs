@@ -30,10 +30,7 @@ fn disk() -> FaultyFs {
 #[test]
 fn they_are_kept_as_text() {
     let fs = disk();
-    assert_eq!(
-        Peers::load(&fs, Path::new(DIR)).expect("loads"),
-        Peers::default()
-    );
+    assert_eq!(Peers::load(&fs, Path::new(DIR)).expect("loads"), Peers::default());
     let mut peers = Peers::default();
     assert!(peers.hear(NodeId(2), peer("n2:7500", 4)));
     assert!(peers.hear(NodeId(11), peer("[::1]:7500", 1)));
@@ -70,10 +67,7 @@ fn words_that_would_break_the_file_are_not_kept() {
         assert!(!peers.hear(NodeId(2), peer(wrong, 1)), "{wrong:?}");
         assert_eq!(peers, Peers::default());
     }
-    assert!(
-        !Peers::default().hear(NodeId(0), peer("a:1", 1)),
-        "0 is nobody"
-    );
+    assert!(!Peers::default().hear(NodeId(0), peer("a:1", 1)), "0 is nobody");
 }
 
 #[test]
@@ -85,10 +79,5 @@ fn damage_is_told_with_the_mend() {
     fs.flip_bit(&Path::new(DIR).join("PEERS"), 70, 1);
     let error = Peers::load(&fs, Path::new(DIR)).expect_err("damaged");
     assert!(matches!(error, Error::Damaged { .. }), "{error}");
-    assert!(
-        error
-            .to_string()
-            .contains("or remove PEERS, which is learnt anew"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("or remove PEERS, which is learnt anew"), "{error}");
 }

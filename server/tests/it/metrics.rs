@@ -47,34 +47,19 @@ fn every_metric_of_the_table_is_scraped_as_its_kind() {
             Kind::Histogram => "histogram",
         };
         let family = spec.name.strip_suffix("_total").unwrap_or(spec.name);
-        assert!(
-            text.contains(&format!("# TYPE {family} {kind}\n")),
-            "{}: {text}",
-            spec.name
-        );
+        assert!(text.contains(&format!("# TYPE {family} {kind}\n")), "{}: {text}", spec.name);
         let sample = match spec.kind {
             Kind::Histogram => format!("\n{family}_count"),
             _ => format!("\n{}", spec.name),
         };
-        let line = text
-            .split(&sample)
-            .nth(1)
-            .and_then(|rest| rest.lines().next());
+        let line = text.split(&sample).nth(1).and_then(|rest| rest.lines().next());
         let line = line.unwrap_or_else(|| panic!("{} has no sample", spec.name));
         for label in spec.labels {
-            assert!(
-                line.contains(&format!("{label}=\"")),
-                "{}: {line}",
-                spec.name
-            );
+            assert!(line.contains(&format!("{label}=\"")), "{}: {line}", spec.name);
         }
         told += 1;
     }
-    assert_eq!(
-        text.matches("# TYPE ").count(),
-        told,
-        "nothing beside the table"
-    );
+    assert_eq!(text.matches("# TYPE ").count(), told, "nothing beside the table");
 }
 
 #[test]
@@ -85,11 +70,7 @@ fn methods_count_answers_by_code_and_reason() {
     assert_eq!(metrics.requests_in_flight.get(), 1);
     put.succeed(Consistency::None, Duration::from_millis(3));
     put.succeed(Consistency::None, Duration::from_millis(3));
-    put.fail(
-        Reason::NotLeader,
-        Consistency::None,
-        Duration::from_micros(50),
-    );
+    put.fail(Reason::NotLeader, Consistency::None, Duration::from_micros(50));
     put.cancel(Consistency::None, Duration::from_secs(1));
     drop(guard);
     let text = metrics.render();
@@ -104,10 +85,7 @@ fn methods_count_answers_by_code_and_reason() {
     ] {
         assert!(text.contains(line), "{line} is not in:\n{text}");
     }
-    assert!(
-        !text.contains("consistency=\"any\""),
-        "no series before its first use"
-    );
+    assert!(!text.contains("consistency=\"any\""), "no series before its first use");
 }
 
 #[test]
@@ -123,10 +101,7 @@ fn stages_are_there_from_the_start_and_counted_one_by_one() {
         let line = format!("coracle_stage_duration_seconds_count{{stage=\"{name}\"}} {count}\n");
         assert!(text.contains(&line), "{line} is not in:\n{text}");
     }
-    assert!(
-        text.contains("coracle_deadline_dropped_total{stage=\"propose\"} 1\n"),
-        "{text}"
-    );
+    assert!(text.contains("coracle_deadline_dropped_total{stage=\"propose\"} 1\n"), "{text}");
 }
 
 /// What is gone is no longer shown; two nodes in one process count apart.
@@ -149,10 +124,7 @@ fn the_order_of_series_is_fixed() {
             metrics.shard_size_bytes.with([shard]).set(1);
         }
         let text = metrics.render();
-        text.lines()
-            .filter(|line| !line.contains("uptime"))
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
+        text.lines().filter(|line| !line.contains("uptime")).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(text(["s1", "s2", "s3"]), text(["s3", "s1", "s2"]));
 }

@@ -85,21 +85,12 @@ async fn unary_calls_answer_and_faults_arrive_whole() {
     assert_eq!(Fault::from_status(&refused).reason, Reason::InvalidArgument);
     let here = with_header(get(&key_on(4)), NO_FORWARD, "1");
     let fault = Fault::from_status(&kv.get(here).await.unwrap_err());
-    assert_eq!(
-        (fault.reason, fault.outcome),
-        (Reason::NotLeader, Outcome::NotApplied)
-    );
+    assert_eq!((fault.reason, fault.outcome), (Reason::NotLeader, Outcome::NotApplied));
     let nonsense = with_header(get("k"), "grpc-timeout", "soon");
-    assert_eq!(
-        kv.get(nonsense).await.unwrap_err().code(),
-        Code::InvalidArgument
-    );
+    assert_eq!(kv.get(nonsense).await.unwrap_err().code(), Code::InvalidArgument);
     let counted = nodes.one.metrics.render();
     assert!(counted.contains(r#"coracle_requests_total{method="Put",code="OK",reason=""} 2"#));
-    assert!(
-        counted.contains(r#"code="UNAVAILABLE",reason="NOT_LEADER""#),
-        "{counted}"
-    );
+    assert!(counted.contains(r#"code="UNAVAILABLE",reason="NOT_LEADER""#), "{counted}");
     assert!(counted.contains("coracle_requests_in_flight 0"));
     nodes.stop().await;
 }
@@ -109,10 +100,7 @@ async fn passed_deadline_is_told_with_its_reason_and_not_as_cancelled() {
     let nodes = Nodes::start().await;
     let (channel, _) = serve(&nodes).await;
     let mut kv = KvServiceClient::new(channel);
-    nodes
-        .wires
-        .cut
-        .store(true, std::sync::atomic::Ordering::SeqCst);
+    nodes.wires.cut.store(true, std::sync::atomic::Ordering::SeqCst);
     let late = with_header(put(&key_on(4), "v"), "grpc-timeout", "300m");
     let status = kv.put(late).await.unwrap_err();
     let fault = Fault::from_status(&status);
@@ -134,11 +122,7 @@ async fn pipeline_answers_every_operation_and_ends_when_the_node_drains() {
             0 => Some(Operation::Put(put(&key, "v"))),
             _ => Some(Operation::Get(get(&key))),
         };
-        v1::PipelineRequest {
-            id,
-            timeout_ms: 5_000,
-            operation,
-        }
+        v1::PipelineRequest { id, timeout_ms: 5_000, operation }
     };
     // Stays open: only the drain ends it.
     let asked = stream::iter((0..2_000).map(operation)).chain(stream::pending());
@@ -146,10 +130,7 @@ async fn pipeline_answers_every_operation_and_ends_when_the_node_drains() {
     let mut seen = vec![false; 2_000];
     for _ in 0..2_000 {
         let answer = answers.next().await.unwrap().unwrap();
-        assert!(
-            !std::mem::replace(&mut seen[answer.id as usize], true),
-            "answered once"
-        );
+        assert!(!std::mem::replace(&mut seen[answer.id as usize], true), "answered once");
         match (answer.id, answer.result.unwrap()) {
             (77, Answer::Error(error)) => assert_eq!(error.reason, "INVALID_ARGUMENT"),
             (78, Answer::Error(error)) => assert_eq!(error.reason, "UNSUPPORTED"),
@@ -170,23 +151,13 @@ async fn scan_streams_pages_and_one_that_is_dropped_holds_nothing() {
     let (channel, _) = serve(&nodes).await;
     let mut kv = KvServiceClient::new(channel);
     for number in 0..100 {
-        nodes
-            .one
-            .put(put(&format!("k{number:03}"), &"v".repeat(1_000)))
-            .await
-            .unwrap();
+        nodes.one.put(put(&format!("k{number:03}"), &"v".repeat(1_000))).await.unwrap();
     }
-    let request = v1::ScanRequest {
-        page_bytes: 16 << 10,
-        ..Default::default()
-    };
+    let request = v1::ScanRequest { page_bytes: 16 << 10, ..Default::default() };
     let pages = kv.scan(request.clone()).await.unwrap().into_inner();
     let pages: Vec<_> = pages.map(Result::unwrap).collect().await;
     assert!(pages.len() > 1);
-    assert_eq!(
-        pages.iter().map(|page| page.entries.len()).sum::<usize>(),
-        100
-    );
+    assert_eq!(pages.iter().map(|page| page.entries.len()).sum::<usize>(), 100);
     let mut dropped = kv.scan(request).await.unwrap().into_inner();
     dropped.next().await.unwrap().unwrap();
     drop(dropped);
@@ -200,24 +171,10 @@ async fn map_is_watched_with_its_leaders() {
     let nodes = Nodes::start().await;
     let (channel, _) = serve(&nodes).await;
     let mut cluster = ClusterServiceClient::new(channel);
-    let map = cluster
-        .get_map(v1::GetMapRequest {})
-        .await
-        .unwrap()
-        .into_inner()
-        .map
-        .unwrap();
+    let map = cluster.get_map(v1::GetMapRequest {}).await.unwrap().into_inner().map.unwrap();
     assert!(map.epoch == 1 && map.server_time_ms > 0);
-    let names = cluster
-        .list_keyspaces(v1::ListKeyspacesRequest {})
-        .await
-        .unwrap()
-        .into_inner();
-    let names: Vec<_> = names
-        .keyspaces
-        .into_iter()
-        .map(|keyspace| keyspace.name)
-        .collect();
+    let names = cluster.list_keyspaces(v1::ListKeyspacesRequest {}).await.unwrap().into_inner();
+    let names: Vec<_> = names.keyspaces.into_iter().map(|keyspace| keyspace.name).collect();
     assert_eq!(names, ["default", "rows", "system"]);
 
     let watch = v1::WatchMapRequest { from_epoch: 0 };
@@ -236,14 +193,8 @@ async fn map_is_watched_with_its_leaders() {
     nodes.one.draining.cancel();
     assert!(watched.next().await.is_none());
 
-    let create = v1::CreateKeyspaceRequest {
-        name: "UPPER".into(),
-        ..Default::default()
-    };
-    assert_eq!(
-        cluster.create_keyspace(create).await.unwrap_err().code(),
-        Code::InvalidArgument
-    );
+    let create = v1::CreateKeyspaceRequest { name: "UPPER".into(), ..Default::default() };
+    assert_eq!(cluster.create_keyspace(create).await.unwrap_err().code(), Code::InvalidArgument);
     nodes.stop().await;
 }
 
@@ -253,9 +204,7 @@ async fn health_says_what_the_node_says() {
     let (channel, health) = serve(&nodes).await;
     let mut client = HealthClient::new(channel);
     let mut ask = async |service: &str| {
-        let request = HealthCheckRequest {
-            service: service.to_owned(),
-        };
+        let request = HealthCheckRequest { service: service.to_owned() };
         client.check(request).await.unwrap().into_inner().status
     };
     let (serving, not_serving) = (1, 2);

@@ -110,10 +110,7 @@ impl Forwarder for Wire {
             let served = tokio::time::timeout(timeout, router.serve_forwarded(from, body));
             let answer = served.await.map_err(|_| "too late")??;
             let lose = |left: usize| left.checked_sub(1);
-            match wires
-                .lose
-                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, lose)
-            {
+            match wires.lose.fetch_update(Ordering::SeqCst, Ordering::SeqCst, lose) {
                 Ok(_) => Err("the answer was lost".to_owned()),
                 Err(_) => Ok(answer),
             }
@@ -146,10 +143,7 @@ pub(crate) struct Gate(pub(crate) AtomicBool);
 impl WriteGate for Gate {
     fn check(&self, _: ShardId, only_deletes: bool) -> Result<(), Fault> {
         if self.0.load(Ordering::SeqCst) && !only_deletes {
-            return Err(Fault::new(
-                Reason::DiskFull,
-                "a voter's disk is under its reserve",
-            ));
+            return Err(Fault::new(Reason::DiskFull, "a voter's disk is under its reserve"));
         }
         Ok(())
     }
@@ -178,36 +172,17 @@ pub(crate) struct Nodes {
 
 /// The map: four shards, the keyspaces `system`, `default` (whole keys) and `rows` (entity up to `/`).
 pub(crate) fn shard_map(epoch: u64) -> v1::ShardMap {
-    let replica = |shard: u64, node| v1::Replica {
-        id: 100 + shard,
-        node,
-        role: 1,
-    };
-    let mut shards = vec![v1::Shard {
-        id: 0,
-        epoch: 1,
-        replicas: vec![replica(0, 1)],
-        ..Default::default()
-    }];
+    let replica = |shard: u64, node| v1::Replica { id: 100 + shard, node, role: 1 };
+    let mut shards =
+        vec![v1::Shard { id: 0, epoch: 1, replicas: vec![replica(0, 1)], ..Default::default() }];
     for (id, arc) in (1..).zip(equal_arcs(4)) {
         let replicas = vec![replica(id, if id <= 2 { 1 } else { 2 })];
         let (start, end) = (arc.start().0, arc.end());
-        shards.push(v1::Shard {
-            id,
-            start,
-            end,
-            epoch: 1,
-            replicas,
-            ..Default::default()
-        });
+        shards.push(v1::Shard { id, start, end, epoch: 1, replicas, ..Default::default() });
     }
     let whole = v1::entity_rule::Kind::Whole(v1::WholeKey {});
     let row = v1::entity_rule::Kind::Delimiter(u32::from(b'/'));
-    let keyspaces = [
-        (0, "system", whole),
-        (1, "default", whole),
-        (2, "rows", row),
-    ];
+    let keyspaces = [(0, "system", whole), (1, "default", whole), (2, "rows", row)];
     let keyspace = |(id, name, kind): (u32, &str, _)| v1::Keyspace {
         id,
         name: name.to_owned(),
@@ -239,13 +214,7 @@ impl Nodes {
         let (wires, clock) = (Arc::new(Wires::default()), Arc::new(TestClock::default()));
         let one = start(1, dir.path(), &wires, &clock).await;
         let two = start(2, dir.path(), &wires, &clock).await;
-        Nodes {
-            one,
-            two,
-            wires,
-            clock,
-            _dir: dir,
-        }
+        Nodes { one, two, wires, clock, _dir: dir }
     }
 
     pub(crate) async fn stop(self) {
@@ -261,10 +230,7 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
     let dir = dir.join(id.to_string());
     let exec: Arc<dyn Exec> = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 8));
     let fs: Arc<dyn Fs> = Arc::new(RealFs);
-    let options = LogOptions {
-        segment_bytes: 1 << 20,
-        ..LogOptions::default()
-    };
+    let options = LogOptions { segment_bytes: 1 << 20, ..LogOptions::default() };
     let (log, recovery) =
         Log::open(fs.clone(), exec.clone(), &dir.join("log"), options).expect("the log opens");
     let stop = CancellationToken::new();
@@ -283,39 +249,20 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
         stop: stop.clone(),
         on_hang: Arc::new(|| panic!("the disk hangs")),
     });
-    host.open_all(&recovery)
-        .await
-        .expect("there is nothing yet");
+    host.open_all(&recovery).await.expect("there is nothing yet");
     let node = NodeId(id);
     let map = ShardMap::from_proto(&shard_map(1)).expect("a valid map");
-    for shard in map
-        .shards()
-        .iter()
-        .filter(|shard| shard.replica_on(node).is_some())
-    {
+    for shard in map.shards().iter().filter(|shard| shard.replica_on(node).is_some()) {
         let arc = shard.arc.map(|arc| (arc.start().0, arc.end()));
-        let initial = Descriptor {
-            shard: shard.id.0,
-            arc,
-            epoch: shard.epoch.0,
-        };
+        let initial = Descriptor { shard: shard.id.0, arc, epoch: shard.epoch.0 };
         let replica = ReplicaId(shard.replicas[0].id.0);
-        let group = host
-            .create(replica, initial)
-            .await
-            .expect("a fresh replica");
-        group
-            .initialize([(replica.0, node)].into())
-            .await
-            .expect("the only replica");
+        let group = host.create(replica, initial).await.expect("a fresh replica");
+        group.initialize([(replica.0, node)].into()).await.expect("the only replica");
         until(|| group.status().state == Standing::Leader && group.descriptor().is_some()).await;
     }
     let cache = MapCache::new();
     cache.update(map).expect("the first map");
-    let source = Arc::new(Source {
-        cache: cache.clone(),
-        ..Source::default()
-    });
+    let source = Arc::new(Source { cache: cache.clone(), ..Source::default() });
     let (gate, draining) = (Arc::new(Gate::default()), CancellationToken::new());
     let metrics = Metrics::new(&Build::default());
     let router = Router::new(Parts {
@@ -323,10 +270,7 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
         map: cache.clone(),
         source: source.clone(),
         host: host.clone(),
-        forwarder: Arc::new(Wire {
-            from: node,
-            wires: wires.clone(),
-        }),
+        forwarder: Arc::new(Wire { from: node, wires: wires.clone() }),
         clock: clock.clone(),
         gate: gate.clone(),
         ids: RequestIds::new(1000 + id, clock),
@@ -335,17 +279,7 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
         slow: Duration::from_secs(60),
     });
     wires.routers.lock().insert(node, router.clone());
-    Node {
-        router,
-        map: cache,
-        source,
-        gate,
-        draining,
-        metrics,
-        host,
-        log,
-        stop,
-    }
+    Node { router, map: cache, source, gate, draining, metrics, host, log, stop }
 }
 
 /// Polls until it holds.
@@ -379,26 +313,17 @@ impl Node {
     /// The value of a key of `default`.
     pub(crate) async fn value(&self, key: &str) -> Option<String> {
         let answer = self.get(get(key)).await.expect("a read");
-        answer
-            .entry
-            .map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
+        answer.entry.map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
     }
 }
 
 pub(crate) fn get(key: &str) -> v1::GetRequest {
-    v1::GetRequest {
-        key: key.to_owned().into(),
-        ..Default::default()
-    }
+    v1::GetRequest { key: key.to_owned().into(), ..Default::default() }
 }
 
 pub(crate) fn put(key: &str, value: &str) -> v1::PutRequest {
     let (key, value) = (key.to_owned().into(), value.to_owned().into());
-    v1::PutRequest {
-        key,
-        value,
-        ..Default::default()
-    }
+    v1::PutRequest { key, value, ..Default::default() }
 }
 
 /// The shard that holds a key of a keyspace.
@@ -411,7 +336,5 @@ pub(crate) fn shard_of(keyspace: &str, key: &str) -> u64 {
 /// A key of `default` that lives on this shard.
 pub(crate) fn key_on(shard: u64) -> String {
     let keys = (0..).map(|number| format!("key-{number}"));
-    keys.into_iter()
-        .find(|key| shard_of("", key) == shard)
-        .expect("every shard has keys")
+    keys.into_iter().find(|key| shard_of("", key) == shard).expect("every shard has keys")
 }

@@ -15,17 +15,9 @@ use crate::service_nodes::{Nodes, get, key_on, put, shard_map, until};
 fn increment(key: &str, id: Option<v1::RequestId>) -> Operation {
     let by = v1::IncrementOperation { by: 1 };
     let kind = Some(v1::operation::Kind::Increment(by));
-    let operation = v1::Operation {
-        key: key.to_owned().into(),
-        condition: None,
-        kind,
-    };
+    let operation = v1::Operation { key: key.to_owned().into(), condition: None, kind };
     let operations = vec![operation];
-    Operation::Write(v1::WriteRequest {
-        operations,
-        request_id: id,
-        ..Default::default()
-    })
+    Operation::Write(v1::WriteRequest { operations, request_id: id, ..Default::default() })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -41,16 +33,10 @@ async fn any_node_serves_any_key() {
         for node in [&nodes.one, &nodes.two] {
             let found = node.get(get(&key)).await.unwrap();
             let entry = found.entry.unwrap();
-            assert_eq!(
-                (&entry.value[..], entry.version),
-                (&b"v"[..], written.version)
-            );
+            assert_eq!((&entry.value[..], entry.version), (&b"v"[..], written.version));
             let at = found.served.unwrap();
             assert_eq!((at.shard, at.node), (shard, holder));
-            assert!(
-                (at.term, at.index) >= (served.term, served.index),
-                "{at:?} {served:?}"
-            );
+            assert!((at.term, at.index) >= (served.term, served.index), "{at:?} {served:?}");
         }
         assert_eq!(nodes.two.value("absent").await, None);
     }
@@ -78,23 +64,13 @@ async fn clients_retry_gets_the_first_result_at_any_node() {
     let nodes = Nodes::start().await;
     let key = key_on(2);
     let birth = nodes.one.router.now_ms();
-    let id = v1::RequestId {
-        client: 5,
-        sequence: 9,
-        birth,
-        lowest_unanswered: 9,
-    };
+    let id = v1::RequestId { client: 5, sequence: 9, birth, lowest_unanswered: 9 };
     let first = nodes.one.ask(increment(&key, Some(id))).await.unwrap();
-    let Answer::Write(first) = first else {
-        panic!("a write's answer")
-    };
+    let Answer::Write(first) = first else { panic!("a write's answer") };
     let Answer::Write(again) = nodes.two.ask(increment(&key, Some(id))).await.unwrap() else {
         panic!("a write's answer")
     };
-    assert_eq!(
-        (again.version, &again.results),
-        (first.version, &first.results)
-    );
+    assert_eq!((again.version, &again.results), (first.version, &first.results));
     assert_eq!(nodes.one.value(&key).await.as_deref(), Some("1"));
     nodes.stop().await;
 }
@@ -105,20 +81,10 @@ async fn silence_leaves_a_write_unknown_and_says_nothing_of_a_read() {
     let key = key_on(4);
     nodes.wires.cut.store(true, Ordering::SeqCst);
     let call = Call::client(Some(Duration::from_millis(400)));
-    let write = nodes
-        .one
-        .router
-        .execute(increment(&key, None), &call)
-        .await
-        .unwrap_err();
+    let write = nodes.one.router.execute(increment(&key, None), &call).await.unwrap_err();
     assert_eq!(write.outcome, Outcome::Unknown, "{write}");
     let call = Call::client(Some(Duration::from_millis(400)));
-    let read = nodes
-        .one
-        .router
-        .execute(Operation::Get(get(&key)), &call)
-        .await
-        .unwrap_err();
+    let read = nodes.one.router.execute(Operation::Get(get(&key)), &call).await.unwrap_err();
     assert_eq!(read.code_name(), "Unavailable", "{read}");
     nodes.stop().await;
 }
@@ -137,20 +103,9 @@ impl CodeName for coracle_proto::reason::Fault {
 async fn nothing_is_passed_on_twice_or_against_the_callers_will() {
     let nodes = Nodes::start().await;
     let key = key_on(3);
-    let call = Call {
-        may_forward: false,
-        ..Call::client(None)
-    };
-    let fault = nodes
-        .one
-        .router
-        .execute(Operation::Get(get(&key)), &call)
-        .await
-        .unwrap_err();
-    assert_eq!(
-        (fault.reason, fault.number(metadata::SHARD)),
-        (Reason::NotLeader, Some(3))
-    );
+    let call = Call { may_forward: false, ..Call::client(None) };
+    let fault = nodes.one.router.execute(Operation::Get(get(&key)), &call).await.unwrap_err();
+    assert_eq!((fault.reason, fault.number(metadata::SHARD)), (Reason::NotLeader, Some(3)));
     let request = v1::PipelineRequest {
         id: 1,
         timeout_ms: 1_000,
@@ -160,24 +115,13 @@ async fn nothing_is_passed_on_twice_or_against_the_callers_will() {
     let from = nodes.two.router.node();
     let answer = nodes.one.router.serve_forwarded(from, body).await.unwrap();
     let answer = v1::PipelineResponse::decode(answer).unwrap();
-    let Some(Answer::Error(error)) = answer.result else {
-        panic!("{answer:?}")
-    };
+    let Some(Answer::Error(error)) = answer.result else { panic!("{answer:?}") };
     assert_eq!((answer.id, error.reason.as_str()), (1, "NOT_LEADER"));
     assert_eq!(nodes.wires.forwards.load(Ordering::SeqCst), 0);
 
     // The leader's hint, once the map has it.
-    nodes.one.map.observe_leader(
-        coracle_proto::shard_map::ShardId(3),
-        1,
-        nodes.two.router.node(),
-    );
-    let fault = nodes
-        .one
-        .router
-        .execute(Operation::Get(get(&key)), &call)
-        .await
-        .unwrap_err();
+    nodes.one.map.observe_leader(coracle_proto::shard_map::ShardId(3), 1, nodes.two.router.node());
+    let fault = nodes.one.router.execute(Operation::Get(get(&key)), &call).await.unwrap_err();
     assert_eq!(fault.text(metadata::LEADER_ADDR), Some("node-2:7400"));
     assert_eq!(fault.number(metadata::LEADER_NODE), Some(2));
     nodes.stop().await;
@@ -198,27 +142,11 @@ async fn stale_routes_are_refused_and_true_ones_served() {
         assert_eq!(fault.reason, Reason::StaleRoute, "{shard} {epoch}: {fault}");
         assert_eq!(fault.number(metadata::MAP_EPOCH), Some(1));
     }
-    assert!(
-        nodes.one.source.asked.load(Ordering::SeqCst) > 0,
-        "it looks for a newer map first"
-    );
+    assert!(nodes.one.source.asked.load(Ordering::SeqCst) > 0, "it looks for a newer map first");
 
-    let route = Some(v1::Route {
-        shard: 1,
-        shard_epoch: 7,
-    });
-    let written = nodes
-        .one
-        .put(v1::PutRequest {
-            route,
-            ..put(&key, "v")
-        })
-        .await
-        .unwrap_err();
-    assert_eq!(
-        (written.reason, written.outcome),
-        (Reason::StaleRoute, Outcome::NotApplied)
-    );
+    let route = Some(v1::Route { shard: 1, shard_epoch: 7 });
+    let written = nodes.one.put(v1::PutRequest { route, ..put(&key, "v") }).await.unwrap_err();
+    assert_eq!((written.reason, written.outcome), (Reason::StaleRoute, Outcome::NotApplied));
     assert_eq!(nodes.one.value(&key).await, None);
     nodes.stop().await;
 }
@@ -231,26 +159,19 @@ async fn requests_that_make_no_sense_are_told_why() {
         assert_eq!(fault.outcome, Outcome::NotApplied, "{fault}");
         fault
     };
-    let in_keyspace = |keyspace: &str| v1::PutRequest {
-        keyspace: keyspace.into(),
-        ..put("k", "v")
-    };
+    let in_keyspace =
+        |keyspace: &str| v1::PutRequest { keyspace: keyspace.into(), ..put("k", "v") };
     let empty = refused(Operation::Get(get(""))).await;
     assert_eq!(empty.text(metadata::FIELD), Some("key"));
     let large = put("k", &"v".repeat((1 << 20) + 1));
-    assert_eq!(
-        refused(Operation::Put(large)).await.reason,
-        Reason::TooLarge
-    );
+    assert_eq!(refused(Operation::Put(large)).await.reason, Reason::TooLarge);
     let system = refused(Operation::Put(in_keyspace("system"))).await;
     assert_eq!(system.reason, Reason::NotAllowed);
     let unknown = refused(Operation::Put(in_keyspace("later"))).await;
     assert_eq!(unknown.reason, Reason::UnknownKeyspace);
 
     let increments = ["a/1", "a/2", "b/1"].map(|key| {
-        let Operation::Write(write) = increment(key, None) else {
-            unreachable!()
-        };
+        let Operation::Write(write) = increment(key, None) else { unreachable!() };
         write.operations.into_iter().next().unwrap()
     });
     let write = v1::WriteRequest {
@@ -260,30 +181,14 @@ async fn requests_that_make_no_sense_are_told_why() {
     };
     let crossing = refused(Operation::Write(write.clone())).await;
     assert_eq!(crossing.reason, Reason::CrossEntity);
-    assert!(
-        crossing.message.contains("a/1") && crossing.message.contains("b/1"),
-        "{crossing}"
-    );
-    let one_entity = v1::WriteRequest {
-        operations: increments[..2].to_vec(),
-        ..write
-    };
+    assert!(crossing.message.contains("a/1") && crossing.message.contains("b/1"), "{crossing}");
+    let one_entity = v1::WriteRequest { operations: increments[..2].to_vec(), ..write };
     nodes.one.ask(Operation::Write(one_entity)).await.unwrap();
 
     let condition = Some(v1::Condition { kind: None });
-    let newer = v1::PutRequest {
-        condition,
-        ..put("k", "v")
-    };
-    assert_eq!(
-        refused(Operation::Put(newer)).await.reason,
-        Reason::InvalidArgument
-    );
-    assert_eq!(
-        nodes.one.value("k").await,
-        None,
-        "a condition of a newer version is not none"
-    );
+    let newer = v1::PutRequest { condition, ..put("k", "v") };
+    assert_eq!(refused(Operation::Put(newer)).await.reason, Reason::InvalidArgument);
+    assert_eq!(nodes.one.value("k").await, None, "a condition of a newer version is not none");
     nodes.stop().await;
 }
 
@@ -292,26 +197,15 @@ async fn keyspace_of_a_newer_map_is_looked_for() {
     let nodes = Nodes::start().await;
     let mut newer = shard_map(2);
     let rows = newer.keyspaces[2].clone();
-    newer.keyspaces.push(v1::Keyspace {
-        id: 3,
-        name: "later".into(),
-        ..rows
-    });
+    newer.keyspaces.push(v1::Keyspace { id: 3, name: "later".into(), ..rows });
     *nodes.one.source.newer.lock() = Some(newer.clone());
     *nodes.two.source.newer.lock() = Some(newer);
     for shard in 1..=4 {
-        let request = v1::PutRequest {
-            keyspace: "later".into(),
-            ..put(&key_on(shard), "v")
-        };
+        let request = v1::PutRequest { keyspace: "later".into(), ..put(&key_on(shard), "v") };
         assert!(nodes.one.put(request).await.unwrap().applied);
     }
     let keys = (1..=4).map(|shard| key_on(shard).into()).collect();
-    let request = v1::BatchGetRequest {
-        keyspace: "later".into(),
-        keys,
-        read: None,
-    };
+    let request = v1::BatchGetRequest { keyspace: "later".into(), keys, read: None };
     let Answer::BatchGet(found) = nodes.two.ask(Operation::BatchGet(request)).await.unwrap() else {
         panic!("a batch's answer")
     };
@@ -329,18 +223,11 @@ async fn batch_is_answered_in_the_callers_order() {
     let order = [3, 1, 4, 2, 1].map(key_on);
     let mut keys: Vec<_> = order.iter().map(|key| key.clone().into()).collect();
     keys.insert(2, "absent".into());
-    let request = v1::BatchGetRequest {
-        keys,
-        ..Default::default()
-    };
+    let request = v1::BatchGetRequest { keys, ..Default::default() };
     let answer = nodes.two.ask(Operation::BatchGet(request)).await.unwrap();
-    let Answer::BatchGet(found) = answer else {
-        panic!("a batch's answer")
-    };
+    let Answer::BatchGet(found) = answer else { panic!("a batch's answer") };
     let value = |item: &v1::BatchGetItem| {
-        item.entry
-            .as_ref()
-            .map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
+        item.entry.as_ref().map(|entry| String::from_utf8_lossy(&entry.value).into_owned())
     };
     let values: Vec<_> = found.items.iter().map(value).collect();
     let mut expected: Vec<_> = order.into_iter().map(Some).collect();
@@ -358,29 +245,13 @@ async fn batch_is_answered_in_the_callers_order() {
 async fn failed_condition_is_an_answer_with_the_current_state() {
     let nodes = Nodes::start().await;
     let first = nodes.one.put(put("k", "old")).await.unwrap();
-    let if_absent = Some(v1::Condition {
-        kind: Some(v1::condition::Kind::IfAbsent(true)),
-    });
+    let if_absent = Some(v1::Condition { kind: Some(v1::condition::Kind::IfAbsent(true)) });
     let condition = if_absent.clone();
-    let second = nodes
-        .two
-        .put(v1::PutRequest {
-            condition,
-            ..put("k", "new")
-        })
-        .await
-        .unwrap();
+    let second = nodes.two.put(v1::PutRequest { condition, ..put("k", "new") }).await.unwrap();
     let current = second.current.unwrap();
     assert!(!second.applied && second.version == 0);
-    assert_eq!(
-        (&current.value[..], current.version),
-        (&b"old"[..], first.version)
-    );
-    let delete = v1::DeleteRequest {
-        key: "k".into(),
-        condition: if_absent,
-        ..Default::default()
-    };
+    assert_eq!((&current.value[..], current.version), (&b"old"[..], first.version));
+    let delete = v1::DeleteRequest { key: "k".into(), condition: if_absent, ..Default::default() };
     let Answer::Delete(third) = nodes.two.ask(Operation::Delete(delete)).await.unwrap() else {
         panic!("a delete's answer")
     };
@@ -392,33 +263,14 @@ async fn failed_condition_is_an_answer_with_the_current_state() {
 #[tokio::test(flavor = "multi_thread")]
 async fn entry_is_there_until_its_time_to_live_is_over_and_never_again() {
     let nodes = Nodes::start().await;
-    let written = nodes
-        .one
-        .put(v1::PutRequest {
-            ttl_ms: 60_000,
-            ..put("k", "v")
-        })
-        .await
-        .unwrap();
+    let written = nodes.one.put(v1::PutRequest { ttl_ms: 60_000, ..put("k", "v") }).await.unwrap();
     let entry = nodes.one.get(get("k")).await.unwrap().entry.unwrap();
     assert_eq!(entry.expires_at_ms, (written.version >> 16) + 60_000);
     nodes.clock.advance(Duration::from_secs(61));
     assert_eq!(nodes.one.value("k").await, None);
-    let read = v1::ReadOptions {
-        at_version: written.version,
-        ..Default::default()
-    };
-    let then = nodes
-        .two
-        .get(v1::GetRequest {
-            read: Some(read),
-            ..get("k")
-        })
-        .await;
-    assert!(
-        then.unwrap().entry.is_some(),
-        "it was there then, and no write has moved the clock"
-    );
+    let read = v1::ReadOptions { at_version: written.version, ..Default::default() };
+    let then = nodes.two.get(v1::GetRequest { read: Some(read), ..get("k") }).await;
+    assert!(then.unwrap().entry.is_some(), "it was there then, and no write has moved the clock");
     nodes.one.put(put("k", "again")).await.unwrap();
     assert_eq!(nodes.two.value("k").await.as_deref(), Some("again"));
     nodes.stop().await;
@@ -430,22 +282,13 @@ async fn older_versions_are_read_until_the_history_ends() {
     let old = nodes.one.put(put("k", "old")).await.unwrap();
     nodes.one.put(put("k", "new")).await.unwrap();
     let read = |at_version| {
-        let read = Some(v1::ReadOptions {
-            at_version,
-            ..Default::default()
-        });
+        let read = Some(v1::ReadOptions { at_version, ..Default::default() });
         nodes.two.get(v1::GetRequest { read, ..get("k") })
     };
-    assert_eq!(
-        &read(old.version).await.unwrap().entry.unwrap().value[..],
-        b"old"
-    );
+    assert_eq!(&read(old.version).await.unwrap().entry.unwrap().value[..], b"old");
     assert!(read(old.version - 1).await.unwrap().entry.is_none());
     let ahead = old.version + (60_000 << 16);
-    assert_eq!(
-        read(ahead).await.unwrap_err().reason,
-        Reason::ClockOutOfBound
-    );
+    assert_eq!(read(ahead).await.unwrap_err().reason, Reason::ClockOutOfBound);
     nodes.clock.advance(Duration::from_secs(120));
     nodes.one.put(put("k", "newest")).await.unwrap();
     let gone = read(old.version).await.unwrap_err();
@@ -461,15 +304,9 @@ async fn full_disk_takes_only_deletes() {
     nodes.one.put(put(&key, "v")).await.unwrap();
     nodes.two.gate.0.store(true, Ordering::SeqCst);
     let fault = nodes.one.put(put(&key, "w")).await.unwrap_err();
-    assert_eq!(
-        (fault.reason, fault.outcome),
-        (Reason::DiskFull, Outcome::NotApplied)
-    );
+    assert_eq!((fault.reason, fault.outcome), (Reason::DiskFull, Outcome::NotApplied));
     assert_eq!(nodes.one.value(&key).await.as_deref(), Some("v"));
-    let delete = v1::DeleteRequest {
-        key: key.clone().into(),
-        ..Default::default()
-    };
+    let delete = v1::DeleteRequest { key: key.clone().into(), ..Default::default() };
     nodes.one.ask(Operation::Delete(delete)).await.unwrap();
     assert_eq!(nodes.one.value(&key).await, None);
     nodes.stop().await;
@@ -480,14 +317,8 @@ async fn any_consistency_is_served_here_and_says_how_stale_it_may_be() {
     let nodes = Nodes::start().await;
     let key = key_on(1);
     nodes.one.put(put(&key, "v")).await.unwrap();
-    let read = v1::ReadOptions {
-        consistency: v1::Consistency::Any.into(),
-        ..Default::default()
-    };
-    let any = v1::GetRequest {
-        read: Some(read),
-        ..get(&key)
-    };
+    let read = v1::ReadOptions { consistency: v1::Consistency::Any.into(), ..Default::default() };
+    let any = v1::GetRequest { read: Some(read), ..get(&key) };
     let found = nodes.one.get(any).await.unwrap();
     let served = found.served.unwrap();
     assert!(found.entry.is_some() && served.leader);
@@ -501,37 +332,18 @@ async fn beyond_the_limits_and_while_draining_nothing_is_taken_on() {
     let ask = || {
         let operation = Some(Operation::Get(get("k")));
         let router = nodes.one.router.clone();
-        async move {
-            router
-                .admitted(0, operation, &Call::client(None))
-                .await
-                .map(|_| ())
-        }
+        async move { router.admitted(0, operation, &Call::client(None)).await.map(|_| ()) }
     };
     ask().await.unwrap();
-    let permit = nodes
-        .one
-        .router
-        .admission()
-        .admit(64 << 20, Origin::Client)
-        .unwrap();
-    let mut first = nodes
-        .one
-        .router
-        .admission()
-        .admit(0, Origin::Client)
-        .unwrap();
+    let permit = nodes.one.router.admission().admit(64 << 20, Origin::Client).unwrap();
+    let mut first = nodes.one.router.admission().admit(0, Origin::Client).unwrap();
     assert_eq!(first.charge(1).unwrap_err().reason, Reason::Overloaded);
     drop((permit, first));
     ask().await.unwrap();
     nodes.one.draining.cancel();
     assert_eq!(ask().await.unwrap_err().reason, Reason::Draining);
     let written = nodes.two.put(put(&key_on(1), "v")).await.unwrap();
-    assert_eq!(
-        written.served.map(|served| served.node),
-        Some(1),
-        "it still leads"
-    );
+    assert_eq!(written.served.map(|served| served.node), Some(1), "it still leads");
     until(|| nodes.one.router.admission().in_flight() == (0, 0)).await;
     nodes.stop().await;
 }

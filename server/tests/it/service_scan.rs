@@ -23,11 +23,7 @@ async fn pages(node: &Node, request: v1::ScanRequest) -> Result<Vec<v1::ScanResp
 }
 
 fn keys(pages: &[v1::ScanResponse]) -> Vec<Bytes> {
-    pages
-        .iter()
-        .flat_map(|page| &page.entries)
-        .map(|entry| entry.key.clone())
-        .collect()
+    pages.iter().flat_map(|page| &page.entries).map(|entry| entry.key.clone()).collect()
 }
 
 /// Keys of `default` over all shards, each with its value.
@@ -36,19 +32,14 @@ async fn fill(node: &Node, count: usize) -> BTreeMap<Bytes, Bytes> {
     let value = "v".repeat(200);
     for number in 0..count {
         let key = format!("k{number:04}");
-        node.put(put(&key, &format!("{value}{number}")))
-            .await
-            .unwrap();
+        node.put(put(&key, &format!("{value}{number}"))).await.unwrap();
         all.insert(key.into(), format!("{value}{number}").into());
     }
     all
 }
 
 fn scan() -> v1::ScanRequest {
-    v1::ScanRequest {
-        page_bytes: 16 << 10,
-        ..Default::default()
-    }
+    v1::ScanRequest { page_bytes: 16 << 10, ..Default::default() }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -58,80 +49,30 @@ async fn keys_of_all_shards_come_in_order_whole_and_within_bounds() {
     let found = pages(&nodes.two, scan()).await.unwrap();
     assert!(found.len() > 3, "{} pages", found.len());
     assert_eq!(keys(&found), all.keys().cloned().collect::<Vec<_>>());
-    assert!(found.iter().flat_map(|page| &page.entries).all(|found| {
-        found
-            .entry
-            .as_ref()
-            .is_some_and(|entry| entry.value == all[&found.key])
-    }));
     assert!(
-        found
-            .iter()
-            .all(|page| page.version == found[0].version && page.version > 0)
+        found.iter().flat_map(|page| &page.entries).all(|found| {
+            found.entry.as_ref().is_some_and(|entry| entry.value == all[&found.key])
+        })
     );
+    assert!(found.iter().all(|page| page.version == found[0].version && page.version > 0));
     let done: Vec<_> = found.iter().map(|page| page.done).collect();
     assert!(done.iter().rev().skip(1).all(|done| !done) && done.last() == Some(&true));
 
     let cases = [
         (
-            v1::ScanRequest {
-                start: "k0100".into(),
-                end: "k0200".into(),
-                ..scan()
-            },
+            v1::ScanRequest { start: "k0100".into(), end: "k0200".into(), ..scan() },
             "k0100",
             "k0200",
         ),
-        (
-            v1::ScanRequest {
-                prefix: "k01".into(),
-                ..scan()
-            },
-            "k01",
-            "k02",
-        ),
-        (
-            v1::ScanRequest {
-                prefix: "k01".into(),
-                start: "k0150".into(),
-                ..scan()
-            },
-            "k0150",
-            "k02",
-        ),
-        (
-            v1::ScanRequest {
-                prefix: "k01".into(),
-                end: "k0110".into(),
-                ..scan()
-            },
-            "k01",
-            "k0110",
-        ),
-        (
-            v1::ScanRequest {
-                start: "k2".into(),
-                end: "k1".into(),
-                ..scan()
-            },
-            "k2",
-            "k2",
-        ),
-        (
-            v1::ScanRequest {
-                keys_only: true,
-                ..scan()
-            },
-            "",
-            "z",
-        ),
+        (v1::ScanRequest { prefix: "k01".into(), ..scan() }, "k01", "k02"),
+        (v1::ScanRequest { prefix: "k01".into(), start: "k0150".into(), ..scan() }, "k0150", "k02"),
+        (v1::ScanRequest { prefix: "k01".into(), end: "k0110".into(), ..scan() }, "k01", "k0110"),
+        (v1::ScanRequest { start: "k2".into(), end: "k1".into(), ..scan() }, "k2", "k2"),
+        (v1::ScanRequest { keys_only: true, ..scan() }, "", "z"),
     ];
     for (request, from, to) in cases {
-        let expected: Vec<_> = all
-            .keys()
-            .filter(|key| *key >= from && *key < to)
-            .cloned()
-            .collect();
+        let expected: Vec<_> =
+            all.keys().filter(|key| *key >= from && *key < to).cloned().collect();
         let limited: Vec<_> = expected.iter().take(25).cloned().collect();
         let keys_only = request.keys_only;
         let reversed: Vec<_> = expected.iter().rev().cloned().collect();
@@ -139,29 +80,12 @@ async fn keys_of_all_shards_come_in_order_whole_and_within_bounds() {
         assert_eq!(keys(&found), expected, "{request:?}");
         let mut entries = found.iter().flat_map(|page| &page.entries);
         assert!(entries.all(|found| {
-            found
-                .entry
-                .as_ref()
-                .is_some_and(|entry| entry.value.is_empty() == keys_only)
+            found.entry.as_ref().is_some_and(|entry| entry.value.is_empty() == keys_only)
         }));
-        let backwards = v1::ScanRequest {
-            reverse: true,
-            ..request.clone()
-        };
-        assert_eq!(
-            keys(&pages(&nodes.one, backwards).await.unwrap()),
-            reversed,
-            "{request:?}"
-        );
-        let limit = v1::ScanRequest {
-            limit: 25,
-            ..request.clone()
-        };
-        assert_eq!(
-            keys(&pages(&nodes.two, limit).await.unwrap()),
-            limited,
-            "{request:?}"
-        );
+        let backwards = v1::ScanRequest { reverse: true, ..request.clone() };
+        assert_eq!(keys(&pages(&nodes.one, backwards).await.unwrap()), reversed, "{request:?}");
+        let limit = v1::ScanRequest { limit: 25, ..request.clone() };
+        assert_eq!(keys(&pages(&nodes.two, limit).await.unwrap()), limited, "{request:?}");
     }
     nodes.stop().await;
 }
@@ -171,28 +95,15 @@ async fn scan_resumes_anywhere_at_its_version_with_nothing_missing_or_twice() {
     let nodes = Nodes::start().await;
     let all = fill(&nodes.one, 200).await;
     for reverse in [false, true] {
-        let request = v1::ScanRequest {
-            reverse,
-            limit: 150,
-            ..scan()
-        };
+        let request = v1::ScanRequest { reverse, limit: 150, ..scan() };
         let mut found = Vec::new();
         let mut token = Bytes::new();
         for turn in 0.. {
             assert!(turn < 1_000, "the scan comes to its end");
-            let node = if turn % 2 == 0 {
-                &nodes.one
-            } else {
-                &nodes.two
-            };
-            let resumed = v1::ScanRequest {
-                resume_token: token,
-                ..request.clone()
-            };
+            let node = if turn % 2 == 0 { &nodes.one } else { &nodes.two };
+            let resumed = v1::ScanRequest { resume_token: token, ..request.clone() };
             let call = Call::client(None);
-            let mut scan = Scan::begin(node.router.clone(), resumed, call)
-                .await
-                .unwrap();
+            let mut scan = Scan::begin(node.router.clone(), resumed, call).await.unwrap();
             let Some(page) = scan.next_page().await.unwrap() else {
                 break;
             };
@@ -230,20 +141,13 @@ async fn scan_holds_every_write_acknowledged_before_it() {
     let nodes = Nodes::start().await;
     for round in 0..20 {
         for shard in 1..=4 {
-            let node = if round % 2 == 0 {
-                &nodes.one
-            } else {
-                &nodes.two
-            };
-            node.put(put(&key_on(shard), &round.to_string()))
-                .await
-                .unwrap();
+            let node = if round % 2 == 0 { &nodes.one } else { &nodes.two };
+            node.put(put(&key_on(shard), &round.to_string())).await.unwrap();
         }
         let found = pages(&nodes.two, scan()).await.unwrap();
         let values = found.iter().flat_map(|page| &page.entries);
-        let values: Vec<_> = values
-            .map(|found| found.entry.as_ref().unwrap().value.clone())
-            .collect();
+        let values: Vec<_> =
+            values.map(|found| found.entry.as_ref().unwrap().value.clone()).collect();
         assert_eq!(values, vec![Bytes::from(round.to_string()); 4]);
     }
     nodes.stop().await;
@@ -260,72 +164,32 @@ async fn range_of_one_entity_is_one_shards_and_a_long_deleted_run_is_passed_in_p
             kind: Some(kind()),
         });
         let operations = operations.collect();
-        let write = v1::WriteRequest {
-            keyspace: "rows".into(),
-            operations,
-            ..Default::default()
-        };
+        let write = v1::WriteRequest { keyspace: "rows".into(), operations, ..Default::default() };
         nodes.one.ask(Operation::Write(write)).await.unwrap();
     };
-    let value = || {
-        v1::operation::Kind::Put(v1::PutOperation {
-            value: "v".into(),
-            ttl_ms: 0,
-        })
-    };
+    let value = || v1::operation::Kind::Put(v1::PutOperation { value: "v".into(), ttl_ms: 0 });
     let gone = || v1::operation::Kind::Delete(v1::DeleteOperation {});
     for number in (0..36_000).step_by(1_000) {
         write(number, gone).await;
     }
     write(36_000, value).await;
-    nodes
-        .one
-        .put(v1::PutRequest {
-            keyspace: "rows".into(),
-            ..put("s/1", "other")
-        })
-        .await
-        .unwrap();
+    nodes.one.put(v1::PutRequest { keyspace: "rows".into(), ..put("s/1", "other") }).await.unwrap();
 
-    let rows = v1::ScanRequest {
-        keyspace: "rows".into(),
-        prefix: "r/".into(),
-        ..scan()
-    };
+    let rows = v1::ScanRequest { keyspace: "rows".into(), prefix: "r/".into(), ..scan() };
     let found = pages(&nodes.two, rows.clone()).await.unwrap();
-    assert!(
-        found[0].entries.is_empty() && !found[0].done,
-        "the run of deleted keys ends a page"
-    );
+    assert!(found[0].entries.is_empty() && !found[0].done, "the run of deleted keys ends a page");
     let expected: Vec<_> = (36_000..37_000).map(|number| row("r", number)).collect();
     assert_eq!(keys(&found), expected);
     let shard = shard_of("rows", "r/");
-    assert!(
-        found
-            .iter()
-            .all(|page| page.served.is_some_and(|served| served.shard == shard))
-    );
+    assert!(found.iter().all(|page| page.served.is_some_and(|served| served.shard == shard)));
     assert!(found.iter().all(|page| page.version == found[0].version));
 
-    let backwards = v1::ScanRequest {
-        reverse: true,
-        limit: 3,
-        ..rows
-    };
+    let backwards = v1::ScanRequest { reverse: true, limit: 3, ..rows };
     let found = pages(&nodes.one, backwards).await.unwrap();
-    assert_eq!(
-        keys(&found),
-        expected.iter().rev().take(3).cloned().collect::<Vec<_>>()
-    );
-    let every = v1::ScanRequest {
-        keyspace: "rows".into(),
-        ..scan()
-    };
+    assert_eq!(keys(&found), expected.iter().rev().take(3).cloned().collect::<Vec<_>>());
+    let every = v1::ScanRequest { keyspace: "rows".into(), ..scan() };
     let found = keys(&pages(&nodes.one, every).await.unwrap());
-    assert_eq!(
-        (found.len(), found.last()),
-        (1_001, Some(&Bytes::from("s/1")))
-    );
+    assert_eq!((found.len(), found.last()), (1_001, Some(&Bytes::from("s/1"))));
     nodes.stop().await;
 }
 
@@ -334,45 +198,24 @@ async fn page_names_its_shard_and_fixed_versions_tell_the_arc() {
     let nodes = Nodes::start().await;
     fill(&nodes.one, 40).await;
     let route = |shard, shard_epoch| Some(v1::Route { shard, shard_epoch });
-    let one = v1::ScanRequest {
-        only_shard: route(3, 1),
-        ..scan()
-    };
+    let one = v1::ScanRequest { only_shard: route(3, 1), ..scan() };
     let found = keys(&pages(&nodes.one, one.clone()).await.unwrap());
     assert!(!found.is_empty());
-    assert!(
-        found
-            .iter()
-            .all(|key| shard_of("", std::str::from_utf8(key).unwrap()) == 3)
-    );
-    let stale = v1::ScanRequest {
-        only_shard: route(3, 9),
-        ..one
-    };
-    assert_eq!(
-        pages(&nodes.one, stale).await.unwrap_err().reason,
-        Reason::StaleRoute
-    );
+    assert!(found.iter().all(|key| shard_of("", std::str::from_utf8(key).unwrap()) == 3));
+    let stale = v1::ScanRequest { only_shard: route(3, 9), ..one };
+    assert_eq!(pages(&nodes.one, stale).await.unwrap_err().reason, Reason::StaleRoute);
     let nowhere = nodes.one.ask(Operation::Scan(scan())).await.unwrap_err();
     assert_eq!(nowhere.reason, Reason::InvalidArgument);
 
     let fix = |version| {
-        let question = v1::FixVersionRequest {
-            route: route(2, 0),
-            version,
-        };
+        let question = v1::FixVersionRequest { route: route(2, 0), version };
         nodes.two.ask(Operation::FixVersion(question))
     };
-    let Answer::FixVersion(first) = fix(0).await.unwrap() else {
-        panic!("a version")
-    };
+    let Answer::FixVersion(first) = fix(0).await.unwrap() else { panic!("a version") };
     assert_eq!((first.start, first.end, first.epoch), (1 << 62, 2 << 62, 1));
     let key = key_on(2);
     let written = nodes.one.put(put(&key, "later")).await.unwrap();
-    assert!(
-        written.version > first.version,
-        "no later write gets a version that was fixed"
-    );
+    assert!(written.version > first.version, "no later write gets a version that was fixed");
     let far = fix(first.version + (3_600_000 << 16)).await.unwrap_err();
     assert_eq!(far.reason, Reason::ClockOutOfBound);
     nodes.stop().await;
@@ -385,41 +228,17 @@ async fn token_of_another_scan_is_refused() {
     let found = pages(&nodes.one, scan()).await.unwrap();
     let token = found[0].resume_token.clone();
     for other in [
-        v1::ScanRequest {
-            prefix: "k".into(),
-            ..scan()
-        },
-        v1::ScanRequest {
-            reverse: true,
-            ..scan()
-        },
-        v1::ScanRequest {
-            keyspace: "rows".into(),
-            ..scan()
-        },
+        v1::ScanRequest { prefix: "k".into(), ..scan() },
+        v1::ScanRequest { reverse: true, ..scan() },
+        v1::ScanRequest { keyspace: "rows".into(), ..scan() },
     ] {
-        let other = v1::ScanRequest {
-            resume_token: token.clone(),
-            ..other
-        };
-        assert_eq!(
-            pages(&nodes.one, other).await.unwrap_err().reason,
-            Reason::InvalidArgument
-        );
+        let other = v1::ScanRequest { resume_token: token.clone(), ..other };
+        assert_eq!(pages(&nodes.one, other).await.unwrap_err().reason, Reason::InvalidArgument);
     }
-    let damaged = v1::ScanRequest {
-        resume_token: token.slice(1..),
-        ..scan()
-    };
-    assert_eq!(
-        pages(&nodes.one, damaged).await.unwrap_err().reason,
-        Reason::InvalidArgument
-    );
+    let damaged = v1::ScanRequest { resume_token: token.slice(1..), ..scan() };
+    assert_eq!(pages(&nodes.one, damaged).await.unwrap_err().reason, Reason::InvalidArgument);
     let last = found.last().unwrap().resume_token.clone();
-    let over = v1::ScanRequest {
-        resume_token: last,
-        ..scan()
-    };
+    let over = v1::ScanRequest { resume_token: last, ..scan() };
     assert!(keys(&pages(&nodes.one, over).await.unwrap()).is_empty());
     nodes.stop().await;
 }

@@ -18,10 +18,7 @@ fn ids(known: &[KnownNode]) -> Vec<u64> {
 }
 
 fn moved(node: u64, start_count: u64) -> KnownNode {
-    KnownNode {
-        peer_address: format!("m{node}:1"),
-        ..known(node, start_count)
-    }
+    KnownNode { peer_address: format!("m{node}:1"), ..known(node, start_count) }
 }
 
 #[tokio::test(start_paused = true)]
@@ -70,17 +67,10 @@ async fn a_node_that_comes_back_elsewhere_is_followed() {
     let _back = Node::start(&net, settings(moved(3, 2), &[known(1, 1)])).await;
     let begun = Instant::now();
     for node in &nodes[..2] {
-        until("the new address is known", || {
-            node.transport.peers().contains(&moved(3, 2))
-        })
-        .await;
+        until("the new address is known", || node.transport.peers().contains(&moved(3, 2))).await;
         node.reach(3).await;
     }
-    assert!(
-        begun.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -107,10 +97,7 @@ async fn a_cluster_whose_nodes_all_come_back_elsewhere_finds_itself() {
 #[tokio::test(start_paused = true)]
 async fn nodes_without_a_cluster_meet_and_are_let_in() {
     let net = MemoryNet::default();
-    let unborn = |id: u64| KnownNode {
-        node: 0,
-        ..known(id, 1)
-    };
+    let unborn = |id: u64| KnownNode { node: 0, ..known(id, 1) };
     let mut nodes = Vec::new();
     for id in 1..=3 {
         let node = Node::start(&net, settings(unborn(id), &[])).await;
@@ -120,10 +107,7 @@ async fn nodes_without_a_cluster_meet_and_are_let_in() {
     }
     for (node, own) in nodes.iter().zip(1..) {
         let others: Vec<_> = (1..=3).filter(|id| *id != own).map(unborn).collect();
-        until("the others are met", || {
-            node.transport.strangers() == others
-        })
-        .await;
+        until("the others are met", || node.transport.strangers() == others).await;
         assert!(node.transport.peers().is_empty());
     }
 
@@ -131,16 +115,9 @@ async fn nodes_without_a_cluster_meet_and_are_let_in() {
     for (node, id) in [(&nodes[2], 1), (&nodes[0], 2), (&nodes[1], 3)] {
         if id > 1 {
             let address = node.transport.own().peer_address;
-            let adopt = Adopt {
-                cluster_id: "c".into(),
-                node: id,
-                hash_seed: 0,
-            };
+            let adopt = Adopt { cluster_id: "c".into(), node: id, hash_seed: 0 };
             let to = Target::Address(address);
-            let answer = nodes[2]
-                .transport
-                .command(to, Kind::Adopt(adopt), LONG)
-                .await;
+            let answer = nodes[2].transport.command(to, Kind::Adopt(adopt), LONG).await;
             assert!(matches!(answer, Ok(Kind::Done(_))), "{answer:?}");
         }
         node.transport.set_identity("c", NodeId(id));
@@ -148,22 +125,13 @@ async fn nodes_without_a_cluster_meet_and_are_let_in() {
     let begun = Instant::now();
     for (node, own) in [(&nodes[2], 1), (&nodes[0], 2), (&nodes[1], 3)] {
         for other in (1..=3).filter(|other| *other != own) {
-            until("the other is known", || {
-                ids(&node.transport.peers()).contains(&other)
-            })
-            .await;
+            until("the other is known", || ids(&node.transport.peers()).contains(&other)).await;
             node.reach(other).await;
         }
     }
-    assert!(
-        begun.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
     until("nobody is a stranger any more", || {
-        nodes
-            .iter()
-            .all(|node| node.transport.strangers().is_empty())
+        nodes.iter().all(|node| node.transport.strangers().is_empty())
     })
     .await;
 }
@@ -171,10 +139,7 @@ async fn nodes_without_a_cluster_meet_and_are_let_in() {
 #[tokio::test(start_paused = true)]
 async fn a_dead_stranger_fades_although_the_others_talk() {
     let net = MemoryNet::default();
-    let unborn = |id: u64| KnownNode {
-        node: 0,
-        ..known(id, 1)
-    };
+    let unborn = |id: u64| KnownNode { node: 0, ..known(id, 1) };
     let mut nodes = Vec::new();
     for id in 1..=3 {
         let node = Node::start(&net, settings(unborn(id), &[])).await;
@@ -183,18 +148,10 @@ async fn a_dead_stranger_fades_although_the_others_talk() {
         }
         nodes.push(node);
     }
-    until("all meet", || {
-        nodes
-            .iter()
-            .all(|node| node.transport.strangers().len() == 2)
-    })
-    .await;
+    until("all meet", || nodes.iter().all(|node| node.transport.strangers().len() == 2)).await;
     nodes[2].stop().await;
     for node in &nodes[..2] {
-        until("the dead one is gone", || {
-            node.transport.strangers().len() == 1
-        })
-        .await;
+        until("the dead one is gone", || node.transport.strangers().len() == 1).await;
     }
     tokio::time::sleep(Duration::from_secs(30)).await;
     assert_eq!(nodes[0].transport.strangers(), [unborn(2)]);
@@ -205,10 +162,7 @@ async fn a_dead_stranger_fades_although_the_others_talk() {
 async fn commands_reach_nodes_and_addresses() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
-    let joiner = KnownNode {
-        node: 0,
-        ..known(7, 1)
-    };
+    let joiner = KnownNode { node: 0, ..known(7, 1) };
     let joiner = Node::start(&net, settings(joiner, &[])).await;
     let join = || Kind::Join(Join { from: None });
     for (from, to) in [
@@ -223,22 +177,11 @@ async fn commands_reach_nodes_and_addresses() {
     }
     let nobody = Target::Address("n9:1".into());
     let answer = nodes[0].transport.command(nobody, join(), LONG).await;
-    assert!(
-        matches!(answer, Err(TransportError::Unreachable(_))),
-        "{answer:?}"
-    );
+    assert!(matches!(answer, Err(TransportError::Unreachable(_))), "{answer:?}");
     let itself = Target::Address("n1:1".into());
     let answer = nodes[0].transport.command(itself, join(), LONG).await;
-    assert!(
-        answer
-            .expect_err("no answer")
-            .to_string()
-            .contains("the node itself")
-    );
-    assert!(
-        nodes.iter().all(|node| node.notes.lost.lock().is_empty()),
-        "guests are not missed"
-    );
+    assert!(answer.expect_err("no answer").to_string().contains("the node itself"));
+    assert!(nodes.iter().all(|node| node.notes.lost.lock().is_empty()), "guests are not missed");
 }
 
 #[tokio::test(start_paused = true)]
@@ -246,10 +189,7 @@ async fn a_cut_is_a_cut_until_it_is_healed() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 3).await;
     let waits = nodes[1].ask(1, Lane::Appends, "never", LONG);
-    until("it was heard", || {
-        nodes[0].notes.asked().contains(&"never".into())
-    })
-    .await;
+    until("it was heard", || nodes[0].notes.asked().contains(&"never".into())).await;
     assert!(nodes[0].transport.cut(BTreeSet::from([NodeId(2)])));
     unreachable(waits.await);
     tokio::time::sleep(Duration::from_secs(5)).await;
@@ -264,11 +204,7 @@ async fn a_cut_is_a_cut_until_it_is_healed() {
     nodes[0].transport.cut(BTreeSet::new());
     nodes[0].reach(2).await;
     nodes[1].reach(1).await;
-    assert!(
-        healed.elapsed() < Duration::from_secs(1),
-        "{:?}",
-        healed.elapsed()
-    );
+    assert!(healed.elapsed() < Duration::from_secs(1), "{:?}", healed.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -280,9 +216,7 @@ async fn without_fault_injection_nothing_is_cut() {
     let _other = Node::start(&net, settings(known(2, 1), &[])).await;
     safe.reach(2).await;
     assert!(!safe.transport.cut(BTreeSet::from([NodeId(2)])));
-    safe.ask(2, Lane::Appends, "still there?", LONG)
-        .await
-        .expect("answered");
+    safe.ask(2, Lane::Appends, "still there?", LONG).await.expect("answered");
 }
 
 #[tokio::test(start_paused = true)]
@@ -296,9 +230,5 @@ async fn a_removed_node_stays_out() {
     let why = unreachable(nodes[2].ask(1, Lane::Control, "let me in", LONG).await);
     assert!(why.contains("removed"), "{why}");
     assert_eq!(nodes[0].notes.asked().len(), heard);
-    assert_eq!(
-        ids(&nodes[0].transport.peers()),
-        [2],
-        "gossip does not bring it back"
-    );
+    assert_eq!(ids(&nodes[0].transport.peers()), [2], "gossip does not bring it back");
 }

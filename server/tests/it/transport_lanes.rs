@@ -21,10 +21,8 @@ async fn questions_of_one_lane_arrive_in_the_order_of_asking() {
     nodes[1].notes.questions.lock().clear();
     for lane in [Lane::Control, Lane::Heartbeat, Lane::Appends, Lane::Bulk] {
         let bodies: Vec<_> = (0..500).map(|i| format!("{lane:?} {i}")).collect();
-        let mut answers: Vec<_> = bodies
-            .iter()
-            .map(|body| nodes[0].ask(2, lane, body, LONG))
-            .collect();
+        let mut answers: Vec<_> =
+            bodies.iter().map(|body| nodes[0].ask(2, lane, body, LONG)).collect();
         // The order is that of `ask`, not that of awaiting.
         answers.reverse();
         for (answer, body) in join_all(answers).await.into_iter().zip(bodies.iter().rev()) {
@@ -32,12 +30,7 @@ async fn questions_of_one_lane_arrive_in_the_order_of_asking() {
         }
         let asked = std::mem::take(&mut *nodes[1].notes.questions.lock());
         assert!(asked.iter().all(|(from, _)| *from == NodeId(1)));
-        assert!(
-            asked
-                .iter()
-                .map(|(_, body)| body)
-                .eq(bodies.iter().map(|body| body.as_bytes()))
-        );
+        assert!(asked.iter().map(|(_, body)| body).eq(bodies.iter().map(|body| body.as_bytes())));
     }
 }
 
@@ -47,13 +40,7 @@ async fn answers_come_in_any_order_and_nobody_waits_for_another() {
     let nodes = cluster(&net, 2).await;
     let first = nodes[0].ask(2, Lane::Appends, "hold 1", LONG);
     let second = nodes[0].ask(2, Lane::Appends, "hold 2", LONG);
-    assert_eq!(
-        nodes[0]
-            .ask(2, Lane::Appends, "third", LONG)
-            .await
-            .expect("answered"),
-        "third"
-    );
+    assert_eq!(nodes[0].ask(2, Lane::Appends, "third", LONG).await.expect("answered"), "third");
     assert_eq!(nodes[1].notes.held(), 2);
     nodes[1].notes.release_last();
     assert_eq!(second.await.expect("answered"), "hold 2");
@@ -85,10 +72,7 @@ async fn a_break_fails_everything_at_once_and_is_told_once() {
         .map(|lane| nodes[0].ask(2, lane, "never", LONG))
         .into_iter()
         .collect();
-    until("all three were heard", || {
-        nodes[1].notes.asked().ends_with(&["never".into()])
-    })
-    .await;
+    until("all three were heard", || nodes[1].notes.asked().ends_with(&["never".into()])).await;
     let begun = Instant::now();
     net.break_connections("n2:1");
     for answer in join_all(answers).await {
@@ -98,10 +82,7 @@ async fn a_break_fails_everything_at_once_and_is_told_once() {
     assert_eq!(*nodes[0].notes.lost.lock(), [NodeId(2)]);
     assert_eq!(*nodes[1].notes.lost.lock(), [NodeId(1)]);
     nodes[0].reach(2).await;
-    assert!(
-        begun.elapsed() < Duration::from_secs(1),
-        "redialled at once"
-    );
+    assert!(begun.elapsed() < Duration::from_secs(1), "redialled at once");
 }
 
 #[tokio::test(start_paused = true)]
@@ -109,10 +90,7 @@ async fn a_node_that_died_is_unreachable_at_once_and_found_when_it_is_back() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
     nodes[1].stop().await;
-    until("the loss is told", || {
-        *nodes[0].notes.lost.lock() == [NodeId(2)]
-    })
-    .await;
+    until("the loss is told", || *nodes[0].notes.lost.lock() == [NodeId(2)]).await;
     let begun = Instant::now();
     let why = unreachable(nodes[0].ask(2, Lane::Appends, "hello", LONG).await);
     assert!(begun.elapsed().is_zero(), "waited to hear: {why}");
@@ -121,11 +99,7 @@ async fn a_node_that_died_is_unreachable_at_once_and_found_when_it_is_back() {
     let begun = Instant::now();
     let _back = Node::start(&net, settings(known(2, 2), &[known(1, 1)])).await;
     nodes[0].reach(2).await;
-    assert!(
-        begun.elapsed() < Duration::from_millis(40),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < Duration::from_millis(40), "{:?}", begun.elapsed());
     assert_eq!(nodes[0].notes.known.lock().last(), Some(&known(2, 2)));
 }
 
@@ -142,11 +116,7 @@ async fn a_greeting_ends_the_pause_between_attempts() {
     // The second node dials anew, and so it greets.
     net.break_connections("n1:1");
     nodes[0].reach(2).await;
-    assert!(
-        begun.elapsed() < Duration::from_millis(60),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < Duration::from_millis(60), "{:?}", begun.elapsed());
 }
 
 /// No reset comes from a cut cable: only silence.
@@ -157,9 +127,7 @@ async fn a_silent_peer_times_out_and_its_connections_are_given_up() {
     net.ways("n1", "n2:1", |way| way.silent = true);
     net.ways("n2", "n1:1", |way| way.silent = true);
     let timeout = Duration::from_millis(300);
-    let answer = nodes[0]
-        .ask(2, Lane::Control, "anybody there?", timeout)
-        .await;
+    let answer = nodes[0].ask(2, Lane::Control, "anybody there?", timeout).await;
     assert_eq!(answer, Err(TransportError::Timeout(timeout)));
     let waits = nodes[0].ask(2, Lane::Appends, "still?", LONG);
     let begun = Instant::now();
@@ -171,11 +139,7 @@ async fn a_silent_peer_times_out_and_its_connections_are_given_up() {
     net.ways("n2", "n1:1", |way| way.silent = false);
     let healed = Instant::now();
     nodes[0].reach(2).await;
-    assert!(
-        healed.elapsed() < Duration::from_millis(1100),
-        "{:?}",
-        healed.elapsed()
-    );
+    assert!(healed.elapsed() < Duration::from_millis(1100), "{:?}", healed.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
@@ -209,10 +173,7 @@ async fn what_is_under_way_is_bounded_in_bytes_for_each_lane() {
     assert!(why.contains("under way"), "{why}");
     assert_eq!(waiting.len(), 7, "of a MiB and a little each, under 8 MiB");
     assert_eq!(
-        nodes[0]
-            .ask(2, Lane::Appends, "other lane", LONG)
-            .await
-            .expect("room"),
+        nodes[0].ask(2, Lane::Appends, "other lane", LONG).await.expect("room"),
         "other lane"
     );
 
@@ -222,9 +183,7 @@ async fn what_is_under_way_is_bounded_in_bytes_for_each_lane() {
     drop(waiting);
     drop(held);
     for _ in 0..3 {
-        let fits = nodes[0]
-            .ask(2, Lane::Bulk, &"y".repeat(7 << 20), LONG)
-            .await;
+        let fits = nodes[0].ask(2, Lane::Bulk, &"y".repeat(7 << 20), LONG).await;
         assert_eq!(fits.expect("room").len(), 7 << 20);
     }
 }
@@ -233,13 +192,9 @@ async fn what_is_under_way_is_bounded_in_bytes_for_each_lane() {
 async fn what_is_under_way_is_bounded_in_number() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
-    let waiting: Vec<_> = (0..4096)
-        .map(|_| nodes[0].ask(2, Lane::Control, "never", LONG))
-        .collect();
-    until("all were heard", || {
-        nodes[1].notes.questions.lock().len() >= 4096
-    })
-    .await;
+    let waiting: Vec<_> =
+        (0..4096).map(|_| nodes[0].ask(2, Lane::Control, "never", LONG)).collect();
+    until("all were heard", || nodes[1].notes.questions.lock().len() >= 4096).await;
     let why = unreachable(nodes[0].ask(2, Lane::Control, "one more", LONG).await);
     assert!(why.contains("4096 questions"), "{why}");
     drop(waiting);
@@ -252,20 +207,10 @@ async fn what_is_under_way_is_bounded_in_number() {
 async fn a_message_that_no_frame_holds_is_refused_and_the_largest_one_is_not() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
-    let why = unreachable(
-        nodes[0]
-            .ask(2, Lane::Appends, &"x".repeat(16 << 20), LONG)
-            .await,
-    );
+    let why = unreachable(nodes[0].ask(2, Lane::Appends, &"x".repeat(16 << 20), LONG).await);
     assert!(why.contains("is over"), "{why}");
     let large = "x".repeat((15 << 20) - 64);
-    assert_eq!(
-        nodes[0]
-            .ask(2, Lane::Appends, &large, LONG)
-            .await
-            .expect("fits"),
-        large.as_bytes()
-    );
+    assert_eq!(nodes[0].ask(2, Lane::Appends, &large, LONG).await.expect("fits"), large.as_bytes());
 }
 
 #[tokio::test(start_paused = true)]
@@ -284,33 +229,16 @@ async fn heartbeats_of_many_groups_leave_in_one_envelope_with_facts() {
         }
     }
     assert!(join_all(answers).await.iter().all(|answer| answer.is_ok()));
-    assert!(
-        begun.elapsed() <= Duration::from_millis(8),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() <= Duration::from_millis(8), "{:?}", begun.elapsed());
     for forth in [true, false] {
         let frames = net.way("n1", "n2:1", forth, |way| way.frames.clone());
         assert_eq!(frames.len(), 1, "forth: {forth}");
         let envelope = Envelope::decode(&frames[0][..]).expect("an envelope");
         assert_eq!(envelope.messages.len(), 40);
-        assert!(
-            envelope
-                .messages
-                .iter()
-                .all(|message| message.answer != forth)
-        );
+        assert!(envelope.messages.iter().all(|message| message.answer != forth));
     }
-    assert_eq!(
-        *nodes[1].notes.facts.lock(),
-        [(NodeId(1), 1)],
-        "with the heartbeats"
-    );
-    assert_eq!(
-        *nodes[0].notes.facts.lock(),
-        [(NodeId(2), 2)],
-        "with their answers"
-    );
+    assert_eq!(*nodes[1].notes.facts.lock(), [(NodeId(1), 1)], "with the heartbeats");
+    assert_eq!(*nodes[0].notes.facts.lock(), [(NodeId(2), 2)], "with their answers");
 }
 
 #[tokio::test(start_paused = true)]
@@ -331,19 +259,11 @@ async fn what_waits_leaves_together_and_large_messages_do_not_pile_into_one_fram
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
     net.ways("n1", "n2:1", |way| way.frames.clear());
-    let small: Vec<_> = (0..1000)
-        .map(|i| nodes[0].ask(2, Lane::Appends, &format!("{i}"), LONG))
-        .collect();
+    let small: Vec<_> =
+        (0..1000).map(|i| nodes[0].ask(2, Lane::Appends, &format!("{i}"), LONG)).collect();
     let body = "x".repeat(600 << 10);
-    let large: Vec<_> = (0..4)
-        .map(|_| nodes[0].ask(2, Lane::Appends, &body, LONG))
-        .collect();
-    assert!(
-        join_all(small.into_iter().chain(large))
-            .await
-            .iter()
-            .all(|answer| answer.is_ok())
-    );
+    let large: Vec<_> = (0..4).map(|_| nodes[0].ask(2, Lane::Appends, &body, LONG)).collect();
+    assert!(join_all(small.into_iter().chain(large)).await.iter().all(|answer| answer.is_ok()));
     let frames = net.way("n1", "n2:1", true, |way| way.frames.clone());
     let sizes: Vec<_> = frames.iter().map(Vec::len).collect();
     assert_eq!(frames.len(), 4, "{sizes:?}");
@@ -355,17 +275,11 @@ async fn forwards_have_a_connection_of_their_own() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
     let forward = |body: &'static str| {
-        nodes[0]
-            .transport
-            .forward(NodeId(2), Bytes::from_static(body.as_bytes()), LONG)
+        nodes[0].transport.forward(NodeId(2), Bytes::from_static(body.as_bytes()), LONG)
     };
     assert_eq!(forward("get x").await.expect("answered"), "1:get x");
     assert_eq!(unreachable(forward("refuse").await), "not taken");
-    assert!(
-        nodes[0].transport.status()[0]
-            .dialled
-            .contains(&Connection::Forward)
-    );
+    assert!(nodes[0].transport.status()[0].dialled.contains(&Connection::Forward));
 }
 
 #[tokio::test(start_paused = true)]
@@ -373,10 +287,7 @@ async fn the_end_of_a_transport_fails_what_waits_and_joins_its_tasks() {
     let net = MemoryNet::default();
     let nodes = cluster(&net, 2).await;
     let waits = nodes[0].ask(2, Lane::Appends, "never", LONG);
-    until("it was heard", || {
-        nodes[1].notes.asked().contains(&"never".into())
-    })
-    .await;
+    until("it was heard", || nodes[1].notes.asked().contains(&"never".into())).await;
     nodes[0].stop().await;
     assert!(unreachable(waits.await).contains("has ended"));
     assert!(unreachable(nodes[0].ask(2, Lane::Appends, "more", LONG).await).contains("has ended"));

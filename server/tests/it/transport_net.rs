@@ -43,10 +43,7 @@ pub(crate) struct MemoryNet(Arc<Mutex<World>>);
 impl MemoryNet {
     /// The network as one host sees it.
     pub(crate) fn host(&self, name: &str) -> Arc<dyn Net> {
-        Arc::new(Host {
-            net: self.clone(),
-            name: name.to_owned(),
-        })
+        Arc::new(Host { net: self.clone(), name: name.to_owned() })
     }
 
     /// Changes or reads the way of what `from`'s connections to `address` carry: forth, or back.
@@ -74,12 +71,7 @@ impl MemoryNet {
     }
 
     fn breaks(&self, address: &str) -> u64 {
-        self.0
-            .lock()
-            .breaks
-            .get(address)
-            .copied()
-            .unwrap_or_default()
+        self.0.lock().breaks.get(address).copied().unwrap_or_default()
     }
 }
 
@@ -103,9 +95,7 @@ impl Net for Host {
             let listener = listener.ok_or_else(refused)?;
             let (near, near_end) = tokio::io::duplex(64 << 10);
             let (far_end, far) = tokio::io::duplex(64 << 10);
-            listener
-                .send((Box::new(far), format!("{name}:1")))
-                .map_err(|_| refused())?;
+            listener.send((Box::new(far), format!("{name}:1"))).map_err(|_| refused())?;
             tokio::spawn(relay(net, name, address, near_end, far_end));
             Ok(Box::new(near) as Box<dyn Stream>)
         })
@@ -113,15 +103,8 @@ impl Net for Host {
 
     fn listen(&self, address: &str) -> BoxFuture<'static, io::Result<Box<dyn Listener>>> {
         let (sender, incoming) = mpsc::unbounded_channel();
-        self.net
-            .0
-            .lock()
-            .listeners
-            .insert(address.to_owned(), sender);
-        let listener = MemoryListener {
-            incoming,
-            address: address.to_owned(),
-        };
+        self.net.0.lock().listeners.insert(address.to_owned(), sender);
+        let listener = MemoryListener { incoming, address: address.to_owned() };
         Box::pin(async move { Ok(Box::new(listener) as Box<dyn Listener>) })
     }
 }
@@ -134,10 +117,7 @@ struct MemoryListener {
 impl Listener for MemoryListener {
     fn accept(&mut self) -> BoxFuture<'_, io::Result<Accepted>> {
         Box::pin(async move {
-            self.incoming
-                .recv()
-                .await
-                .ok_or_else(|| io::ErrorKind::BrokenPipe.into())
+            self.incoming.recv().await.ok_or_else(|| io::ErrorKind::BrokenPipe.into())
         })
     }
 

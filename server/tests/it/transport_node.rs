@@ -76,12 +76,7 @@ impl Inbound for Notes {
     fn command(&self, from: KnownNode, command: Kind) -> BoxFuture<'static, Kind> {
         self.commands.lock().push((from, command));
         let error = format!("from {}", self.node);
-        Box::pin(async move {
-            Kind::Done(CommandDone {
-                error,
-                ..Default::default()
-            })
-        })
+        Box::pin(async move { Kind::Done(CommandDone { error, ..Default::default() }) })
     }
 }
 
@@ -97,11 +92,7 @@ impl Notes {
     }
 
     pub(crate) fn asked(&self) -> Vec<Bytes> {
-        self.questions
-            .lock()
-            .iter()
-            .map(|(_, body)| body.clone())
-            .collect()
+        self.questions.lock().iter().map(|(_, body)| body.clone()).collect()
     }
 }
 
@@ -115,10 +106,7 @@ impl PeerEvents for Notes {
     }
 
     fn facts(&self) -> NodeFacts {
-        NodeFacts {
-            map_epoch: self.node,
-            ..Default::default()
-        }
+        NodeFacts { map_epoch: self.node, ..Default::default() }
     }
 
     fn heard_facts(&self, node: NodeId, facts: NodeFacts, at: Instant) {
@@ -166,10 +154,7 @@ impl Node {
     pub(crate) async fn start(net: &MemoryNet, settings: Settings) -> Self {
         let address = settings.own.peer_address.clone();
         let host = net.host(address.split(':').next().expect("the part before the port"));
-        let listener = host
-            .listen(&address)
-            .await
-            .expect("memory listens everywhere");
+        let listener = host.listen(&address).await.expect("memory listens everywhere");
         Self::start_on(host, listener, settings)
     }
 
@@ -178,19 +163,12 @@ impl Node {
         listener: Box<dyn Listener>,
         settings: Settings,
     ) -> Self {
-        let notes = Arc::new(Notes {
-            node: settings.own.node,
-            ..Default::default()
-        });
+        let notes = Arc::new(Notes { node: settings.own.node, ..Default::default() });
         let exec = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 1));
         let ended = CancellationToken::new();
         let transport = PeerTransport::new(settings, net, exec, ended.clone());
         transport.start(listener, notes.clone(), notes.clone());
-        Self {
-            transport,
-            notes,
-            ended,
-        }
+        Self { transport, notes, ended }
     }
 
     pub(crate) async fn stop(&self) {
@@ -199,13 +177,8 @@ impl Node {
     }
 
     pub(crate) fn ask(&self, to: u64, lane: Lane, body: &str, timeout: Duration) -> Answering {
-        let to = Address {
-            node: NodeId(to),
-            shard: ShardId(3),
-            replica: ReplicaId(4),
-        };
-        self.transport
-            .ask(to, lane, Bytes::copy_from_slice(body.as_bytes()), timeout)
+        let to = Address { node: NodeId(to), shard: ShardId(3), replica: ReplicaId(4) };
+        self.transport.ask(to, lane, Bytes::copy_from_slice(body.as_bytes()), timeout)
     }
 
     /// Asks until there is an answer: the connection may have to come first.

@@ -16,16 +16,9 @@ async fn two_nodes_over_tcp() {
     let mut nodes: Vec<Node> = Vec::new();
     for id in 1..=2 {
         let listener = RealNet.listen("127.0.0.1:0").await.expect("a free port");
-        let own = KnownNode {
-            peer_address: listener.local_address(),
-            ..known(id, 1)
-        };
+        let own = KnownNode { peer_address: listener.local_address(), ..known(id, 1) };
         let others: Vec<_> = nodes.iter().map(|node| node.transport.own()).collect();
-        nodes.push(Node::start_on(
-            Arc::new(RealNet),
-            listener,
-            settings(own, &others),
-        ));
+        nodes.push(Node::start_on(Arc::new(RealNet), listener, settings(own, &others)));
     }
     nodes[1].reach(1).await;
     nodes[0].reach(2).await;
@@ -37,11 +30,7 @@ async fn two_nodes_over_tcp() {
     }
     answers.push(nodes[0].ask(2, Lane::Bulk, &large, LONG));
     for (i, answer) in join_all(answers).await.into_iter().enumerate() {
-        let wanted = if i == 2000 {
-            large.clone()
-        } else {
-            format!("question {i}")
-        };
+        let wanted = if i == 2000 { large.clone() } else { format!("question {i}") };
         assert_eq!(answer.expect("answered"), wanted.as_bytes());
     }
     nodes[1].stop().await;

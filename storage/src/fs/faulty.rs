@@ -214,11 +214,7 @@ impl FaultyFs {
 
     /// Flips one bit, in what is seen and in what is durable.
     pub fn flip_bit(&self, path: &Path, offset: u64, bit: u8) {
-        let inode = self
-            .0
-            .lock()
-            .inode(path)
-            .expect("a test flips bits in files that exist");
+        let inode = self.0.lock().inode(path).expect("a test flips bits in files that exist");
         inode.lock().flip_bit(offset, bit);
     }
 
@@ -287,10 +283,7 @@ fn gone() -> io::Error {
 }
 
 fn not_found(path: &Path) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::NotFound,
-        format!("{} does not exist", path.display()),
-    )
+    io::Error::new(io::ErrorKind::NotFound, format!("{} does not exist", path.display()))
 }
 
 fn injected(what: &str) -> io::Error {
@@ -323,14 +316,7 @@ impl FaultyFs {
 
 impl Fs for FaultyFs {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn File>> {
-        self.hook(
-            if mode == OpenMode::CreateNew {
-                Op::Name
-            } else {
-                Op::Read
-            },
-            path,
-        );
+        self.hook(if mode == OpenMode::CreateNew { Op::Name } else { Op::Read }, path);
         let mut disk = self.0.lock();
         disk.alive()?;
         let inode = if mode == OpenMode::CreateNew {
@@ -339,32 +325,22 @@ impl Fs for FaultyFs {
                 return Err(io::ErrorKind::AlreadyExists.into());
             }
             let inode = Arc::new(Mutex::new(Inode::default()));
-            disk.change(
-                &dir,
-                NameChange::Put(path.to_path_buf(), Node::File(inode.clone())),
-            )?;
+            disk.change(&dir, NameChange::Put(path.to_path_buf(), Node::File(inode.clone())))?;
             inode
         } else {
             disk.inode(path)?
         };
         drop(disk);
         let writable = mode != OpenMode::Read;
-        Ok(Arc::new(FaultyFile {
-            disk: self.clone(),
-            path: path.to_path_buf(),
-            inode,
-            writable,
-        }))
+        Ok(Arc::new(FaultyFile { disk: self.clone(), path: path.to_path_buf(), inode, writable }))
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         self.hook(Op::Name, path);
         let mut disk = self.0.lock();
         disk.alive()?;
-        let mut missing: Vec<&Path> = path
-            .ancestors()
-            .take_while(|dir| !disk.names.contains_key(*dir))
-            .collect();
+        let mut missing: Vec<&Path> =
+            path.ancestors().take_while(|dir| !disk.names.contains_key(*dir)).collect();
         missing.reverse();
         for dir in missing {
             let parent = dir.parent().unwrap_or(Path::new("")).to_path_buf();
@@ -404,10 +380,7 @@ impl Fs for FaultyFs {
             return Err(not_found(from));
         };
         let replaces_dir = matches!(disk.names.get(to), Some(Node::Dir));
-        let occupied = disk
-            .names
-            .keys()
-            .any(|name| name != to && name.starts_with(to));
+        let occupied = disk.names.keys().any(|name| name != to && name.starts_with(to));
         match (node, replaces_dir) {
             (Node::File(_), true) => return Err(io::ErrorKind::IsADirectory.into()),
             (Node::Dir, true) if occupied => return Err(io::ErrorKind::DirectoryNotEmpty.into()),
@@ -417,10 +390,7 @@ impl Fs for FaultyFs {
             _ => {}
         }
         let dir = disk.need_dir(to)?;
-        disk.change(
-            &dir,
-            NameChange::Rename(from.to_path_buf(), to.to_path_buf()),
-        )
+        disk.change(&dir, NameChange::Rename(from.to_path_buf(), to.to_path_buf()))
     }
 
     fn hard_link(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -469,10 +439,7 @@ impl Fs for FaultyFs {
         }
         let children = disk.names.keys().filter(|name| name.parent() == Some(path));
         let mut names: Vec<String> = children
-            .filter_map(|name| {
-                name.file_name()
-                    .map(|name| name.to_string_lossy().into_owned())
-            })
+            .filter_map(|name| name.file_name().map(|name| name.to_string_lossy().into_owned()))
             .collect();
         names.sort_unstable();
         Ok(names)
@@ -486,10 +453,7 @@ impl Fs for FaultyFs {
         let disk = self.0.lock();
         disk.alive()?;
         let used = disk.used_bytes();
-        Ok(Space {
-            free_bytes: disk.capacity.saturating_sub(used),
-            total_bytes: disk.capacity,
-        })
+        Ok(Space { free_bytes: disk.capacity.saturating_sub(used), total_bytes: disk.capacity })
     }
 }
 
@@ -530,9 +494,7 @@ impl File for FaultyFile {
     }
 
     fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
-        self.write(offset + data.len() as u64, |inode| {
-            inode.write(offset, data)
-        })
+        self.write(offset + data.len() as u64, |inode| inode.write(offset, data))
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -40,12 +40,7 @@ pub(crate) struct Cache {
 
 impl Cache {
     pub(crate) fn new(bytes_max: u64) -> Cache {
-        Cache {
-            order: VecDeque::new(),
-            bytes: 0,
-            count: 0,
-            bytes_max,
-        }
+        Cache { order: VecDeque::new(), bytes: 0, count: 0, bytes_max }
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -80,8 +75,7 @@ impl Cache {
             self.order.pop_front();
         }
         if self.order.len() > 2 * self.count + STALE_MAX {
-            self.order
-                .retain(|&key| !matches!(payloads.held(key), Held::Gone));
+            self.order.retain(|&key| !matches!(payloads.held(key), Held::Gone));
         }
     }
 }

@@ -38,22 +38,11 @@ pub(crate) fn advance(state: &mut State, options: &LogOptions) -> Vec<Segment> {
         state.log_start = state.log_start.max(planned);
         state.log_start_planned = None;
     }
-    if state
-        .rewriting
-        .is_some_and(|ticket| ticket <= state.durable)
-    {
+    if state.rewriting.is_some_and(|ticket| ticket <= state.durable) {
         state.rewriting = None;
     }
-    let newest = *state
-        .segments
-        .keys()
-        .next_back()
-        .expect("there is always an active segment");
-    let needed = state
-        .index
-        .live
-        .oldest()
-        .map_or(newest, |oldest| oldest.min(newest));
+    let newest = *state.segments.keys().next_back().expect("there is always an active segment");
+    let needed = state.index.live.oldest().map_or(newest, |oldest| oldest.min(newest));
     if needed > state.log_start && state.log_start_planned.is_none() {
         if state.durable == state.ticket {
             state.log_start = needed;
@@ -105,10 +94,7 @@ fn queue_rewrite(state: &mut State, options: &LogOptions, newest: u64) {
         return;
     }
     let rewrites = collect(state, oldest, options.rewrite_step_bytes);
-    assert!(
-        !rewrites.is_empty(),
-        "a segment with live bytes has live records"
-    );
+    assert!(!rewrites.is_empty(), "a segment with live bytes has live records");
     let ticket = state.next_ticket();
     state.rewriting = Some(ticket);
     state.push_own(ReplicaId(0), Change::Rewrite(rewrites), ticket);
@@ -116,12 +102,7 @@ fn queue_rewrite(state: &mut State, options: &LogOptions, newest: u64) {
 
 /// Live records of a segment, up to a number of bytes, but at least one.
 fn collect(state: &State, segment: u64, bytes_max: u64) -> Vec<Rewrite> {
-    let mut picked = Picked {
-        rewrites: Vec::new(),
-        segment,
-        bytes: 0,
-        bytes_max,
-    };
+    let mut picked = Picked { rewrites: Vec::new(), segment, bytes: 0, bytes_max };
     for (&id, stored) in &state.index.destroyed {
         picked.stored(id, Kind::Destroy, 0, stored, |()| Bytes::new());
     }
@@ -140,13 +121,7 @@ struct Picked {
 
 impl Picked {
     fn replica(&mut self, id: ReplicaId, replica: &Replica) {
-        self.stored(
-            id,
-            Kind::Create,
-            replica.created.value,
-            &replica.created,
-            |_| Bytes::new(),
-        );
+        self.stored(id, Kind::Create, replica.created.value, &replica.created, |_| Bytes::new());
         if let Some(vote) = &replica.vote {
             self.stored(id, Kind::Vote, 0, vote, Bytes::clone);
         }
@@ -184,14 +159,7 @@ impl Picked {
         body: impl FnOnce(&T) -> Bytes,
     ) {
         if let Some(place) = stored.place.filter(|place| place.segment == self.segment) {
-            self.pick(
-                id,
-                kind,
-                index,
-                stored.ticket,
-                place,
-                Some(body(&stored.value)),
-            );
+            self.pick(id, kind, index, stored.ticket, place, Some(body(&stored.value)));
         }
     }
 
@@ -206,14 +174,7 @@ impl Picked {
     ) {
         if !self.is_full() {
             self.bytes += u64::from(from.body_len);
-            self.rewrites.push(Rewrite {
-                replica,
-                kind,
-                index,
-                ticket,
-                from,
-                body,
-            });
+            self.rewrites.push(Rewrite { replica, kind, index, ticket, from, body });
         }
     }
 

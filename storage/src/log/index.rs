@@ -33,27 +33,14 @@ impl Damage {
             Error::Io { path, source } => (path.clone(), 0, source.to_string()),
             other => (PathBuf::new(), 0, other.to_string()),
         };
-        Damage {
-            replica,
-            file,
-            offset,
-            why,
-        }
+        Damage { replica, file, offset, why }
     }
 
     /// The error that every call for this replica gets.
     pub(crate) fn error(&self) -> Error {
-        let Damage {
-            replica,
-            file,
-            offset,
-            why,
-        } = self;
+        let Damage { replica, file, offset, why } = self;
         let why = format!("{} is damaged at byte {offset}: {why}", file.display());
-        Error::Recovering {
-            replica: *replica,
-            why,
-        }
+        Error::Recovering { replica: *replica, why }
     }
 
     /// The body of its record: offset, then file and reason, each up to a line's end.
@@ -68,12 +55,7 @@ impl Damage {
         let offset = u64_at(body, 0).unwrap_or(0);
         let text = String::from_utf8_lossy(body.get(8..).unwrap_or_default()).into_owned();
         let (file, why) = text.split_once('\n').unwrap_or(("", &text));
-        Damage {
-            replica,
-            file: PathBuf::from(file),
-            offset,
-            why: why.to_owned(),
-        }
+        Damage { replica, file: PathBuf::from(file), offset, why: why.to_owned() }
     }
 }
 
@@ -92,12 +74,7 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) fn new(segment: u64, offset: u64, header: &Header) -> Place {
-        Place {
-            segment,
-            offset,
-            body_len: header.body_len,
-            body_crc: header.body_crc,
-        }
+        Place { segment, offset, body_len: header.body_len, body_crc: header.body_crc }
     }
 
     pub(crate) fn body_offset(&self) -> u64 {
@@ -133,11 +110,7 @@ pub(crate) struct Stored<T> {
 
 impl<T> Stored<T> {
     pub(crate) fn queued(value: T, ticket: Ticket) -> Stored<T> {
-        Stored {
-            value,
-            ticket,
-            place: None,
-        }
+        Stored { value, ticket, place: None }
     }
 }
 
@@ -153,13 +126,10 @@ impl Live {
 
     pub(crate) fn remove(&mut self, place: Option<Place>) {
         let Some(place) = place else { return };
-        let bytes = self
-            .0
-            .get_mut(&place.segment)
-            .expect("what stands in a segment was added to it");
-        *bytes = bytes
-            .checked_sub(place.record_len())
-            .expect("never less live than what stands there");
+        let bytes =
+            self.0.get_mut(&place.segment).expect("what stands in a segment was added to it");
+        *bytes =
+            bytes.checked_sub(place.record_len()).expect("never less live than what stands there");
         if *bytes == 0 {
             self.0.remove(&place.segment);
         }
@@ -219,13 +189,11 @@ impl Replica {
     }
 
     pub(crate) fn slot(&self, index: u64) -> Option<&Slot> {
-        self.entries
-            .get(usize::try_from(index.checked_sub(self.first)?).ok()?)
+        self.entries.get(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }
 
     fn slot_mut(&mut self, index: u64) -> Option<&mut Slot> {
-        self.entries
-            .get_mut(usize::try_from(index.checked_sub(self.first)?).ok()?)
+        self.entries.get_mut(usize::try_from(index.checked_sub(self.first)?).ok()?)
     }
 
     pub(crate) fn purged(&self) -> Option<(u64, [u8; 16])> {
@@ -272,15 +240,11 @@ impl Index {
     }
 
     fn known(&mut self, id: ReplicaId) -> &mut Replica {
-        self.replicas
-            .get_mut(&id)
-            .expect("the caller has checked that the replica is known")
+        self.replicas.get_mut(&id).expect("the caller has checked that the replica is known")
     }
 
     pub(crate) fn create(&mut self, id: ReplicaId, ticket: Ticket) {
-        let before = self
-            .replicas
-            .insert(id, Replica::new(Stored::queued(0, ticket)));
+        let before = self.replicas.insert(id, Replica::new(Stored::queued(0, ticket)));
         assert!(before.is_none(), "a replica is created once");
     }
 
@@ -291,30 +255,19 @@ impl Index {
         }
         for slot in &replica.entries {
             // A replica's own account was kept while it was built.
-            self.live
-                .add(slot.place.expect("read from the disk, so it stands there"));
+            self.live.add(slot.place.expect("read from the disk, so it stands there"));
         }
         self.replicas.insert(id, replica);
     }
 
     pub(crate) fn adopt_destroyed(&mut self, id: ReplicaId, place: Place) {
         self.live.add(place);
-        self.destroyed.insert(
-            id,
-            Stored {
-                value: (),
-                ticket: 0,
-                place: Some(place),
-            },
-        );
+        self.destroyed.insert(id, Stored { value: (), ticket: 0, place: Some(place) });
     }
 
     pub(crate) fn destroy(&mut self, id: ReplicaId, ticket: Ticket) {
         self.truncate(id, 0);
-        let replica = self
-            .replicas
-            .remove(&id)
-            .expect("the caller has checked that it is known");
+        let replica = self.replicas.remove(&id).expect("the caller has checked that it is known");
         for place in replica.places() {
             self.live.remove(Some(place));
         }
@@ -328,19 +281,13 @@ impl Index {
     }
 
     pub(crate) fn append(&mut self, id: ReplicaId, entries: &[LogEntry], ticket: Ticket) {
-        let replica = self
-            .replicas
-            .get_mut(&id)
-            .expect("the caller has checked that the replica is known");
+        let replica =
+            self.replicas.get_mut(&id).expect("the caller has checked that the replica is known");
         for entry in entries {
             if replica.entries.is_empty() {
                 replica.first = entry.index;
             }
-            assert_eq!(
-                entry.index,
-                replica.end(),
-                "entries of a replica are consecutive"
-            );
+            assert_eq!(entry.index, replica.end(), "entries of a replica are consecutive");
             replica.payload_bytes += entry.payload.len() as u64;
             replica.entries.push_back(Slot {
                 id: entry.id,
@@ -349,8 +296,7 @@ impl Index {
                 place: None,
                 payload: Some(entry.payload.clone()),
             });
-            self.cache
-                .added((id, entry.index, ticket), entry.payload.len() as u64);
+            self.cache.added((id, entry.index, ticket), entry.payload.len() as u64);
         }
     }
 
@@ -398,11 +344,7 @@ impl Index {
         // The record before stays live until this one is written: nobody waits for that, and it may
         // take long.
         let place = stored.as_ref().and_then(|stored| stored.place);
-        *stored = Some(Stored {
-            value: committed,
-            ticket,
-            place,
-        });
+        *stored = Some(Stored { value: committed, ticket, place });
     }
 
     /// The replica has lost data: everything but its name and the reason is dropped.
@@ -414,10 +356,7 @@ impl Index {
             replica.vote.take().and_then(|stored| stored.place),
             replica.committed.take().and_then(|stored| stored.place),
             replica.purged.take().and_then(|stored| stored.place),
-            replica
-                .damage
-                .replace(Stored::queued(damage, ticket))
-                .and_then(|stored| stored.place),
+            replica.damage.replace(Stored::queued(damage, ticket)).and_then(|stored| stored.place),
         ];
         for place in old {
             self.live.remove(place);
@@ -427,18 +366,9 @@ impl Index {
     /// A record now stands at `place`; what it replaces on disk is dead. A record that something
     /// newer has overtaken in the meantime (another ticket) is dead at once.
     pub(crate) fn placed(&mut self, written: &Written, batch: u64) {
-        let Written {
-            replica: id,
-            kind,
-            index,
-            ticket,
-            place,
-        } = *written;
+        let Written { replica: id, kind, index, ticket, place } = *written;
         if kind == Kind::Destroy {
-            let stored = self
-                .destroyed
-                .get_mut(&id)
-                .filter(|stored| stored.ticket == ticket);
+            let stored = self.destroyed.get_mut(&id).filter(|stored| stored.ticket == ticket);
             if let Some(stored) = stored {
                 self.live.remove(stored.place.replace(place));
                 self.live.add(place);
@@ -449,25 +379,15 @@ impl Index {
             return;
         };
         let spot = match kind {
-            Kind::Entry => replica
-                .slot_mut(index)
-                .map(|slot| (slot.ticket, &mut slot.place)),
-            Kind::Vote => replica
-                .vote
-                .as_mut()
-                .map(|stored| (stored.ticket, &mut stored.place)),
-            Kind::Committed => replica
-                .committed
-                .as_mut()
-                .map(|stored| (stored.ticket, &mut stored.place)),
-            Kind::Purge => replica
-                .purged
-                .as_mut()
-                .map(|stored| (stored.ticket, &mut stored.place)),
-            Kind::Damaged => replica
-                .damage
-                .as_mut()
-                .map(|stored| (stored.ticket, &mut stored.place)),
+            Kind::Entry => replica.slot_mut(index).map(|slot| (slot.ticket, &mut slot.place)),
+            Kind::Vote => replica.vote.as_mut().map(|stored| (stored.ticket, &mut stored.place)),
+            Kind::Committed => {
+                replica.committed.as_mut().map(|stored| (stored.ticket, &mut stored.place))
+            }
+            Kind::Purge => replica.purged.as_mut().map(|stored| (stored.ticket, &mut stored.place)),
+            Kind::Damaged => {
+                replica.damage.as_mut().map(|stored| (stored.ticket, &mut stored.place))
+            }
             Kind::Create => {
                 if replica.created.value == 0 {
                     replica.created.value = batch;
@@ -507,9 +427,7 @@ impl Payloads for BTreeMap<ReplicaId, Replica> {
     }
 
     fn release(&mut self, (id, index, ticket): Key) {
-        let slot = self
-            .get_mut(&id)
-            .and_then(|replica| replica.slot_mut(index));
+        let slot = self.get_mut(&id).and_then(|replica| replica.slot_mut(index));
         if let Some(slot) = slot.filter(|slot| slot.ticket == ticket) {
             slot.payload = None;
         }

@@ -147,40 +147,28 @@ impl Log {
 
     /// Makes a replica known. `Invalid` when it is or was: ids are never used again.
     pub fn create(&self, replica: ReplicaId, done: Done) {
-        self.submit(
-            replica,
-            OP_BYTES,
-            done,
-            Urgency::Control,
-            |state, ticket| {
-                if state.index.destroyed.contains_key(&replica) {
-                    return Err(Error::invalid(format!("replica {replica} was destroyed")));
-                }
-                if state.index.replicas.contains_key(&replica) {
-                    return Err(Error::invalid(format!("replica {replica} exists")));
-                }
-                state.index.create(replica, ticket);
-                Ok(Change::Create)
-            },
-        );
+        self.submit(replica, OP_BYTES, done, Urgency::Control, |state, ticket| {
+            if state.index.destroyed.contains_key(&replica) {
+                return Err(Error::invalid(format!("replica {replica} was destroyed")));
+            }
+            if state.index.replicas.contains_key(&replica) {
+                return Err(Error::invalid(format!("replica {replica} exists")));
+            }
+            state.index.create(replica, ticket);
+            Ok(Change::Create)
+        });
     }
 
     /// Removes a replica with all it has, for ever. It is remembered, so that no late message
     /// revives it, until [`Log::forget`]. Works on recovering replicas too.
     pub fn destroy(&self, replica: ReplicaId, done: Done) {
-        self.submit(
-            replica,
-            OP_BYTES,
-            done,
-            Urgency::Control,
-            |state, ticket| {
-                if !state.index.replicas.contains_key(&replica) {
-                    return Err(Error::UnknownReplica(replica));
-                }
-                state.index.destroy(replica, ticket);
-                Ok(Change::Destroy)
-            },
-        );
+        self.submit(replica, OP_BYTES, done, Urgency::Control, |state, ticket| {
+            if !state.index.replicas.contains_key(&replica) {
+                return Err(Error::UnknownReplica(replica));
+            }
+            state.index.destroy(replica, ticket);
+            Ok(Change::Destroy)
+        });
     }
 
     /// Ends the memory of a destroyed replica. Only when nothing in the cluster can name it any
@@ -188,9 +176,7 @@ impl Log {
     pub fn forget(&self, replica: ReplicaId, done: Done) {
         self.submit(replica, OP_BYTES, done, Urgency::Control, |state, _| {
             if !state.index.destroyed.contains_key(&replica) {
-                return Err(Error::invalid(format!(
-                    "replica {replica} was not destroyed"
-                )));
+                return Err(Error::invalid(format!("replica {replica} was not destroyed")));
             }
             state.index.forget(replica);
             Ok(Change::Forget)
@@ -207,9 +193,8 @@ impl Log {
         let bytes = OP_BYTES + entries.iter().map(entry_bytes).sum::<u64>();
         let options = &self.shared.options;
         self.submit(replica, bytes, done, Urgency::Append, |state, ticket| {
-            if let Some(large) = entries
-                .iter()
-                .find(|entry| entry.payload.len() as u64 > options.entry_bytes)
+            if let Some(large) =
+                entries.iter().find(|entry| entry.payload.len() as u64 > options.entry_bytes)
             {
                 let (index, len, max) = (large.index, large.payload.len(), options.entry_bytes);
                 return Err(Error::invalid(format!(
@@ -224,11 +209,7 @@ impl Log {
             }
             follows(state.known(replica)?, replica, &entries)?;
             state.index.append(replica, &entries, ticket);
-            Ok(if entries.is_empty() {
-                Change::Barrier
-            } else {
-                Change::Append(entries)
-            })
+            Ok(if entries.is_empty() { Change::Barrier } else { Change::Append(entries) })
         });
     }
 
@@ -336,11 +317,9 @@ impl Log {
                     break;
                 }
                 pieces.push(match (&slot.payload, slot.place) {
-                    (Some(payload), _) => Piece::Held(LogEntry {
-                        index,
-                        id: slot.id,
-                        payload: payload.clone(),
-                    }),
+                    (Some(payload), _) => {
+                        Piece::Held(LogEntry { index, id: slot.id, payload: payload.clone() })
+                    }
                     (None, place) => {
                         let place = place.expect("what is not written is held in memory");
                         let filled = state.segments.get(&place.segment);
@@ -350,10 +329,7 @@ impl Log {
                 });
             }
         }
-        pieces
-            .into_iter()
-            .map(|piece| self.fetch(replica, piece))
-            .collect()
+        pieces.into_iter().map(|piece| self.fetch(replica, piece)).collect()
     }
 
     fn fetch(&self, replica: ReplicaId, piece: Piece) -> Result<LogEntry, Error> {
@@ -368,11 +344,7 @@ impl Log {
         }
         let body = Bytes::from(body?);
         let (id, _) = record::split_id(&body).expect("an entry's record holds an id");
-        Ok(LogEntry {
-            index,
-            id,
-            payload: body.slice(16..),
-        })
+        Ok(LogEntry { index, id, payload: body.slice(16..) })
     }
 
     /// The id of an entry, or of the purge position; None where there is neither.
@@ -381,10 +353,7 @@ impl Log {
         state.check_open()?;
         let known = state.known(replica)?;
         let purged = known.purged().filter(|(purged, _)| *purged == index);
-        Ok(known
-            .slot(index)
-            .map(|slot| slot.id)
-            .or(purged.map(|(_, id)| id)))
+        Ok(known.slot(index).map(|slot| slot.id).or(purged.map(|(_, id)| id)))
     }
 
     /// Figures of the whole log.
@@ -408,11 +377,7 @@ impl Log {
     pub fn oldest_pinner(&self) -> Option<(ReplicaId, u64)> {
         let state = self.shared.state.lock();
         let oldest = state.pins().min_by_key(|pin| {
-            (
-                pin.oldest_segment,
-                std::cmp::Reverse(pin.live_bytes),
-                pin.replica,
-            )
+            (pin.oldest_segment, std::cmp::Reverse(pin.live_bytes), pin.replica)
         })?;
         let behind = state.segments.range(oldest.oldest_segment..);
         Some((oldest.replica, behind.map(|(_, filled)| filled.used).sum()))
@@ -421,9 +386,7 @@ impl Log {
     /// A write and a sync that carry nothing: shows that the disk is well, and marks the last batch
     /// as durable. On an idle log it does not grow the log.
     pub fn probe(&self, done: Done) {
-        self.submit(ReplicaId(0), OP_BYTES, done, Urgency::Control, |_, _| {
-            Ok(Change::Probe)
-        });
+        self.submit(ReplicaId(0), OP_BYTES, done, Urgency::Control, |_, _| Ok(Change::Probe));
     }
 
     /// Stops the writer after what is queued. Later calls get `Stopped`.
@@ -457,13 +420,7 @@ impl Log {
                     let ticket = state.next_ticket();
                     match apply(&mut state, ticket) {
                         Ok(change) => {
-                            state.push(Op {
-                                ticket,
-                                replica,
-                                change,
-                                bytes,
-                                done: Some(done),
-                            });
+                            state.push(Op { ticket, replica, change, bytes, done: Some(done) });
                             None
                         }
                         Err(error) => Some((done, error)),
@@ -486,9 +443,7 @@ impl State {
             return Ok(());
         }
         if self.full {
-            return Err(Error::Full {
-                path: dir.to_path_buf(),
-            });
+            return Err(Error::Full { path: dir.to_path_buf() });
         }
         let why = format!("{} bytes wait for the log's writer", self.queue_bytes);
         Err(Error::Overloaded { why })
@@ -497,20 +452,14 @@ impl State {
     fn check_open(&self) -> Result<(), Error> {
         match &self.stopped {
             Some(why) => Err(Error::Stopped { why: why.clone() }),
-            None if self.closing => Err(Error::Stopped {
-                why: "it was closed".to_owned(),
-            }),
+            None if self.closing => Err(Error::Stopped { why: "it was closed".to_owned() }),
             None => Ok(()),
         }
     }
 
     /// A replica that may be used.
     fn known(&self, replica: ReplicaId) -> Result<&Replica, Error> {
-        let known = self
-            .index
-            .replicas
-            .get(&replica)
-            .ok_or(Error::UnknownReplica(replica))?;
+        let known = self.index.replicas.get(&replica).ok_or(Error::UnknownReplica(replica))?;
         match &known.damage {
             Some(damage) => Err(damage.value.error()),
             None => Ok(known),
@@ -520,11 +469,7 @@ impl State {
     fn pins(&self) -> impl Iterator<Item = Pin> + '_ {
         self.index.replicas.iter().filter_map(|(&replica, known)| {
             let oldest_segment = known.entries_live.oldest()?;
-            Some(Pin {
-                replica,
-                oldest_segment,
-                live_bytes: known.entries_live.total(),
-            })
+            Some(Pin { replica, oldest_segment, live_bytes: known.entries_live.total() })
         })
     }
 }
@@ -551,26 +496,11 @@ fn follows(known: &Replica, replica: ReplicaId, entries: &[LogEntry]) -> Result<
 
 fn check(options: &LogOptions) -> Result<(), Error> {
     let rules = [
-        (
-            options.segment_bytes >= 2 * record::BLOCK,
-            "segment_bytes must be at least 8 KiB",
-        ),
-        (
-            options.segment_bytes <= BATCH_BYTES_MAX,
-            "segment_bytes must be at most 1 GiB",
-        ),
-        (
-            options.batch_bytes <= BATCH_BYTES_MAX,
-            "batch_bytes must be at most 1 GiB",
-        ),
-        (
-            options.queue_bytes <= BATCH_BYTES_MAX,
-            "queue_bytes must be at most 1 GiB",
-        ),
-        (
-            options.entry_bytes < options.queue_bytes,
-            "queue_bytes must be more than entry_bytes",
-        ),
+        (options.segment_bytes >= 2 * record::BLOCK, "segment_bytes must be at least 8 KiB"),
+        (options.segment_bytes <= BATCH_BYTES_MAX, "segment_bytes must be at most 1 GiB"),
+        (options.batch_bytes <= BATCH_BYTES_MAX, "batch_bytes must be at most 1 GiB"),
+        (options.queue_bytes <= BATCH_BYTES_MAX, "queue_bytes must be at most 1 GiB"),
+        (options.entry_bytes < options.queue_bytes, "queue_bytes must be more than entry_bytes"),
         (
             options.rewrite_step_bytes <= options.batch_bytes,
             "rewrite_step_bytes must be at most batch_bytes",
@@ -584,8 +514,6 @@ fn check(options: &LogOptions) -> Result<(), Error> {
 
 impl fmt::Debug for Log {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Log")
-            .field("dir", &self.shared.dir)
-            .finish_non_exhaustive()
+        f.debug_struct("Log").field("dir", &self.shared.dir).finish_non_exhaustive()
     }
 }

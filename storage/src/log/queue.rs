@@ -124,10 +124,7 @@ impl State {
             ticket: 0,
             durable: 0,
             committed_dirty: BTreeSet::new(),
-            segments: segments
-                .into_iter()
-                .map(|filled| (filled.segment.number, filled))
-                .collect(),
+            segments: segments.into_iter().map(|filled| (filled.segment.number, filled)).collect(),
             log_start,
             // The first batch says it anew.
             log_start_durable: 0,
@@ -153,13 +150,7 @@ impl State {
 
     /// Queues something of the log's own, which counts against no caller's bound.
     pub(crate) fn push_own(&mut self, replica: ReplicaId, change: Change, ticket: Ticket) {
-        self.push(Op {
-            ticket,
-            replica,
-            change,
-            bytes: 0,
-            done: None,
-        });
+        self.push(Op { ticket, replica, change, bytes: 0, done: None });
     }
 
     /// The operations for one batch: all that wait, or as many as fit, but at least one.
@@ -187,12 +178,7 @@ impl State {
             }
         }
         let announces = self.log_start > self.log_start_durable;
-        Some(Taken {
-            ops,
-            committed,
-            log_start: self.log_start,
-            announces,
-        })
+        Some(Taken { ops, committed, log_start: self.log_start, announces })
     }
 
     /// Undoes a `take`: the batch could not be placed.
@@ -201,15 +187,11 @@ impl State {
             self.queue_bytes += op.bytes;
             self.queue.push_front(op);
         }
-        self.committed_dirty
-            .extend(taken.committed.into_iter().map(|(id, ..)| id));
+        self.committed_dirty.extend(taken.committed.into_iter().map(|(id, ..)| id));
     }
 
     /// Bytes of all segment files.
     pub(crate) fn bytes_on_disk(&self) -> u64 {
-        self.segments
-            .values()
-            .map(|filled| filled.segment.capacity)
-            .sum()
+        self.segments.values().map(|filled| filled.segment.capacity).sum()
     }
 }

@@ -280,11 +280,7 @@ pub(crate) fn split_id(body: &[u8]) -> Option<([u8; 16], &[u8])> {
 mod tests {
     use super::*;
 
-    const ORIGIN: Origin = Origin {
-        salt: 7,
-        segment: 3,
-        offset: 8192,
-    };
+    const ORIGIN: Origin = Origin { salt: 7, segment: 3, offset: 8192 };
 
     fn entry(out: &mut Vec<u8>, chain: u32) -> Header {
         let draft = Draft {
@@ -303,28 +299,8 @@ mod tests {
         let header = entry(&mut out, 77);
         assert_eq!(decode_header(&out, ORIGIN, 77), Some(header));
         assert_eq!(decode_header(&out, ORIGIN, 78), None);
-        assert_eq!(
-            decode_header(
-                &out,
-                Origin {
-                    offset: 12288,
-                    ..ORIGIN
-                },
-                77
-            ),
-            None
-        );
-        assert_eq!(
-            decode_header(
-                &out,
-                Origin {
-                    segment: 4,
-                    ..ORIGIN
-                },
-                77
-            ),
-            None
-        );
+        assert_eq!(decode_header(&out, Origin { offset: 12288, ..ORIGIN }, 77), None);
+        assert_eq!(decode_header(&out, Origin { segment: 4, ..ORIGIN }, 77), None);
         assert_eq!(decode_header(&out, Origin { salt: 8, ..ORIGIN }, 77), None);
         assert_eq!(decode_header(&out[..HEADER_LEN - 1], ORIGIN, 77), None);
         assert_eq!(header.record_len(), out.len() as u64);

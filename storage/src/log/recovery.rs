@@ -73,9 +73,7 @@ pub(crate) fn open(
         recovering: found.damages.clone(),
         torn_bytes: found.tail.as_ref().map_or(0, |tail| tail.torn_bytes),
     };
-    recovery
-        .replicas
-        .retain(|id| found.damages.iter().all(|damage| damage.replica != *id));
+    recovery.replicas.retain(|id| found.damages.iter().all(|damage| damage.replica != *id));
     for damage in &found.damages {
         tracing::error!(
             replica = %damage.replica,
@@ -105,10 +103,7 @@ pub(crate) fn open(
 
 fn read(fs: &dyn Fs, dir: &Path, options: &LogOptions) -> Result<Found, Error> {
     let names = fs.read_dir(dir).map_err(|error| Error::io(dir, error))?;
-    let mut numbers: Vec<u64> = names
-        .iter()
-        .filter_map(|name| segment_number(name))
-        .collect();
+    let mut numbers: Vec<u64> = names.iter().filter_map(|name| segment_number(name)).collect();
     numbers.sort_unstable();
     if let Some(&last) = numbers.last()
         && content(fs, dir, last, options)?.is_torn_creation()
@@ -116,13 +111,10 @@ fn read(fs: &dyn Fs, dir: &Path, options: &LogOptions) -> Result<Found, Error> {
         // No batch was ever written into it, so nobody was promised anything that stands in it.
         numbers.pop();
         let path = segment_path(dir, last);
-        fs.remove_file(&path)
-            .map_err(|error| Error::io(&path, error))?;
+        fs.remove_file(&path).map_err(|error| Error::io(&path, error))?;
     }
     let log_start = find_log_start(fs, dir, &numbers, options)?;
-    let freed: Vec<u64> = numbers
-        .extract_if(.., |number| *number < log_start)
-        .collect();
+    let freed: Vec<u64> = numbers.extract_if(.., |number| *number < log_start).collect();
 
     let mut replay = Replay::default();
     let mut scan = Scan::new(&mut replay, dir);
@@ -138,41 +130,21 @@ fn read(fs: &dyn Fs, dir: &Path, options: &LogOptions) -> Result<Found, Error> {
             scan.finish();
             tail = Some(find_tail(&content, &scan)?);
         }
-        segments.push(Filled {
-            segment: content.segment,
-            used: scan.end,
-        });
+        segments.push(Filled { segment: content.segment, used: scan.end });
     }
     let losses: Vec<Loss> = std::mem::take(&mut scan.losses);
     let leave = scan.unsound || !losses.is_empty();
     let (next_batch, chain) = (scan.next_batch.unwrap_or(1), scan.chain.unwrap_or(0));
     let (index, damages) = replay.finish(dir, &losses, options.cache_bytes);
-    Ok(Found {
-        segments,
-        index,
-        damages,
-        leave,
-        log_start,
-        next_batch,
-        chain,
-        tail,
-        freed,
-    })
+    Ok(Found { segments, index, damages, leave, log_start, next_batch, chain, tail, freed })
 }
 
 fn content(fs: &dyn Fs, dir: &Path, number: u64, options: &LogOptions) -> Result<Content, Error> {
     let path = segment_path(dir, number);
-    let opened = fs
-        .open(&path, OpenMode::ReadWrite)
-        .and_then(|file| Ok((file.len()?, file)));
+    let opened = fs.open(&path, OpenMode::ReadWrite).and_then(|file| Ok((file.len()?, file)));
     let (capacity, file) = opened.map_err(|error| Error::io(&path, error))?;
-    let mut content = Content::read(Segment {
-        number,
-        salt: options.salt,
-        path: path.into(),
-        file,
-        capacity,
-    })?;
+    let mut content =
+        Content::read(Segment { number, salt: options.salt, path: path.into(), file, capacity })?;
     if let HeaderRead::Good(header) = &content.header {
         content.segment.salt = header.salt;
     }
@@ -208,10 +180,7 @@ fn find_tail(content: &Content, scan: &Scan<'_>) -> Result<Tail, Error> {
     if matches!(content.header, HeaderRead::Good(_)) {
         again.push((0, content.bytes[..BLOCK as usize].to_vec()));
     }
-    let last = scan
-        .last
-        .as_ref()
-        .filter(|last| last.segment == content.segment.number);
+    let last = scan.last.as_ref().filter(|last| last.segment == content.segment.number);
     if let Some(last) = last {
         let range = last.offset as usize..(last.offset + last.len) as usize;
         again.push((last.offset, content.bytes[range].to_vec()));
@@ -230,11 +199,7 @@ fn find_tail(content: &Content, scan: &Scan<'_>) -> Result<Tail, Error> {
 
 /// Makes what was read durable, and the torn tail gone.
 fn harden(fs: &dyn Fs, dir: &Path, found: &Found) -> Result<(), Error> {
-    let last = &found
-        .segments
-        .last()
-        .expect("the caller has looked")
-        .segment;
+    let last = &found.segments.last().expect("the caller has looked").segment;
     let tail = found.tail.as_ref().expect("a last segment has a tail");
     let rewrite = || {
         for (offset, bytes) in &tail.again {
@@ -258,43 +223,18 @@ fn create(fs: Arc<dyn Fs>, dir: &Path, options: LogOptions, found: Found) -> Res
     let capacity = align(options.segment_bytes);
     let segment = Segment::create(&*fs, dir, header, capacity)
         .map_err(|error| Error::io(&segment_path(dir, header.number), error))?;
-    let filled = Filled {
-        segment,
-        used: BLOCK,
-    };
-    resume(
-        fs,
-        dir,
-        options,
-        Found {
-            segments: vec![filled],
-            ..found
-        },
-    )
+    let filled = Filled { segment, used: BLOCK };
+    resume(fs, dir, options, Found { segments: vec![filled], ..found })
 }
 
 /// The writer at the end of what was found, with the first batch queued.
 fn resume(fs: Arc<dyn Fs>, dir: &Path, options: LogOptions, found: Found) -> Result<Writer, Error> {
-    let Found {
-        segments,
-        index,
-        damages,
-        leave,
-        log_start,
-        next_batch,
-        chain,
-        ..
-    } = found;
+    let Found { segments, index, damages, leave, log_start, next_batch, chain, .. } = found;
     let last = segments.last().expect("there is a segment by now");
     let (active, offset) = (last.segment.clone(), last.used);
     let state = State::new(index, segments, log_start);
     let dir = dir.to_path_buf();
-    let shared = Arc::new(Shared {
-        fs,
-        dir,
-        options,
-        state: parking_lot::Mutex::new(state),
-    });
+    let shared = Arc::new(Shared { fs, dir, options, state: parking_lot::Mutex::new(state) });
     {
         let mut state = shared.state.lock();
         for damage in damages {
@@ -306,14 +246,7 @@ fn resume(fs: Arc<dyn Fs>, dir: &Path, options: LogOptions, found: Found) -> Res
         let ticket = state.next_ticket();
         state.push_own(ReplicaId(0), Change::Probe, ticket);
     }
-    let mut writer = Writer {
-        shared,
-        active,
-        offset,
-        next_batch,
-        chain,
-        last_empty: None,
-    };
+    let mut writer = Writer { shared, active, offset, next_batch, chain, last_empty: None };
     if leave {
         // Nothing new goes into a file that was damaged.
         writer.next_segment(0)?;

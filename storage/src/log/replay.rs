@@ -107,11 +107,7 @@ impl Life {
         let Found { header, place, .. } = *found;
         match found.kind {
             Kind::Create => {
-                let first_said = if header.rewritten {
-                    header.index
-                } else {
-                    found.batch
-                };
+                let first_said = if header.rewritten { header.index } else { found.batch };
                 self.created = Some((first_said, place));
             }
             Kind::Vote => self.vote = Some((found.body.map(Bytes::copy_from_slice), place)),
@@ -177,12 +173,7 @@ impl Life {
         });
         if let Some(loss) = lost {
             let (file, offset, why) = (loss.file.clone(), loss.offset, loss.why.clone());
-            return Some(Damage {
-                replica: id,
-                file,
-                offset,
-                why,
-            });
+            return Some(Damage { replica: id, file, offset, why });
         }
         if let Some((place, why)) = self.broken {
             return Some(at(place, why));
@@ -196,46 +187,27 @@ impl Life {
         let mut expected = self.purged.map(|(purged, ..)| purged + 1);
         for (&index, &(entry_id, place)) in &self.entries {
             if entry_id.is_none() {
-                return Some(at(
-                    place,
-                    &format!("entry {index} does not match its checksum"),
-                ));
+                return Some(at(place, &format!("entry {index} does not match its checksum")));
             }
             if expected.is_some_and(|expected| expected != index) {
-                return Some(at(
-                    place,
-                    &format!("the entries before entry {index} are missing"),
-                ));
+                return Some(at(place, &format!("the entries before entry {index} are missing")));
             }
             expected = Some(index + 1);
         }
         if self.created.is_none() {
             let why = "the record of its creation is missing".to_owned();
-            return Some(Damage {
-                replica: id,
-                file: dir.to_path_buf(),
-                offset: 0,
-                why,
-            });
+            return Some(Damage { replica: id, file: dir.to_path_buf(), offset: 0, why });
         }
         None
     }
 
     fn replica(self, damaged: bool) -> Replica {
         fn stored<T>(value: T, place: Place) -> Stored<T> {
-            Stored {
-                value,
-                ticket: 0,
-                place: Some(place),
-            }
+            Stored { value, ticket: 0, place: Some(place) }
         }
         let created = match self.created {
             Some((batch, place)) => stored(batch, place),
-            None => Stored {
-                value: 0,
-                ticket: 0,
-                place: None,
-            },
+            None => Stored { value: 0, ticket: 0, place: None },
         };
         let mut replica = Replica::new(created);
         replica.damage = self.damage.map(|(damage, place)| stored(damage, place));
@@ -243,15 +215,10 @@ impl Life {
             return replica;
         }
         let sound = "a replica without damage has no damaged record";
-        replica.vote = self
-            .vote
-            .map(|(vote, place)| stored(vote.expect(sound), place));
-        replica.committed = self
-            .committed
-            .map(|(committed, place)| stored(committed, place));
-        replica.purged = self
-            .purged
-            .map(|(index, id, place)| stored((index, id.expect(sound)), place));
+        replica.vote = self.vote.map(|(vote, place)| stored(vote.expect(sound), place));
+        replica.committed = self.committed.map(|(committed, place)| stored(committed, place));
+        replica.purged =
+            self.purged.map(|(index, id, place)| stored((index, id.expect(sound)), place));
         replica.first = self.entries.keys().next().copied().unwrap_or(0);
         let mut live = Live::default();
         for (_, (id, place)) in self.entries {

@@ -92,12 +92,7 @@ impl Content {
         let mut bytes = vec![0; segment.capacity as usize];
         let unreadable = read_blocks(&*segment.file, &mut bytes);
         let header = SegmentHeader::decode(&segment.path, segment.number, &bytes)?;
-        Ok(Content {
-            segment,
-            bytes,
-            header,
-            unreadable,
-        })
+        Ok(Content { segment, bytes, header, unreadable })
     }
 
     /// The salt of this segment; when its header is damaged, the one it should have.
@@ -113,11 +108,7 @@ impl Content {
         let Some(bytes) = self.bytes.get(offset as usize..) else {
             return Ok(None);
         };
-        let origin = Origin {
-            salt: self.salt(),
-            segment: self.segment.number,
-            offset,
-        };
+        let origin = Origin { salt: self.salt(), segment: self.segment.number, offset };
         let Some(header) = decode_header(bytes, origin, 0) else {
             return Ok(None);
         };
@@ -212,11 +203,7 @@ impl<'a> Scan<'a> {
 
     /// A segment that is needed has no file.
     pub(crate) fn missing(&mut self, number: u64) {
-        self.lose(
-            &segment_path(&self.dir, number),
-            0,
-            "the segment is missing",
-        );
+        self.lose(&segment_path(&self.dir, number), 0, "the segment is missing");
     }
 
     fn lose(&mut self, file: &Path, offset: u64, why: &str) {
@@ -249,13 +236,7 @@ impl<'a> Scan<'a> {
             let body = &suspect.bytes[start..start + place.body_len as usize];
             let body = sound.then_some(body);
             let batch = suspect.head.number;
-            self.replay.record(&Found {
-                header,
-                kind,
-                place,
-                batch,
-                body,
-            });
+            self.replay.record(&Found { header, kind, place, batch, body });
         }
         if let Some(offset) = suspect.broken {
             self.losses.push(Loss {
@@ -304,11 +285,7 @@ impl<'a> Scan<'a> {
             if let Some((head, header)) = content.batch_at(offset)? {
                 offset = self.batch(content, offset, head, &header)?;
             } else if let Some(next) = content.next_batch(offset)? {
-                self.lose(
-                    path,
-                    offset,
-                    "the head of a batch does not match its checksum",
-                );
+                self.lose(path, offset, "the head of a batch does not match its checksum");
                 offset = next;
             } else {
                 break;
@@ -346,18 +323,10 @@ impl<'a> Scan<'a> {
         let follows = self.chain.is_none_or(|chain| chain == head.chain)
             && self.next_batch.is_none_or(|next| next == head.number);
         if !follows {
-            self.lose(
-                &content.segment.path,
-                offset,
-                "a batch before this one is missing",
-            );
+            self.lose(&content.segment.path, offset, "a batch before this one is missing");
         }
         self.settle(head.number);
-        let batch = Batch {
-            segment: content.segment.number,
-            offset,
-            len: u64::from(head.len),
-        };
+        let batch = Batch { segment: content.segment.number, offset, len: u64::from(head.len) };
         let next = offset + align(batch.len);
         let suspect = self.records(content, batch.clone(), &head, header)?;
         self.next_batch = Some(head.number + 1);
@@ -385,11 +354,8 @@ impl<'a> Scan<'a> {
         let mut at = header.record_len();
         let mut broken = None;
         while records.len() < head.records as usize {
-            let origin = Origin {
-                salt: content.salt(),
-                segment: batch.segment,
-                offset: batch.offset + at,
-            };
+            let origin =
+                Origin { salt: content.salt(), segment: batch.segment, offset: batch.offset + at };
             let rest = bytes.get(at as usize..).unwrap_or_default();
             let read = decode_header(rest, origin, chain)
                 .filter(|read| read.record_len() <= rest.len() as u64);

@@ -52,11 +52,7 @@ impl SegmentHeader {
         block.extend_from_slice(&[0; 4]);
         let crc = crc32fast::hash(&block);
         block.extend_from_slice(&crc.to_le_bytes());
-        assert_eq!(
-            block.len(),
-            HEADER_LEN,
-            "the layout of the segment header is fixed"
-        );
+        assert_eq!(block.len(), HEADER_LEN, "the layout of the segment header is fixed");
         block.resize(BLOCK as usize, 0);
         block
     }
@@ -65,15 +61,11 @@ impl SegmentHeader {
     /// written by another program, and nothing in it may be judged, let alone cut.
     pub(crate) fn decode(path: &Path, number: u64, block: &[u8]) -> Result<HeaderRead, Error> {
         if block.len() < BLOCK as usize {
-            return Ok(HeaderRead::Bad(
-                "the segment is shorter than its first block",
-            ));
+            return Ok(HeaderRead::Bad("the segment is shorter than its first block"));
         }
         let bytes = &block[..HEADER_LEN];
         if u32_at(bytes, HEADER_LEN - 4) != Some(crc32fast::hash(&bytes[..HEADER_LEN - 4])) {
-            return Ok(HeaderRead::Bad(
-                "the checksum of the segment header does not match",
-            ));
+            return Ok(HeaderRead::Bad("the checksum of the segment header does not match"));
         }
         if bytes[..8] != MAGIC {
             return Ok(HeaderRead::Bad("this is not a log segment"));
@@ -88,9 +80,7 @@ impl SegmentHeader {
             });
         }
         if u64_of(16) != number {
-            return Ok(HeaderRead::Bad(
-                "the segment carries another number than its name",
-            ));
+            return Ok(HeaderRead::Bad("the segment carries another number than its name"));
         }
         Ok(HeaderRead::Good(SegmentHeader {
             number,
@@ -153,13 +143,7 @@ impl Segment {
             let _ = fs.remove_file(&path);
             return Err(error);
         }
-        Ok(Segment {
-            number: header.number,
-            salt: header.salt,
-            path: path.into(),
-            file,
-            capacity,
-        })
+        Ok(Segment { number: header.number, salt: header.salt, path: path.into(), file, capacity })
     }
 
     /// The body of a record, checked against its checksum.
@@ -189,17 +173,11 @@ mod tests {
     #[test]
     fn names_and_numbers_agree() {
         let path = segment_path(Path::new("log"), 42);
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .expect("a plain name");
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a plain name");
         assert_eq!(segment_number(name), Some(42));
-        for name in [
-            "42.log",
-            "000000000000004x.log",
-            "0000000000000042.tmp",
-            "+000000000000042.log",
-        ] {
+        for name in
+            ["42.log", "000000000000004x.log", "0000000000000042.tmp", "+000000000000042.log"]
+        {
             assert_eq!(segment_number(name), None, "{name}");
         }
     }
@@ -223,14 +201,7 @@ mod tests {
         let crc = crc32fast::hash(&newer[..64]);
         newer[64..68].copy_from_slice(&crc.to_le_bytes());
         let refused = SegmentHeader::decode(path, 3, &newer);
-        assert!(matches!(
-            refused,
-            Err(Error::Format {
-                found: 2,
-                known: 1,
-                ..
-            })
-        ));
+        assert!(matches!(refused, Err(Error::Format { found: 2, known: 1, .. })));
         for bit in 0..HEADER_LEN * 8 {
             let mut bad = block.clone();
             bad[bit / 8] ^= 1 << (bit % 8);

@@ -54,17 +54,14 @@ impl StepExec {
                 workers.retain(|worker| {
                     Arc::strong_count(&worker.woken) > 1 || worker.woken.load(Ordering::SeqCst)
                 });
-                let woken = workers
-                    .iter()
-                    .filter(|worker| worker.woken.swap(false, Ordering::SeqCst));
+                let woken =
+                    workers.iter().filter(|worker| worker.woken.swap(false, Ordering::SeqCst));
                 woken.map(|worker| worker.step.clone()).collect()
             };
             for step in due {
                 ran = true;
                 if !(step.lock())() {
-                    self.workers
-                        .lock()
-                        .retain(|worker| !Arc::ptr_eq(&worker.step, &step));
+                    self.workers.lock().retain(|worker| !Arc::ptr_eq(&worker.step, &step));
                 }
             }
             if !ran {
@@ -77,10 +74,7 @@ impl StepExec {
 impl Exec for StepExec {
     fn worker(&self, _name: &str, step: Step) -> Wake {
         let woken = Arc::new(AtomicBool::new(false));
-        let worker = Worker {
-            woken: woken.clone(),
-            step: Arc::new(Mutex::new(step)),
-        };
+        let worker = Worker { woken: woken.clone(), step: Arc::new(Mutex::new(step)) };
         self.workers.lock().push(worker);
         Wake::new(move || woken.store(true, Ordering::SeqCst))
     }
@@ -211,9 +205,7 @@ impl History {
             self.crash();
         }
         let exec = StepExec::new();
-        let log = self
-            .open(exec.clone())
-            .map_err(|error| format!("the last open: {error}"))?;
+        let log = self.open(exec.clone()).map_err(|error| format!("the last open: {error}"))?;
         self.close(&log, &exec)?;
         Ok(self.report)
     }
@@ -276,9 +268,8 @@ impl History {
             6 => self.hint(log),
             7 => self.refused(log)?,
             _ => {
-                if let Some(change) = self
-                    .current
-                    .random_change(&mut self.dice, &mut self.next_replica)
+                if let Some(change) =
+                    self.current.random_change(&mut self.dice, &mut self.next_replica)
                 {
                     self.submit(log, change);
                 }
@@ -292,10 +283,7 @@ impl History {
             return Err(format!("on_fatal was called {fatal} times"));
         }
         let stats = log.stats();
-        self.report.freed = self
-            .report
-            .freed
-            .max(stats.oldest_segment.saturating_sub(1));
+        self.report.freed = self.report.freed.max(stats.oldest_segment.saturating_sub(1));
         Ok(())
     }
 
@@ -345,11 +333,7 @@ impl History {
             })
         };
         let next = self.current.next_index(id).unwrap_or(7);
-        let entry = |index| LogEntry {
-            index,
-            id: [0; 16],
-            payload: Bytes::new(),
-        };
+        let entry = |index| LogEntry { index, id: [0; 16], payload: Bytes::new() };
         log.append(id, vec![entry(next), entry(next + 2)], done());
         log.create(id, done());
         log.save_vote(ReplicaId(u64::MAX), Bytes::new(), done());

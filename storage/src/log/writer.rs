@@ -159,10 +159,7 @@ impl Writer {
         let segment = {
             let state = self.shared.state.lock();
             let filled = state.segments.get(&place.segment);
-            filled
-                .expect("a segment stays until its copies are durable")
-                .segment
-                .clone()
+            filled.expect("a segment stays until its copies are durable").segment.clone()
         };
         segment.read_body(place.body_offset(), place.body_len, place.body_crc)
     }
@@ -171,10 +168,7 @@ impl Writer {
     fn write(&mut self, taken: &mut Taken) -> Result<Wrote, Error> {
         let sabotage = self.shared.options.sabotage;
         let pieces = pieces(taken, sabotage);
-        let probes = taken
-            .ops
-            .iter()
-            .any(|op| matches!(op.change, Change::Probe));
+        let probes = taken.ops.iter().any(|op| matches!(op.change, Change::Probe));
         if pieces.is_empty() && !probes {
             return Ok(Wrote::default());
         }
@@ -185,10 +179,7 @@ impl Writer {
         let replicas: BTreeSet<ReplicaId> =
             pieces.iter().map(|piece| piece.draft.replica).collect();
         let body_bytes = |piece: &Piece<'_>| piece.draft.body.0.len() + piece.draft.body.1.len();
-        let records_len: usize = pieces
-            .iter()
-            .map(|piece| HEADER_LEN + body_bytes(piece))
-            .sum();
+        let records_len: usize = pieces.iter().map(|piece| HEADER_LEN + body_bytes(piece)).sum();
         let len = BatchHead::record_len(replicas.len()) + records_len;
         if self.offset + align(len as u64) > self.active.capacity {
             self.next_segment(len as u64)?;
@@ -216,19 +207,13 @@ impl Writer {
         self.offset += bytes;
         self.next_batch += 1;
         self.chain = chain;
-        Ok(Wrote {
-            records: written,
-            bytes,
-        })
+        Ok(Wrote { records: written, bytes })
     }
 
     fn encode(&self, head: &BatchHead, pieces: &[Piece<'_>]) -> (Vec<u8>, Vec<Written>, u32) {
         let mut bytes = Vec::with_capacity(head.len as usize);
-        let mut origin = Origin {
-            salt: self.active.salt,
-            segment: self.active.number,
-            offset: self.offset,
-        };
+        let mut origin =
+            Origin { salt: self.active.salt, segment: self.active.number, offset: self.offset };
         let body = head.encode();
         let draft = Draft {
             kind: Kind::Batch,
@@ -251,11 +236,7 @@ impl Writer {
                 place: Place::new(origin.segment, origin.offset, &header),
             });
         }
-        assert_eq!(
-            bytes.len(),
-            head.len as usize,
-            "a batch is as long as its head says"
-        );
+        assert_eq!(bytes.len(), head.len as usize, "a batch is as long as its head says");
         (bytes, written, chain)
     }
 
@@ -269,10 +250,7 @@ impl Writer {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Error> {
         // The room was reserved: even a full disk is a broken promise of the file system here.
-        self.active
-            .file
-            .write_at(bytes, offset)
-            .map_err(|source| self.io(source))
+        self.active.file.write_at(bytes, offset).map_err(|source| self.io(source))
     }
 
     fn sync(&self) -> Result<(), Error> {
@@ -285,10 +263,7 @@ impl Writer {
     }
 
     fn io(&self, source: io::Error) -> Error {
-        Error::Io {
-            path: self.active.path.to_path_buf(),
-            source,
-        }
+        Error::Io { path: self.active.path.to_path_buf(), source }
     }
 
     /// Goes on in a new segment with room for a batch of `len` bytes.
@@ -310,10 +285,7 @@ impl Writer {
         if let Some(filled) = state.segments.get_mut(&self.active.number) {
             filled.used = self.offset;
         }
-        let filled = Filled {
-            segment: segment.clone(),
-            used: BLOCK,
-        };
+        let filled = Filled { segment: segment.clone(), used: BLOCK };
         state.segments.insert(segment.number, filled);
         drop(state);
         self.active = segment;
@@ -355,9 +327,7 @@ impl Writer {
             return;
         }
         let shared = &self.shared;
-        let mut removed = freed
-            .iter()
-            .try_for_each(|segment| shared.fs.remove_file(&segment.path));
+        let mut removed = freed.iter().try_for_each(|segment| shared.fs.remove_file(&segment.path));
         if removed.is_ok() {
             removed = shared.fs.sync_dir(&shared.dir);
         }
@@ -392,9 +362,7 @@ impl Drop for StopOnPanic {
         if !std::thread::panicking() {
             return;
         }
-        let error = Error::Stopped {
-            why: "the log's writer has panicked".to_owned(),
-        };
+        let error = Error::Stopped { why: "the log's writer has panicked".to_owned() };
         let waiting = {
             let mut state = self.0.state.lock();
             state.stopped = Some("the log's writer has panicked".to_owned());
@@ -407,11 +375,7 @@ impl Drop for StopOnPanic {
 
 /// A replica's record turned out to be unreadable while the log runs: it is recovering from now on.
 pub(crate) fn mark_damaged(state: &mut State, replica: ReplicaId, error: &Error) {
-    let healthy = state
-        .index
-        .replicas
-        .get(&replica)
-        .is_some_and(|known| known.damage.is_none());
+    let healthy = state.index.replicas.get(&replica).is_some_and(|known| known.damage.is_none());
     if healthy {
         tracing::error!(%replica, %error, "a replica has lost log data and is recovering");
         set_damaged(state, Damage::of(replica, error));
@@ -440,19 +404,9 @@ fn answer(dones: Vec<Done>, outcome: &Result<(), Arc<Error>>) {
 fn pieces(taken: &Taken, sabotage: Option<Sabotage>) -> Vec<Piece<'_>> {
     let mut pieces = Vec::new();
     for op in &taken.ops {
-        let draft = |kind, index, body| Draft {
-            kind,
-            rewritten: false,
-            replica: op.replica,
-            index,
-            body,
-        };
-        let mut add = |draft| {
-            pieces.push(Piece {
-                draft,
-                ticket: op.ticket,
-            })
-        };
+        let draft =
+            |kind, index, body| Draft { kind, rewritten: false, replica: op.replica, index, body };
+        let mut add = |draft| pieces.push(Piece { draft, ticket: op.ticket });
         match &op.change {
             Change::Create => add(draft(Kind::Create, 0, (&[], &[]))),
             Change::Destroy => add(draft(Kind::Destroy, 0, (&[], &[]))),
@@ -480,10 +434,7 @@ fn pieces(taken: &Taken, sabotage: Option<Sabotage>) -> Vec<Piece<'_>> {
             index: 0,
             body: (committed, &[]),
         };
-        pieces.push(Piece {
-            draft,
-            ticket: *ticket,
-        });
+        pieces.push(Piece { draft, ticket: *ticket });
     }
     pieces
 }
@@ -497,8 +448,5 @@ fn rewritten(rewrite: &Rewrite) -> Option<Piece<'_>> {
         index: rewrite.index,
         body: (body, &[]),
     };
-    Some(Piece {
-        draft,
-        ticket: rewrite.ticket,
-    })
+    Some(Piece { draft, ticket: rewrite.ticket })
 }

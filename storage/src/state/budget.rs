@@ -64,10 +64,8 @@ impl StateOptions {
 
     fn check(&self) -> Result<(), Error> {
         if self.memory_bytes < MEMORY_BYTES_MIN {
-            let why = format!(
-                "state memory of {} bytes is below {MEMORY_BYTES_MIN}",
-                self.memory_bytes
-            );
+            let why =
+                format!("state memory of {} bytes is below {MEMORY_BYTES_MIN}", self.memory_bytes);
             return Err(Error::invalid(why));
         }
         if self.background_threads < 2 {
@@ -140,11 +138,7 @@ impl Budget {
             prefix,
             Some(has_prefix),
         ));
-        Ok(Budget {
-            options,
-            cache,
-            write_buffers,
-        })
+        Ok(Budget { options, cache, write_buffers })
     }
 
     /// A copy to complete for one database; the shared parts stay shared.
@@ -232,30 +226,13 @@ mod tests {
     #[test]
     fn shares_fit_the_budget() {
         for memory_bytes in [MEMORY_BYTES_MIN, 100 * MIB, 64 << 30] {
-            let options = StateOptions {
-                memory_bytes,
-                ..StateOptions::default()
-            };
+            let options = StateOptions { memory_bytes, ..StateOptions::default() };
             assert!(options.check().is_ok());
             assert!(options.write_buffer_bytes() <= options.write_buffers_bytes());
             assert!(options.write_buffers_bytes() < options.memory_bytes);
         }
-        assert!(
-            StateOptions {
-                memory_bytes: MIB,
-                ..StateOptions::default()
-            }
-            .check()
-            .is_err()
-        );
-        assert!(
-            StateOptions {
-                background_threads: 1,
-                ..StateOptions::default()
-            }
-            .check()
-            .is_err()
-        );
+        assert!(StateOptions { memory_bytes: MIB, ..StateOptions::default() }.check().is_err());
+        assert!(StateOptions { background_threads: 1, ..StateOptions::default() }.check().is_err());
     }
 
     #[test]

@@ -71,15 +71,9 @@ impl Manifest {
             let path = dir.join(&name);
             let (bytes, chunk_crcs) =
                 checksums(fs, &path).map_err(|error| Error::io(&path, error))?;
-            Ok(FileEntry {
-                name,
-                bytes,
-                chunk_crcs,
-            })
+            Ok(FileEntry { name, bytes, chunk_crcs })
         });
-        Ok(Manifest {
-            files: files.collect::<Result<_, Error>>()?,
-        })
+        Ok(Manifest { files: files.collect::<Result<_, Error>>()? })
     }
 
     /// Length of all files.
@@ -105,16 +99,11 @@ impl Manifest {
             let path = dir.join(&file.name);
             let (bytes, crcs) = checksums(fs, &path).map_err(|error| Error::io(&path, error))?;
             if bytes != file.bytes {
-                let why = format!(
-                    "the file has {bytes} bytes, the manifest says {}",
-                    file.bytes
-                );
+                let why = format!("the file has {bytes} bytes, the manifest says {}", file.bytes);
                 return Err(Error::corruption(&path, bytes.min(file.bytes), why));
             }
-            if let Some(chunk) = crcs
-                .iter()
-                .zip(&file.chunk_crcs)
-                .position(|(here, listed)| here != listed)
+            if let Some(chunk) =
+                crcs.iter().zip(&file.chunk_crcs).position(|(here, listed)| here != listed)
             {
                 let offset = CHUNK_BYTES * chunk as u64;
                 return Err(Error::corruption(
@@ -148,15 +137,8 @@ impl Manifest {
     /// Reads what [`Manifest::encode`] wrote. Refuses names that could lead out of the directory.
     /// `origin` stands in the errors.
     pub fn decode(origin: &Path, bytes: &[u8]) -> Result<Manifest, Error> {
-        let mut reader = Reader {
-            origin,
-            bytes,
-            at: 0,
-        };
-        let crc_at = bytes
-            .len()
-            .checked_sub(4)
-            .ok_or_else(|| reader.damaged("it is too short"))?;
+        let mut reader = Reader { origin, bytes, at: 0 };
+        let crc_at = bytes.len().checked_sub(4).ok_or_else(|| reader.damaged("it is too short"))?;
         if bytes[crc_at..] != crc32fast::hash(&bytes[..crc_at]).to_le_bytes() {
             return Err(Error::corruption(
                 origin,
@@ -170,11 +152,7 @@ impl Manifest {
         }
         let format = u32::from_le_bytes(reader.array()?);
         if format != FORMAT {
-            return Err(Error::Format {
-                file: origin.to_path_buf(),
-                found: format,
-                known: FORMAT,
-            });
+            return Err(Error::Format { file: origin.to_path_buf(), found: format, known: FORMAT });
         }
         let count = u32::from_le_bytes(reader.array()?);
         if count > FILES_MAX {
@@ -183,11 +161,7 @@ impl Manifest {
         let mut manifest = Manifest::default();
         for _ in 0..count {
             let file = reader.file()?;
-            if manifest
-                .files
-                .last()
-                .is_some_and(|last| last.name >= file.name)
-            {
+            if manifest.files.last().is_some_and(|last| last.name >= file.name) {
                 return Err(reader.damaged("its files are not in order"));
             }
             manifest.files.push(file);
@@ -211,10 +185,7 @@ impl Reader<'_> {
     }
 
     fn slice(&mut self, len: usize) -> Result<&[u8], Error> {
-        let end = self
-            .at
-            .checked_add(len)
-            .filter(|end| *end <= self.bytes.len());
+        let end = self.at.checked_add(len).filter(|end| *end <= self.bytes.len());
         let end = end.ok_or_else(|| self.damaged("it is too short"))?;
         let slice = &self.bytes[self.at..end];
         self.at = end;
@@ -222,10 +193,7 @@ impl Reader<'_> {
     }
 
     fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
-        Ok(self
-            .slice(N)?
-            .try_into()
-            .expect("the slice has this length"))
+        Ok(self.slice(N)?.try_into().expect("the slice has this length"))
     }
 
     fn file(&mut self) -> Result<FileEntry, Error> {
@@ -239,11 +207,7 @@ impl Reader<'_> {
             return Err(self.damaged("it is too short for the checksums of a file"));
         }
         let crcs = (0..chunks).map(|_| Ok(u32::from_le_bytes(self.array()?)));
-        Ok(FileEntry {
-            name,
-            bytes,
-            chunk_crcs: crcs.collect::<Result<_, Error>>()?,
-        })
+        Ok(FileEntry { name, bytes, chunk_crcs: crcs.collect::<Result<_, Error>>()? })
     }
 }
 
@@ -282,8 +246,7 @@ impl Incoming {
     /// Begins anew in `dir`; what stood there is removed.
     pub fn begin(fs: Arc<dyn Fs>, dir: &Path, manifest: Manifest) -> Result<Incoming, Error> {
         remove_dir(&*fs, dir)?;
-        fs.create_dir_all(dir)
-            .map_err(|error| Error::io(dir, error))?;
+        fs.create_dir_all(dir).map_err(|error| Error::io(dir, error))?;
         let files = manifest.files.iter().map(|file| {
             let path = dir.join(&file.name);
             let made = fs.open(&path, OpenMode::CreateNew).and_then(|made| {
@@ -295,12 +258,7 @@ impl Incoming {
             made.map_err(|error| Error::io(&path, error))
         });
         let files = files.collect::<Result<_, _>>()?;
-        Ok(Incoming {
-            fs,
-            dir: dir.to_path_buf(),
-            manifest,
-            files,
-        })
+        Ok(Incoming { fs, dir: dir.to_path_buf(), manifest, files })
     }
 
     /// What is being received.
@@ -317,9 +275,8 @@ impl Incoming {
             .get(file)
             .ok_or_else(|| Error::invalid("no such file in the manifest"))?;
         let path = self.dir.join(&entry.name);
-        let (offset, len) = entry
-            .chunk(chunk)
-            .ok_or_else(|| Error::invalid("no such chunk in the manifest"))?;
+        let (offset, len) =
+            entry.chunk(chunk).ok_or_else(|| Error::invalid("no such chunk in the manifest"))?;
         if data.len() != len || crc32fast::hash(data) != entry.chunk_crcs[chunk] {
             return Err(Error::corruption(
                 &path,
@@ -327,21 +284,16 @@ impl Incoming {
                 "a received chunk does not match the manifest",
             ));
         }
-        self.files[file]
-            .write_at(data, offset)
-            .map_err(|error| Error::io(&path, error))
+        self.files[file].write_at(data, offset).map_err(|error| Error::io(&path, error))
     }
 
     /// Syncs everything and verifies the whole directory, read back. It may be swapped in when this
     /// returns `Ok`.
     pub fn finish(self) -> Result<Manifest, Error> {
         for (entry, file) in self.manifest.files.iter().zip(&self.files) {
-            file.sync()
-                .map_err(|error| Error::io(&self.dir.join(&entry.name), error))?;
+            file.sync().map_err(|error| Error::io(&self.dir.join(&entry.name), error))?;
         }
-        self.fs
-            .sync_dir(&self.dir)
-            .map_err(|error| Error::io(&self.dir, error))?;
+        self.fs.sync_dir(&self.dir).map_err(|error| Error::io(&self.dir, error))?;
         self.manifest.verify(&*self.fs, &self.dir)?;
         Ok(self.manifest)
     }
@@ -412,9 +364,7 @@ pub(crate) fn remove_dir(fs: &dyn Fs, dir: &Path) -> Result<(), Error> {
     if !fs.exists(dir) {
         return Ok(());
     }
-    let parent = dir
-        .parent()
-        .ok_or_else(|| Error::invalid("a store has a parent directory"))?;
+    let parent = dir.parent().ok_or_else(|| Error::invalid("a store has a parent directory"))?;
     let mut removed = dir.as_os_str().to_os_string();
     removed.push(".removed");
     let removed = PathBuf::from(removed);
@@ -430,16 +380,10 @@ pub(crate) fn remove_dir(fs: &dyn Fs, dir: &Path) -> Result<(), Error> {
 }
 
 fn split(live: &Path) -> Result<(&Path, String), Error> {
-    let name = live
-        .file_name()
-        .and_then(|name| name.to_str())
-        .filter(|name| !name.contains('.'));
+    let name = live.file_name().and_then(|name| name.to_str()).filter(|name| !name.contains('.'));
     match (live.parent(), name) {
         (Some(parent), Some(name)) => Ok((parent, name.to_owned())),
-        _ => Err(Error::invalid(format!(
-            "{}: not the name of a live store",
-            live.display()
-        ))),
+        _ => Err(Error::invalid(format!("{}: not the name of a live store", live.display()))),
     }
 }
 
@@ -450,16 +394,8 @@ mod tests {
     fn sample() -> Manifest {
         Manifest {
             files: vec![
-                FileEntry {
-                    name: "A".into(),
-                    bytes: 0,
-                    chunk_crcs: vec![],
-                },
-                FileEntry {
-                    name: "B".into(),
-                    bytes: CHUNK_BYTES + 1,
-                    chunk_crcs: vec![1, 2],
-                },
+                FileEntry { name: "A".into(), bytes: 0, chunk_crcs: vec![] },
+                FileEntry { name: "B".into(), bytes: CHUNK_BYTES + 1, chunk_crcs: vec![1, 2] },
             ],
         }
     }
@@ -472,10 +408,7 @@ mod tests {
             .to_vec();
         golden.extend_from_slice(&crc32fast::hash(&golden).to_le_bytes());
         assert_eq!(sample().encode(), golden);
-        assert_eq!(
-            Manifest::decode(Path::new("m"), &golden).expect("our own bytes"),
-            sample()
-        );
+        assert_eq!(Manifest::decode(Path::new("m"), &golden).expect("our own bytes"), sample());
     }
 
     #[test]
@@ -484,51 +417,25 @@ mod tests {
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(
-                Manifest::decode(Path::new("m"), &flipped).is_err(),
-                "bit {bit}"
-            );
+            assert!(Manifest::decode(Path::new("m"), &flipped).is_err(), "bit {bit}");
         }
         for len in 0..bytes.len() {
-            assert!(
-                Manifest::decode(Path::new("m"), &bytes[..len]).is_err(),
-                "length {len}"
-            );
+            assert!(Manifest::decode(Path::new("m"), &bytes[..len]).is_err(), "length {len}");
         }
     }
 
     #[test]
     fn names_that_lead_elsewhere_are_refused() {
-        for name in [
-            "",
-            ".",
-            "..",
-            "../x",
-            "a/b",
-            "a\\b",
-            "a\0b",
-            &"n".repeat(256),
-        ] {
-            let file = FileEntry {
-                name: name.into(),
-                bytes: 0,
-                chunk_crcs: vec![],
-            };
+        for name in ["", ".", "..", "../x", "a/b", "a\\b", "a\0b", &"n".repeat(256)] {
+            let file = FileEntry { name: name.into(), bytes: 0, chunk_crcs: vec![] };
             let bytes = Manifest { files: vec![file] }.encode();
-            assert!(
-                Manifest::decode(Path::new("m"), &bytes).is_err(),
-                "{name:?}"
-            );
+            assert!(Manifest::decode(Path::new("m"), &bytes).is_err(), "{name:?}");
         }
     }
 
     #[test]
     fn a_length_that_needs_more_checksums_than_there_are_bytes_is_refused() {
-        let file = FileEntry {
-            name: "A".into(),
-            bytes: u64::MAX,
-            chunk_crcs: vec![1],
-        };
+        let file = FileEntry { name: "A".into(), bytes: u64::MAX, chunk_crcs: vec![1] };
         assert!(
             Manifest::decode(Path::new("m"), &Manifest { files: vec![file] }.encode()).is_err()
         );

@@ -46,10 +46,7 @@ impl ReplicaState {
         check_format(&*engine, dir)?;
         // What is there before the first write has survived: it is durable.
         let applied = engine.get(&key::meta(MetaName::APPLIED))?;
-        Ok(ReplicaState {
-            engine,
-            durable_applied: Arc::new(Mutex::new(applied)),
-        })
+        Ok(ReplicaState { engine, durable_applied: Arc::new(Mutex::new(applied)) })
     }
 
     /// The engine below.
@@ -66,12 +63,8 @@ impl ReplicaState {
         version_max: u64,
     ) -> Result<Option<Versioned>, Error> {
         let prefix = key::data_prefix(keyspace, user_key);
-        let first = self
-            .engine
-            .first(&key::data_at(&prefix, version_max), &prefix)?;
-        first
-            .map(|(physical, stored)| read::versioned(&physical, &stored))
-            .transpose()
+        let first = self.engine.first(&key::data_at(&prefix, version_max), &prefix)?;
+        first.map(|(physical, stored)| read::versioned(&physical, &stored)).transpose()
     }
 
     /// Reads from one consistent view; keep it for one page.
@@ -151,9 +144,7 @@ impl ReplicaState {
             // A key with too many is cut at the old end: what goes first is what nothing stands on.
             let excess = dropped.len().saturating_sub(SWEEP_VERSIONS_MAX);
             dropped.drain(..excess).for_each(drop);
-            dropped
-                .into_iter()
-                .for_each(|physical| batch.delete(physical));
+            dropped.into_iter().for_each(|physical| batch.delete(physical));
         }
         let removed = batch.ops.len() as u64;
         self.engine.write(batch)?;
@@ -167,16 +158,10 @@ fn check_format(engine: &dyn Engine, dir: &Path) -> Result<(), Error> {
     match engine.get(&key::meta(MetaName::FORMAT))? {
         Some(bytes) => match <[u8; 4]>::try_from(&bytes[..]).map(u32::from_be_bytes) {
             Ok(FORMAT) => Ok(()),
-            Ok(found) => Err(Error::Format {
-                file: file(),
-                found,
-                known: FORMAT,
-            }),
-            Err(_) => Err(Error::corruption(
-                dir,
-                0,
-                "the store's format record has a wrong length",
-            )),
+            Ok(found) => Err(Error::Format { file: file(), found, known: FORMAT }),
+            Err(_) => {
+                Err(Error::corruption(dir, 0, "the store's format record has a wrong length"))
+            }
         },
         None => {
             let view = engine.view()?;

@@ -81,11 +81,7 @@ impl FilterState {
     /// The lowest version that may still be read at in a keyspace: versions superseded there may
     /// go.
     pub fn threshold(&self, keyspace: u32) -> u64 {
-        let threshold = self
-            .thresholds
-            .get(&keyspace)
-            .copied()
-            .unwrap_or(self.threshold);
+        let threshold = self.thresholds.get(&keyspace).copied().unwrap_or(self.threshold);
         let pinned = self.pins.iter().copied().min().unwrap_or(u64::MAX);
         threshold.min(pinned).min(self.clock)
     }
@@ -179,9 +175,7 @@ impl Filter {
 
 impl fmt::Debug for Filter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Filter")
-            .field("state", &self.state())
-            .finish_non_exhaustive()
+        f.debug_struct("Filter").field("state", &self.state()).finish_non_exhaustive()
     }
 }
 
@@ -268,12 +262,7 @@ impl Pass {
             return;
         };
         self.threshold = self.state.threshold(keyspace);
-        if self
-            .state
-            .arc
-            .as_ref()
-            .is_some_and(|inside| !inside(keyspace, &user_key))
-        {
+        if self.state.arc.as_ref().is_some_and(|inside| !inside(keyspace, &user_key)) {
             self.met = Met::Foreign;
         }
     }
@@ -322,10 +311,7 @@ mod tests {
     fn read_at(runs: &[&Run], user_key: u8, version: u64) -> Option<Vec<u8>> {
         let prefix = key::data_prefix(1, &[user_key]);
         let range = key::data_at(&prefix, version)..key::data_prefix_end(&prefix);
-        let newest = runs
-            .iter()
-            .filter_map(|run| run.range(range.clone()).next())
-            .min()?;
+        let newest = runs.iter().filter_map(|run| run.range(range.clone()).next()).min()?;
         let stored = value::Value::decode(&newest.1.clone().into()).expect("written by this test");
         (!stored.is_absent_at(version)).then(|| stored.bytes.to_vec())
     }
@@ -340,11 +326,7 @@ mod tests {
             match step {
                 Step::Put { key, expires_in } => {
                     clock += 1;
-                    let expires_at = if *expires_in == 0 {
-                        0
-                    } else {
-                        clock + expires_in
-                    };
+                    let expires_at = if *expires_in == 0 { 0 } else { clock + expires_in };
                     let stored = value::encode(false, expires_at, &[clock as u8]).to_vec();
                     memtable.insert(key::data(1, &[*key], clock).to_vec(), stored.clone());
                     everything.insert(key::data(1, &[*key], clock).to_vec(), stored);
@@ -359,10 +341,7 @@ mod tests {
                     runs.push(std::mem::take(&mut memtable));
                     flushed_clock = clock;
                 }
-                Step::Compact {
-                    runs: chosen,
-                    history,
-                } => {
+                Step::Compact { runs: chosen, history } => {
                     threshold = threshold.max(flushed_clock.saturating_sub(*history));
                     filter.set(FilterState {
                         clock: flushed_clock,
@@ -389,10 +368,8 @@ mod tests {
             seen.push(&memtable);
             for version in threshold..=clock + 6 {
                 for key in 0..3 {
-                    let (got, wanted) = (
-                        read_at(&seen, key, version),
-                        read_at(&[&everything], key, version),
-                    );
+                    let (got, wanted) =
+                        (read_at(&seen, key, version), read_at(&[&everything], key, version));
                     if got != wanted {
                         return Err(format!("key {key} at {version}: {got:?}, was {wanted:?}"));
                     }
@@ -413,17 +390,11 @@ mod tests {
     #[test]
     fn the_model_sees_a_resurrection() {
         let steps = [
-            Step::Put {
-                key: 0,
-                expires_in: 0,
-            },
+            Step::Put { key: 0, expires_in: 0 },
             Step::Flush,
             Step::Delete { key: 0 },
             Step::Flush,
-            Step::Compact {
-                runs: 1 << 2,
-                history: 0,
-            },
+            Step::Compact { runs: 1 << 2, history: 0 },
         ];
         assert_eq!(run(&steps, false), Ok(()));
         assert!(
@@ -437,21 +408,14 @@ mod tests {
         entries
             .iter()
             .map(|&(key, version, tombstone)| {
-                pass.judge(
-                    &key::data(1, &[key], version),
-                    &value::encode(tombstone, 0, b""),
-                )
+                pass.judge(&key::data(1, &[key], version), &value::encode(tombstone, 0, b""))
             })
             .collect()
     }
 
     #[test]
     fn pins_and_the_clock_hold_the_threshold_down() {
-        let mut state = FilterState {
-            clock: 50,
-            threshold: 90,
-            ..FilterState::default()
-        };
+        let mut state = FilterState { clock: 50, threshold: 90, ..FilterState::default() };
         assert_eq!(state.threshold(1), 50);
         state.clock = 100;
         assert_eq!(state.threshold(1), 90);
@@ -465,66 +429,32 @@ mod tests {
     fn verdicts_by_rule() {
         use Verdict::{Drop, Keep};
         let filter = Arc::new(Filter::default());
-        let entries = [
-            (1, 9, false),
-            (1, 5, true),
-            (1, 4, false),
-            (2, 3, false),
-            (2, 2, false),
-        ];
-        assert_eq!(
-            judge(&filter, true, &entries),
-            [Keep; 5],
-            "a fresh filter drops nothing"
-        );
+        let entries = [(1, 9, false), (1, 5, true), (1, 4, false), (2, 3, false), (2, 2, false)];
+        assert_eq!(judge(&filter, true, &entries), [Keep; 5], "a fresh filter drops nothing");
 
-        let mut state = FilterState {
-            clock: 9,
-            threshold: 6,
-            ..FilterState::default()
-        };
+        let mut state = FilterState { clock: 9, threshold: 6, ..FilterState::default() };
         filter.set(state.clone());
-        assert_eq!(
-            judge(&filter, false, &entries),
-            [Keep, Keep, Drop, Keep, Drop]
-        );
+        assert_eq!(judge(&filter, false, &entries), [Keep, Keep, Drop, Keep, Drop]);
         assert_eq!(filter.take_dead(9), [key::data_prefix(1, &[1])]);
-        assert_eq!(
-            judge(&filter, true, &entries),
-            [Keep, Drop, Drop, Keep, Drop]
-        );
+        assert_eq!(judge(&filter, true, &entries), [Keep, Drop, Drop, Keep, Drop]);
         assert_eq!(filter.dead_keys(), 0);
 
         state.arc = Some(Arc::new(|_, key| key != [1]));
         filter.set(state.clone());
-        assert_eq!(
-            judge(&filter, false, &entries),
-            [Drop, Drop, Drop, Keep, Drop]
-        );
+        assert_eq!(judge(&filter, false, &entries), [Drop, Drop, Drop, Keep, Drop]);
 
         state.paused = true;
         filter.set(state);
-        assert_eq!(
-            judge(&filter, true, &entries),
-            [Keep; 5],
-            "a paused filter drops nothing"
-        );
+        assert_eq!(judge(&filter, true, &entries), [Keep; 5], "a paused filter drops nothing");
     }
 
     #[test]
     fn what_is_not_data_or_not_readable_stays() {
         let filter = Arc::new(Filter::default());
-        filter.set(FilterState {
-            clock: 9,
-            threshold: 9,
-            ..FilterState::default()
-        });
+        filter.set(FilterState { clock: 9, threshold: 9, ..FilterState::default() });
         let mut pass = filter.pass(true);
         assert_eq!(pass.judge(&key::mark(1), b""), Verdict::Keep);
-        assert_eq!(
-            pass.judge(&key::data(1, b"k", 8), b"damaged"),
-            Verdict::Keep
-        );
+        assert_eq!(pass.judge(&key::data(1, b"k", 8), b"damaged"), Verdict::Keep);
         assert_eq!(
             pass.judge(&key::data(1, b"k", 7), &value::encode(false, 0, b"v")),
             Verdict::Keep
@@ -541,9 +471,6 @@ mod tests {
         }
         assert_eq!(filter.dead_keys(), DEAD_BYTES_MAX / 1000);
         let taken = filter.take_dead(usize::MAX);
-        assert_eq!(
-            (taken.len(), filter.dead.lock().bytes),
-            (DEAD_BYTES_MAX / 1000, 0)
-        );
+        assert_eq!((taken.len(), filter.dead.lock().bytes), (DEAD_BYTES_MAX / 1000, 0));
     }
 }

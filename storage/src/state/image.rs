@@ -49,9 +49,8 @@ pub(crate) fn write_dir(fs: &dyn Fs, dir: &Path, entries: &Entries) -> Result<()
     let mut temporary = dir.as_os_str().to_os_string();
     temporary.push(".tmp");
     let temporary = PathBuf::from(temporary);
-    let parent = dir
-        .parent()
-        .ok_or_else(|| Error::invalid("a checkpoint needs a parent directory"))?;
+    let parent =
+        dir.parent().ok_or_else(|| Error::invalid("a checkpoint needs a parent directory"))?;
     let steps = || {
         if fs.exists(&temporary) {
             fs.remove_dir_all(&temporary)?;
@@ -65,10 +64,7 @@ pub(crate) fn write_dir(fs: &dyn Fs, dir: &Path, entries: &Entries) -> Result<()
 }
 
 fn encode(entries: &Entries) -> Vec<u8> {
-    let bytes: usize = entries
-        .iter()
-        .map(|(key, value)| key.len() + value.len() + 8)
-        .sum();
+    let bytes: usize = entries.iter().map(|(key, value)| key.len() + value.len() + 8).sum();
     let mut image = Vec::with_capacity(HEADER_BYTES + bytes + CRC_BYTES);
     image.extend_from_slice(MAGIC);
     image.extend_from_slice(&FORMAT.to_le_bytes());
@@ -99,11 +95,7 @@ fn decode(file: &Path, image: Bytes) -> Result<Entries, Error> {
     }
     let (format, rest) = take_u32(&body, 8).ok_or_else(|| damaged(8, "no format"))?;
     if format != FORMAT {
-        return Err(Error::Format {
-            file: file.to_path_buf(),
-            found: format,
-            known: FORMAT,
-        });
+        return Err(Error::Format { file: file.to_path_buf(), found: format, known: FORMAT });
     }
     let count = body
         .get(rest..HEADER_BYTES)
@@ -115,10 +107,7 @@ fn decode(file: &Path, image: Bytes) -> Result<Entries, Error> {
         let (key, key_end) = take_part(&body, at).ok_or_else(|| damaged(at, "an entry is cut"))?;
         let (value, end) =
             take_part(&body, key_end).ok_or_else(|| damaged(at, "an entry is cut"))?;
-        if entries
-            .last_key_value()
-            .is_some_and(|(last, _)| *last >= key)
-        {
+        if entries.last_key_value().is_some_and(|(last, _)| *last >= key) {
             return Err(damaged(at, "the entries are not in order"));
         }
         entries.insert(key, value);
@@ -156,10 +145,7 @@ mod tests {
     fn golden_bytes() {
         let (entries, image) = golden();
         assert_eq!(encode(&entries), image);
-        assert_eq!(
-            decode(Path::new("i"), image.into()).expect("our own image"),
-            entries
-        );
+        assert_eq!(decode(Path::new("i"), image.into()).expect("our own image"), entries);
     }
 
     #[test]
@@ -171,10 +157,7 @@ mod tests {
             assert!(decode(Path::new("i"), flipped.into()).is_err(), "bit {bit}");
         }
         for len in 0..image.len() {
-            assert!(
-                decode(Path::new("i"), image[..len].to_vec().into()).is_err(),
-                "length {len}"
-            );
+            assert!(decode(Path::new("i"), image[..len].to_vec().into()).is_err(), "length {len}");
         }
     }
 }

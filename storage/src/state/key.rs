@@ -114,22 +114,10 @@ impl Key {
     pub fn encode(&self) -> Bytes {
         match self {
             Key::Meta(name) => meta(*name),
-            Key::Result {
-                client,
-                sequence,
-                birth,
-            } => result(*client, *sequence, *birth),
-            Key::ResultAge {
-                birth,
-                client,
-                sequence,
-            } => result_age(*birth, *client, *sequence),
+            Key::Result { client, sequence, birth } => result(*client, *sequence, *birth),
+            Key::ResultAge { birth, client, sequence } => result_age(*birth, *client, *sequence),
             Key::Mark { client } => mark(*client),
-            Key::Data {
-                keyspace,
-                key,
-                version,
-            } => data(*keyspace, key, *version),
+            Key::Data { keyspace, key, version } => data(*keyspace, key, *version),
         }
     }
 
@@ -140,29 +128,17 @@ impl Key {
             k if k == Kind::Meta as u8 && rest.len() == 1 => Some(Key::Meta(MetaName(rest[0]))),
             k if k == Kind::Result as u8 => {
                 let [client, sequence, birth] = numbers(rest)?;
-                Some(Key::Result {
-                    client,
-                    sequence,
-                    birth,
-                })
+                Some(Key::Result { client, sequence, birth })
             }
             k if k == Kind::ResultAge as u8 => {
                 let [birth, client, sequence] = numbers(rest)?;
-                Some(Key::ResultAge {
-                    birth,
-                    client,
-                    sequence,
-                })
+                Some(Key::ResultAge { birth, client, sequence })
             }
             k if k == Kind::Mark as u8 => numbers(rest).map(|[client]| Key::Mark { client }),
             k if k == Kind::Data as u8 => {
                 let (prefix, version) = split_data(bytes)?;
                 let (keyspace, key) = decode_prefix(prefix)?;
-                Some(Key::Data {
-                    keyspace,
-                    key,
-                    version,
-                })
+                Some(Key::Data { keyspace, key, version })
             }
             _ => None,
         }
@@ -237,9 +213,7 @@ pub fn data_at(prefix: &[u8], version: u64) -> Vec<u8> {
 /// key has there.
 pub fn data_prefix_end(prefix: &[u8]) -> Vec<u8> {
     let mut end = prefix.to_vec();
-    let last = end
-        .last_mut()
-        .expect("a data prefix ends in its terminator");
+    let last = end.last_mut().expect("a data prefix ends in its terminator");
     assert_eq!(*last, TERMINATOR, "a data prefix ends in its terminator");
     *last += 1;
     end
@@ -329,10 +303,7 @@ mod tests {
 
     /// Many zeros and 0xff, so that escapes and terminators meet.
     fn user_key() -> impl Strategy<Value = Vec<u8>> {
-        prop::collection::vec(
-            prop_oneof![Just(0u8), Just(1), Just(0xff), any::<u8>()],
-            0..8,
-        )
+        prop::collection::vec(prop_oneof![Just(0u8), Just(1), Just(0xff), any::<u8>()], 0..8)
     }
 
     #[test]
@@ -340,36 +311,20 @@ mod tests {
         let golden: [(Key, &[u8]); 6] = [
             (Key::Meta(MetaName::APPLIED), b"\x01\x02"),
             (
-                Key::Result {
-                    client: 1,
-                    sequence: 2,
-                    birth: 3,
-                },
+                Key::Result { client: 1, sequence: 2, birth: 3 },
                 b"\x02\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x03",
             ),
             (
-                Key::ResultAge {
-                    birth: 3,
-                    client: 1,
-                    sequence: 2,
-                },
+                Key::ResultAge { birth: 3, client: 1, sequence: 2 },
                 b"\x03\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02",
             ),
             (Key::Mark { client: 0x0102 }, b"\x04\0\0\0\0\0\0\x01\x02"),
             (
-                Key::Data {
-                    keyspace: 7,
-                    key: b"a\0b".to_vec(),
-                    version: 1,
-                },
+                Key::Data { keyspace: 7, key: b"a\0b".to_vec(), version: 1 },
                 b"\x10\0\0\0\x07a\0\xffb\0\x01\xff\xff\xff\xff\xff\xff\xff\xfe",
             ),
             (
-                Key::Data {
-                    keyspace: u32::MAX,
-                    key: Vec::new(),
-                    version: u64::MAX,
-                },
+                Key::Data { keyspace: u32::MAX, key: Vec::new(), version: u64::MAX },
                 b"\x10\xff\xff\xff\xff\0\x01\0\0\0\0\0\0\0\0",
             ),
         ];

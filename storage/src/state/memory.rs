@@ -27,10 +27,7 @@ pub struct MapEngines {
 impl MapEngines {
     /// Stores that keep what is flushed in `fs`.
     pub fn new(fs: Arc<dyn Fs>) -> MapEngines {
-        MapEngines {
-            fs,
-            open: Mutex::new(BTreeMap::new()),
-        }
+        MapEngines { fs, open: Mutex::new(BTreeMap::new()) }
     }
 }
 
@@ -66,10 +63,7 @@ impl Engines for MapEngines {
 
     fn destroy(&self, dir: &Path) -> Result<(), Error> {
         assert!(
-            self.open
-                .lock()
-                .get(dir)
-                .is_none_or(|engine| engine.strong_count() == 0),
+            self.open.lock().get(dir).is_none_or(|engine| engine.strong_count() == 0),
             "a store is closed before it is destroyed"
         );
         super::checkpoint::remove_dir(&*self.fs, dir)
@@ -182,9 +176,7 @@ impl Engine for MapEngine {
         // versions of a key.
         let mut pass = self.filter.pass(range.is_none());
         let in_range = |key: &Bytes| {
-            range
-                .as_ref()
-                .is_none_or(|range| *range.start <= key[..] && key[..] < *range.end)
+            range.as_ref().is_none_or(|range| *range.start <= key[..] && key[..] < *range.end)
         };
         let mut dropped = 0;
         Arc::make_mut(&mut inner.entries).retain(|key, value| {
@@ -198,12 +190,7 @@ impl Engine for MapEngine {
     }
 
     fn approximate_bytes(&self) -> u64 {
-        self.inner
-            .lock()
-            .entries
-            .iter()
-            .map(|(key, value)| (key.len() + value.len()) as u64)
-            .sum()
+        self.inner.lock().entries.iter().map(|(key, value)| (key.len() + value.len()) as u64).sum()
     }
 
     fn unflushed_bytes(&self) -> u64 {
@@ -237,22 +224,14 @@ impl View for MapView {
     fn seek(&self, range: Range<Vec<u8>>, reverse: bool) -> Result<Box<dyn Cursor + '_>, Error> {
         let from = Bound::Included(Bytes::from(range.start.clone()));
         let to = Bound::Excluded(Bytes::from(range.end.clone()));
-        Ok(Box::new(MapCursor {
-            entries: &self.0,
-            range,
-            from,
-            to,
-            reverse,
-        }))
+        Ok(Box::new(MapCursor { entries: &self.0, range, from, to, reverse }))
     }
 }
 
 fn first(entries: &Entries, from: &[u8], prefix: &[u8]) -> Option<(Bytes, Bytes)> {
-    let (key, value) = entries
-        .range::<[u8], _>((Bound::Included(from), Bound::Unbounded))
-        .next()?;
-    key.starts_with(prefix)
-        .then(|| (key.clone(), value.clone()))
+    let (key, value) =
+        entries.range::<[u8], _>((Bound::Included(from), Bound::Unbounded)).next()?;
+    key.starts_with(prefix).then(|| (key.clone(), value.clone()))
 }
 
 struct MapCursor<'a> {
@@ -270,11 +249,7 @@ impl Cursor for MapCursor<'_> {
             return Ok(None);
         }
         let mut rest = self.entries.range((self.from.clone(), self.to.clone()));
-        let next = if self.reverse {
-            rest.next_back()
-        } else {
-            rest.next()
-        };
+        let next = if self.reverse { rest.next_back() } else { rest.next() };
         let Some((key, value)) = next else {
             return Ok(None);
         };

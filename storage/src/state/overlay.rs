@@ -29,11 +29,7 @@ pub struct Overlay {
 impl Overlay {
     /// An empty batch over a store.
     pub fn new(engine: Arc<dyn Engine>) -> Overlay {
-        Overlay {
-            engine,
-            pending: Pending::new(),
-            bytes: 0,
-        }
+        Overlay { engine, pending: Pending::new(), bytes: 0 }
     }
 
     /// The newest version of a key, delete markers and expired values included.
@@ -53,9 +49,7 @@ impl Overlay {
         let from = key::data_at(&prefix, version_max);
         let below = |from: &[u8]| self.engine.first(from, &prefix);
         let first = first(&self.pending, &from, &prefix, below)?;
-        first
-            .map(|(physical, stored)| read::versioned(&physical, &stored))
-            .transpose()
+        first.map(|(physical, stored)| read::versioned(&physical, &stored)).transpose()
     }
 
     /// Puts a version of a key. `expires_at_version` 0: it never expires.
@@ -75,10 +69,7 @@ impl Overlay {
 
     /// Puts a delete marker as a version of a key.
     pub fn delete(&mut self, keyspace: u32, user_key: &[u8], version: u64) {
-        self.put_raw(
-            key::data(keyspace, user_key, version),
-            value::encode(true, 0, b""),
-        );
+        self.put_raw(key::data(keyspace, user_key, version), value::encode(true, 0, b""));
     }
 
     /// The value of a physical key.
@@ -144,9 +135,7 @@ impl Overlay {
 
     /// The batch to write.
     pub fn into_batch(self) -> Batch {
-        let mut batch = Batch {
-            ops: Vec::with_capacity(self.pending.len()),
-        };
+        let mut batch = Batch { ops: Vec::with_capacity(self.pending.len()) };
         for (physical, value) in self.pending {
             match value {
                 Some(value) => batch.put(physical, value),
@@ -157,10 +146,7 @@ impl Overlay {
     }
 
     fn view(&self) -> Result<MergedView<'_>, Error> {
-        Ok(MergedView {
-            pending: &self.pending,
-            below: self.engine.view()?,
-        })
+        Ok(MergedView { pending: &self.pending, below: self.engine.view()? })
     }
 }
 
@@ -172,9 +158,8 @@ fn first(
     below: impl Fn(&[u8]) -> Result<Option<(Bytes, Bytes)>, Error>,
 ) -> Result<Option<(Bytes, Bytes)>, Error> {
     let in_prefix = (Bound::Included(from), Bound::Unbounded);
-    let mut pending_here = pending
-        .range::<[u8], _>(in_prefix)
-        .take_while(|(key, _)| key.starts_with(prefix));
+    let mut pending_here =
+        pending.range::<[u8], _>(in_prefix).take_while(|(key, _)| key.starts_with(prefix));
     let put = pending_here.find_map(|(key, value)| Some((key.clone(), value.clone()?)));
     let mut stored = below(from)?;
     while let Some((key, _)) = &stored
@@ -206,9 +191,7 @@ impl View for MergedView<'_> {
     }
 
     fn first(&self, from: &[u8], prefix: &[u8]) -> Result<Option<(Bytes, Bytes)>, Error> {
-        first(self.pending, from, prefix, |from| {
-            self.below.first(from, prefix)
-        })
+        first(self.pending, from, prefix, |from| self.below.first(from, prefix))
     }
 
     fn seek(&self, range: Range<Vec<u8>>, reverse: bool) -> Result<Box<dyn Cursor + '_>, Error> {
@@ -241,25 +224,15 @@ struct MergedCursor<'a> {
 
 impl<'a> MergedCursor<'a> {
     fn peek_pending(&self) -> Option<(&'a Bytes, &'a Option<Bytes>)> {
-        let (start, end) = (
-            Bound::Included(&self.range.start[..]),
-            Bound::Excluded(&self.range.end[..]),
-        );
+        let (start, end) =
+            (Bound::Included(&self.range.start[..]), Bound::Excluded(&self.range.end[..]));
         let own = self.next_pending.as_ref().map(|key| &key[..]);
-        let bounds = if self.reverse {
-            (start, own)
-        } else {
-            (own, end)
-        };
+        let bounds = if self.reverse { (start, own) } else { (own, end) };
         if is_empty(bounds) {
             return None;
         }
         let mut rest = self.pending.range::<[u8], _>(bounds);
-        if self.reverse {
-            rest.next_back()
-        } else {
-            rest.next()
-        }
+        if self.reverse { rest.next_back() } else { rest.next() }
     }
 }
 
@@ -272,13 +245,10 @@ impl Cursor for MergedCursor<'_> {
             let Some((key, value)) = self.peek_pending() else {
                 return Ok(self.ahead.take());
             };
-            let below_is_first = self.ahead.as_ref().is_some_and(|(below, _)| {
-                if self.reverse {
-                    below > key
-                } else {
-                    below < key
-                }
-            });
+            let below_is_first = self
+                .ahead
+                .as_ref()
+                .is_some_and(|(below, _)| if self.reverse { below > key } else { below < key });
             if below_is_first {
                 return Ok(self.ahead.take());
             }

@@ -58,16 +58,10 @@ impl KeyRange {
         while let Some(last) = end.pop() {
             if last < u8::MAX {
                 end.push(last + 1);
-                return KeyRange {
-                    start: prefix.to_vec(),
-                    end: Some(end),
-                };
+                return KeyRange { start: prefix.to_vec(), end: Some(end) };
             }
         }
-        KeyRange {
-            start: prefix.to_vec(),
-            end: None,
-        }
+        KeyRange { start: prefix.to_vec(), end: None }
     }
 }
 
@@ -112,12 +106,8 @@ impl<'a> Reader<'a> {
         version_max: u64,
     ) -> Result<Option<Versioned>, Error> {
         let prefix = key::data_prefix(keyspace, user_key);
-        let first = self
-            .view
-            .first(&key::data_at(&prefix, version_max), &prefix)?;
-        first
-            .map(|(physical, stored)| versioned(&physical, &stored))
-            .transpose()
+        let first = self.view.first(&key::data_at(&prefix, version_max), &prefix)?;
+        first.map(|(physical, stored)| versioned(&physical, &stored)).transpose()
     }
 
     /// The keys of a range with their newest versions at or below `version_max`, in key order or in
@@ -199,23 +189,15 @@ impl<'a> Scan<'a> {
         reverse: bool,
         version_max: u64,
     ) -> Result<Scan<'a>, Error> {
-        Ok(Scan {
-            view,
-            cursor: view.seek(range, reverse)?,
-            reverse,
-            version_max,
-            ahead: None,
-        })
+        Ok(Scan { view, cursor: view.seek(range, reverse)?, reverse, version_max, ahead: None })
     }
 
     /// The next key with something to show: its data prefix and version.
     fn step(&mut self) -> Result<Option<(Bytes, Versioned)>, Error> {
         loop {
-            let Some((prefix, newest)) = (if self.reverse {
-                self.previous_key()?
-            } else {
-                self.next_key()?
-            }) else {
+            let Some((prefix, newest)) =
+                (if self.reverse { self.previous_key()? } else { self.next_key()? })
+            else {
                 return Ok(None);
             };
             if let Some(newest) = newest.filter(|newest| !newest.is_absent_at(self.version_max)) {
@@ -239,9 +221,8 @@ impl<'a> Scan<'a> {
             }
             if steps >= STEPS_BEFORE_SEEK {
                 if newest.is_none() {
-                    let first = self
-                        .view
-                        .first(&key::data_at(&prefix, self.version_max), &prefix)?;
+                    let first =
+                        self.view.first(&key::data_at(&prefix, self.version_max), &prefix)?;
                     newest = first
                         .map(|(physical, stored)| versioned(&physical, &stored))
                         .transpose()?;
@@ -276,9 +257,8 @@ impl<'a> Scan<'a> {
             }
             if beyond || steps >= STEPS_BEFORE_SEEK {
                 if !beyond {
-                    let first = self
-                        .view
-                        .first(&key::data_at(&prefix, self.version_max), &prefix)?;
+                    let first =
+                        self.view.first(&key::data_at(&prefix, self.version_max), &prefix)?;
                     newest = first
                         .map(|(physical, stored)| versioned(&physical, &stored))
                         .transpose()?;
@@ -353,24 +333,15 @@ mod tests {
     fn prefix_ranges() {
         assert_eq!(
             KeyRange::prefix(b"ab"),
-            KeyRange {
-                start: b"ab".to_vec(),
-                end: Some(b"ac".to_vec())
-            }
+            KeyRange { start: b"ab".to_vec(), end: Some(b"ac".to_vec()) }
         );
         assert_eq!(
             KeyRange::prefix(b"a\xff"),
-            KeyRange {
-                start: b"a\xff".to_vec(),
-                end: Some(b"b".to_vec())
-            }
+            KeyRange { start: b"a\xff".to_vec(), end: Some(b"b".to_vec()) }
         );
         assert_eq!(
             KeyRange::prefix(b"\xff\xff"),
-            KeyRange {
-                start: b"\xff\xff".to_vec(),
-                end: None
-            }
+            KeyRange { start: b"\xff\xff".to_vec(), end: None }
         );
         assert_eq!(KeyRange::prefix(b""), KeyRange::all());
     }
@@ -380,9 +351,8 @@ mod tests {
         let mut hash = Fnv64::new();
         hash.part(b"a");
         // FNV-1a of 01 00 00 00 00 00 00 00 61.
-        let by_hand = [1u8, 0, 0, 0, 0, 0, 0, 0, b'a']
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+        let by_hand =
+            [1u8, 0, 0, 0, 0, 0, 0, 0, b'a'].iter().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
                 (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3)
             });
         assert_eq!(hash.0, by_hand);

@@ -202,9 +202,7 @@ impl RocksEngine {
     fn check(&self) -> Result<(), Error> {
         let why = |what| format!("{}: {what}", self.dir.display());
         if self.failed.load(Ordering::Acquire) {
-            return Err(Error::Stopped {
-                why: why("a write, flush or compaction failed before"),
-            });
+            return Err(Error::Stopped { why: why("a write, flush or compaction failed before") });
         }
         if self.property(properties::BACKGROUND_ERRORS) > 0 {
             let what = "a flush or compaction failed in the background; its LOG says why";
@@ -271,11 +269,7 @@ impl RocksEngine {
             within(&file.start_key) || within(&file.end_key)
         };
         let files = self.map(self.db.live_files())?;
-        Ok(files
-            .into_iter()
-            .filter(ends_in_range)
-            .map(|file| file.name)
-            .collect())
+        Ok(files.into_iter().filter(ends_in_range).map(|file| file.name).collect())
     }
 }
 
@@ -332,12 +326,9 @@ impl Engine for RocksEngine {
         let maker = self.map(Checkpoint::new(&*self.db))?;
         self.map(maker.create_checkpoint(dir))?;
         // RocksDB syncs the files and the new directory, not the name that it renamed it to.
-        let parent = dir
-            .parent()
-            .ok_or_else(|| Error::invalid("a checkpoint needs a parent directory"))?;
-        self.fs
-            .sync_dir(parent)
-            .map_err(|error| Error::io(parent, error))
+        let parent =
+            dir.parent().ok_or_else(|| Error::invalid("a checkpoint needs a parent directory"))?;
+        self.fs.sync_dir(parent).map_err(|error| Error::io(parent, error))
     }
 
     fn compact(&self, range: Option<Range<Vec<u8>>>) -> Result<(), Error> {
@@ -378,11 +369,7 @@ impl Engine for RocksEngine {
             + self.property(properties::NUM_DELETES_ACTIVE_MEM_TABLE)
             + self.property(properties::NUM_DELETES_IMM_MEM_TABLES);
         // An empty write buffer takes memory as well.
-        if entries == 0 {
-            0
-        } else {
-            self.property(properties::CUR_SIZE_ALL_MEM_TABLES).max(1)
-        }
+        if entries == 0 { 0 } else { self.property(properties::CUR_SIZE_ALL_MEM_TABLES).max(1) }
     }
 
     fn health(&self) -> Result<(), Error> {

@@ -24,20 +24,14 @@ pub(crate) fn first(
     from: &[u8],
     prefix: &[u8],
 ) -> Result<Option<(Bytes, Bytes)>, Error> {
-    assert!(
-        from.starts_with(prefix),
-        "the bloom filter of `prefix` says nothing about other keys"
-    );
+    assert!(from.starts_with(prefix), "the bloom filter of `prefix` says nothing about other keys");
     options.set_prefix_same_as_start(true);
     let mut iterator = db.raw_iterator_opt(options);
     iterator.seek(from);
     if let Some((key, value)) = iterator.item() {
         return Ok(key.starts_with(prefix).then(|| copy(key, value)));
     }
-    iterator
-        .status()
-        .map(|()| None)
-        .map_err(|error| map_error(db.path(), &error))
+    iterator.status().map(|()| None).map_err(|error| map_error(db.path(), &error))
 }
 
 pub(crate) fn get(db: &DB, key: &[u8], options: &ReadOptions) -> Result<Option<Bytes>, Error> {
@@ -59,10 +53,7 @@ pub(crate) struct OpenDb {
 
 impl OpenDb {
     pub(crate) fn new(db: DB) -> OpenDb {
-        OpenDb {
-            db,
-            open: Arc::new(()),
-        }
+        OpenDb { db, open: Arc::new(()) }
     }
 
     /// See [`crate::state::Engine::open_marker`].
@@ -99,12 +90,7 @@ impl RocksView {
         let mut holder: Pin<Box<dyn Future<Output = ()> + Send>> =
             Box::pin(hold(db.clone(), handed_out.clone()));
         let options = next_options(&mut holder, &handed_out);
-        RocksView {
-            holder: Mutex::new(holder),
-            handed_out,
-            options,
-            db,
-        }
+        RocksView { holder: Mutex::new(holder), handed_out, options, db }
     }
 
     /// Read options bound to the snapshot. Whoever uses them borrows the view, so that the snapshot
@@ -122,11 +108,7 @@ async fn hold(db: Arc<OpenDb>, handed_out: Arc<Mutex<Option<ReadOptions>>>) {
         *handed_out.lock() = Some(options);
         let mut resumed = false;
         poll_fn(|_| {
-            if std::mem::replace(&mut resumed, true) {
-                Poll::Ready(())
-            } else {
-                Poll::Pending
-            }
+            if std::mem::replace(&mut resumed, true) { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
     }
@@ -136,17 +118,9 @@ fn next_options(
     holder: &mut Pin<Box<dyn Future<Output = ()> + Send>>,
     handed_out: &Mutex<Option<ReadOptions>>,
 ) -> ReadOptions {
-    let polled = holder
-        .as_mut()
-        .poll(&mut Context::from_waker(Waker::noop()));
-    assert!(
-        polled.is_pending(),
-        "the holder of a snapshot never finishes"
-    );
-    handed_out
-        .lock()
-        .take()
-        .expect("the holder hands out options at every poll")
+    let polled = holder.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    assert!(polled.is_pending(), "the holder of a snapshot never finishes");
+    handed_out.lock().take().expect("the holder hands out options at every poll")
 }
 
 impl View for RocksView {
@@ -171,12 +145,7 @@ impl View for RocksView {
         } else {
             iterator.seek_to_first();
         }
-        Ok(Box::new(RocksCursor {
-            iterator,
-            reverse,
-            consumed: false,
-            dir: self.db.path(),
-        }))
+        Ok(Box::new(RocksCursor { iterator, reverse, consumed: false, dir: self.db.path() }))
     }
 }
 
@@ -214,10 +183,7 @@ impl Cursor for RocksCursor<'_> {
         if let Some((key, value)) = self.iterator.item() {
             return Ok(Some(copy(key, value)));
         }
-        self.iterator
-            .status()
-            .map(|()| None)
-            .map_err(|error| map_error(self.dir, &error))
+        self.iterator.status().map(|()| None).map_err(|error| map_error(self.dir, &error))
     }
 
     fn seek_to(&mut self, key: &[u8]) -> Result<(), Error> {
@@ -237,13 +203,11 @@ pub(crate) fn map_error(dir: &Path, error: &rocksdb::Error) -> Error {
     match error.kind() {
         ErrorKind::Corruption => Error::corruption(&named_file(dir, why), named_offset(why), why),
         // Also files that are gone come as this, "No such file or directory" among them.
-        ErrorKind::IOError if why.contains("No space left") => Error::Full {
-            path: named_file(dir, why),
-        },
+        ErrorKind::IOError if why.contains("No space left") => {
+            Error::Full { path: named_file(dir, why) }
+        }
         ErrorKind::IOError => Error::io(&named_file(dir, why), io::Error::other(why.to_owned())),
-        _ => Error::Engine {
-            why: format!("{}: {why}", dir.display()),
-        },
+        _ => Error::Engine { why: format!("{}: {why}", dir.display()) },
     }
 }
 
@@ -268,10 +232,7 @@ fn named_file(dir: &Path, why: &str) -> PathBuf {
 fn named_offset(why: &str) -> u64 {
     let mut words = why.split_whitespace();
     words.find(|word| *word == "offset");
-    words
-        .next()
-        .and_then(|word| word.trim_end_matches(',').parse().ok())
-        .unwrap_or(0)
+    words.next().and_then(|word| word.trim_end_matches(',').parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -290,10 +251,7 @@ mod tests {
         assert_eq!(named_offset(why), 0);
         assert_eq!(named_file(dir, "Corruption: something else"), dir);
         assert_eq!(
-            named_file(
-                dir,
-                "IO error: while reading /data/shards/7/MANIFEST-000005"
-            ),
+            named_file(dir, "IO error: while reading /data/shards/7/MANIFEST-000005"),
             dir.join("MANIFEST-000005")
         );
     }

@@ -34,11 +34,7 @@ impl Value {
     /// Takes stored bytes apart, without copying; the reason when they are not ours.
     pub fn decode(stored: &Bytes) -> Result<Value, &'static str> {
         let (tombstone, expires_at) = decode_header(stored)?;
-        Ok(Value {
-            tombstone,
-            expires_at,
-            bytes: stored.slice(HEADER_BYTES..),
-        })
+        Ok(Value { tombstone, expires_at, bytes: stored.slice(HEADER_BYTES..) })
     }
 }
 
@@ -48,10 +44,7 @@ pub(crate) fn is_absent_at(tombstone: bool, expires_at: u64, version: u64) -> bo
 }
 
 pub(crate) fn encode(tombstone: bool, expires_at: u64, bytes: &[u8]) -> Bytes {
-    assert!(
-        !tombstone || (bytes.is_empty() && expires_at == 0),
-        "a delete marker carries nothing"
-    );
+    assert!(!tombstone || (bytes.is_empty() && expires_at == 0), "a delete marker carries nothing");
     let mut stored = BytesMut::with_capacity(HEADER_BYTES + bytes.len());
     stored.put_u8(FORMAT);
     stored.put_u8(if tombstone { FLAG_TOMBSTONE } else { 0 });
@@ -87,19 +80,11 @@ mod tests {
     fn golden_bytes() {
         let golden: [(Value, &[u8]); 2] = [
             (
-                Value {
-                    tombstone: false,
-                    expires_at: 0x0102,
-                    bytes: Bytes::from_static(b"v"),
-                },
+                Value { tombstone: false, expires_at: 0x0102, bytes: Bytes::from_static(b"v") },
                 b"\x01\x00\0\0\0\0\0\0\x01\x02v",
             ),
             (
-                Value {
-                    tombstone: true,
-                    expires_at: 0,
-                    bytes: Bytes::new(),
-                },
+                Value { tombstone: true, expires_at: 0, bytes: Bytes::new() },
                 b"\x01\x01\0\0\0\0\0\0\0\0",
             ),
         ];
@@ -119,28 +104,15 @@ mod tests {
             b"\x01\x01\0\0\0\0\0\0\0\0v",
         ];
         for stored in refused {
-            assert!(
-                Value::decode(&Bytes::copy_from_slice(stored)).is_err(),
-                "{stored:?}"
-            );
+            assert!(Value::decode(&Bytes::copy_from_slice(stored)).is_err(), "{stored:?}");
         }
     }
 
     #[test]
     fn expiry_begins_at_its_version() {
-        let value = Value {
-            tombstone: false,
-            expires_at: 10,
-            bytes: Bytes::new(),
-        };
+        let value = Value { tombstone: false, expires_at: 10, bytes: Bytes::new() };
         assert!(!value.is_absent_at(9));
         assert!(value.is_absent_at(10));
-        assert!(
-            !Value {
-                expires_at: 0,
-                ..value
-            }
-            .is_absent_at(u64::MAX)
-        );
+        assert!(!Value { expires_at: 0, ..value }.is_absent_at(u64::MAX));
     }
 }

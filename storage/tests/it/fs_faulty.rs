@@ -35,17 +35,10 @@ fn only_what_was_synced_survives_a_crash() {
     f.write_at(b"cd", 2).expect("a write");
     assert_eq!(content(&fs, "f"), b"abcd");
     let killed = fs.crash(Loss::Nothing);
-    assert_eq!(
-        content(&killed, "f"),
-        b"abcd",
-        "a killed process leaves the page cache"
-    );
+    assert_eq!(content(&killed, "f"), b"abcd", "a killed process leaves the page cache");
     let lost = killed.crash(Loss::All);
     assert_eq!(content(&lost, "f"), b"ab\0\0", "which was never durable");
-    assert_eq!(
-        f.sync().expect_err("the old machine is gone").kind(),
-        ErrorKind::Other
-    );
+    assert_eq!(f.sync().expect_err("the old machine is gone").kind(), ErrorKind::Other);
 }
 
 #[test]
@@ -56,19 +49,11 @@ fn a_torn_write_keeps_some_sectors_whole() {
         let f = file(&fs, "f", 4096);
         f.write_at(&[7; 2048], 1024).expect("a write");
         let after = content(&fs.crash(Loss::Subset), "f");
-        assert!(
-            after[..1024]
-                .iter()
-                .chain(&after[3072..])
-                .all(|&byte| byte == 0)
-        );
+        assert!(after[..1024].iter().chain(&after[3072..]).all(|&byte| byte == 0));
         let sectors: Vec<u8> = after[1024..3072]
             .chunks(512)
             .map(|sector| {
-                assert!(
-                    sector.iter().all(|byte| byte == &sector[0]),
-                    "a sector is never torn"
-                );
+                assert!(sector.iter().all(|byte| byte == &sector[0]), "a sector is never torn");
                 sector[0]
             })
             .collect();
@@ -86,38 +71,24 @@ fn a_torn_write_keeps_some_sectors_whole() {
 fn names_need_the_sync_of_their_directory() {
     let fs = FaultyFs::new(1);
     create_dir_durable(&fs, path("a/b")).expect("created");
-    let f = fs
-        .open(path("a/b/new"), OpenMode::CreateNew)
-        .expect("created");
+    let f = fs.open(path("a/b/new"), OpenMode::CreateNew).expect("created");
     f.write_at(b"x", 0).expect("a write");
     f.sync().expect("a sync");
     assert!(fs.exists(path("a/b/new")));
     let lost = fs.crash(Loss::All);
     assert!(lost.exists(path("a/b")), "a durable directory");
-    assert!(
-        !lost.exists(path("a/b/new")),
-        "its bytes were synced, its name was not"
-    );
+    assert!(!lost.exists(path("a/b/new")), "its bytes were synced, its name was not");
 
     write_file_atomic(&lost, path("a/b/file"), b"one").expect("written");
-    let f = lost
-        .open(path("a/b/other"), OpenMode::CreateNew)
-        .expect("created");
+    let f = lost.open(path("a/b/other"), OpenMode::CreateNew).expect("created");
     f.write_at(b"two", 0).expect("a write");
     f.sync().expect("a sync");
-    lost.rename(path("a/b/other"), path("a/b/file"))
-        .expect("renamed");
-    assert_eq!(
-        read_file(&lost, path("a/b/file")).expect("readable"),
-        b"two"
-    );
+    lost.rename(path("a/b/other"), path("a/b/file")).expect("renamed");
+    assert_eq!(read_file(&lost, path("a/b/file")).expect("readable"), b"two");
     lost.remove_dir_all(path("a")).expect("removed");
     assert!(!lost.exists(path("a/b/file")));
     let lost = lost.crash(Loss::All);
-    assert_eq!(
-        read_file(&lost, path("a/b/file")).expect("readable"),
-        b"one"
-    );
+    assert_eq!(read_file(&lost, path("a/b/file")).expect("readable"), b"one");
     assert_eq!(lost.read_dir(path("a/b")).expect("there"), ["file"]);
 }
 
@@ -131,11 +102,7 @@ fn a_crash_at_any_operation_leaves_an_atomic_write_old_or_new() {
             fs.crash_at(fs.ops() + at);
             let written = write_file_atomic(&fs, path("f"), b"new");
             assert_eq!(written.is_err(), fs.crashed());
-            let loss = if seed % 2 == 0 {
-                Loss::Subset
-            } else {
-                Loss::All
-            };
+            let loss = if seed % 2 == 0 { Loss::Subset } else { Loss::All };
             let after = fs.crash(loss);
             let new = content(&after, "f") == b"new";
             assert!(new || content(&after, "f") == b"old");
@@ -167,18 +134,9 @@ fn links_and_renames_keep_to_the_rules() {
     f.write_at(b"y", 0).expect("a handle outlives the name");
     assert_eq!(content(&fs, "h/g"), b"y");
     for (name, kind) in [("f", ErrorKind::NotFound), ("h", ErrorKind::IsADirectory)] {
-        assert_eq!(
-            fs.open(path(name), OpenMode::Read)
-                .map(|_| ())
-                .expect_err(name)
-                .kind(),
-            kind
-        );
+        assert_eq!(fs.open(path(name), OpenMode::Read).map(|_| ()).expect_err(name).kind(), kind);
     }
-    let missing = fs
-        .open(path("no/f"), OpenMode::CreateNew)
-        .map(|_| ())
-        .expect_err("no directory");
+    let missing = fs.open(path("no/f"), OpenMode::CreateNew).map(|_| ()).expect_err("no directory");
     assert_eq!(missing.kind(), ErrorKind::NotFound);
     let read_only = fs.open(path("h/g"), OpenMode::Read).expect("there");
     assert_eq!(
@@ -195,14 +153,8 @@ fn a_full_disk_refuses_growth_and_reserved_room_is_kept() {
     let g = file(&fs, "g", 0);
     assert_eq!(fs.space(path("")).expect("known").free_bytes, 4096);
     g.write_at(&[1; 4096], 0).expect("the rest of the room");
-    assert_eq!(
-        g.write_at(&[1], 4096).expect_err("full").kind(),
-        ErrorKind::StorageFull
-    );
-    assert_eq!(
-        f.allocate(4097).expect_err("full").kind(),
-        ErrorKind::StorageFull
-    );
+    assert_eq!(g.write_at(&[1], 4096).expect_err("full").kind(), ErrorKind::StorageFull);
+    assert_eq!(f.allocate(4097).expect_err("full").kind(), ErrorKind::StorageFull);
     f.write_at(&[2; 4096], 0).expect("its room was reserved");
     fs.remove_file(path("g")).expect("removed");
     f.allocate(8192).expect("room again");
@@ -220,11 +172,7 @@ fn failures_on_order_come_when_ordered() {
     fs.fail_sync(1);
     f.sync().expect_err("ordered");
     f.sync().expect("looks well again");
-    assert_eq!(
-        content(&fs.crash(Loss::All), "f"),
-        [0; 8],
-        "but the bytes never got there"
-    );
+    assert_eq!(content(&fs.crash(Loss::All), "f"), [0; 8], "but the bytes never got there");
 
     let fs = FaultyFs::new(1);
     let f = file(&fs, "f", 8);
@@ -270,12 +218,7 @@ fn a_seed_means_the_same_for_ever() {
         let f = file(&fs, "f", 16 * 512);
         f.write_at(&[1; 16 * 512], 0).expect("a write");
         let after = content(&fs.crash(Loss::Subset), "f");
-        after
-            .chunks(512)
-            .fold(0_u16, |bits, sector| bits << 1 | u16::from(sector[0]))
+        after.chunks(512).fold(0_u16, |bits, sector| bits << 1 | u16::from(sector[0]))
     };
-    assert_eq!(
-        [1, 2, 3, 4, 5, 6].map(survivors),
-        [1, 2, 3, 4, 5, 6].map(survivors)
-    );
+    assert_eq!([1, 2, 3, 4, 5, 6].map(survivors), [1, 2, 3, 4, 5, 6].map(survivors));
 }

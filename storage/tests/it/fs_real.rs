@@ -14,19 +14,10 @@ fn conforms(fs: &dyn Fs, root: &Path) {
     create_dir_durable(fs, &dir).expect("there already");
     let name = dir.join("f");
     let kind = |outcome: std::io::Result<()>| outcome.expect_err("refused").kind();
-    assert_eq!(
-        kind(fs.open(&name, OpenMode::Read).map(|_| ())),
-        ErrorKind::NotFound
-    );
-    assert_eq!(
-        kind(fs.open(&name, OpenMode::ReadWrite).map(|_| ())),
-        ErrorKind::NotFound
-    );
+    assert_eq!(kind(fs.open(&name, OpenMode::Read).map(|_| ())), ErrorKind::NotFound);
+    assert_eq!(kind(fs.open(&name, OpenMode::ReadWrite).map(|_| ())), ErrorKind::NotFound);
     let file = fs.open(&name, OpenMode::CreateNew).expect("created");
-    assert_eq!(
-        kind(fs.open(&name, OpenMode::CreateNew).map(|_| ())),
-        ErrorKind::AlreadyExists
-    );
+    assert_eq!(kind(fs.open(&name, OpenMode::CreateNew).map(|_| ())), ErrorKind::AlreadyExists);
     assert!(file.is_empty().expect("known"));
     file.write_at(b"hello", 3).expect("a write");
     file.sync().expect("a sync");
@@ -58,10 +49,7 @@ fn conforms(fs: &dyn Fs, root: &Path) {
     assert!(0 < space.free_bytes && space.free_bytes <= space.total_bytes);
     fs.remove_dir_all(&root.join("c")).expect("removed");
     assert!(!fs.exists(&root.join("c").join("g")));
-    assert_eq!(
-        kind(fs.read_dir(&root.join("c")).map(|_| ())),
-        ErrorKind::NotFound
-    );
+    assert_eq!(kind(fs.read_dir(&root.join("c")).map(|_| ())), ErrorKind::NotFound);
 }
 
 #[test]

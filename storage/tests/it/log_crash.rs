@@ -8,11 +8,7 @@ const HISTORIES_DEFAULT: u64 = 500;
 
 fn number(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
-    Some(
-        value
-            .parse()
-            .unwrap_or_else(|_| panic!("{name} must be a number, not {value:?}")),
-    )
+    Some(value.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {value:?}")))
 }
 
 /// `CORACLE_LOG_HISTORIES` sets how many, `CORACLE_SEED` runs the one of that seed.
@@ -48,11 +44,7 @@ fn after_any_crash_the_log_holds_a_first_part_with_all_that_was_acknowledged() {
 
 #[test]
 fn each_sabotage_is_caught_within_500_histories() {
-    for sabotage in [
-        Sabotage::AckBeforeSync,
-        Sabotage::LostVote,
-        Sabotage::ForgottenTruncate,
-    ] {
+    for sabotage in [Sabotage::AckBeforeSync, Sabotage::LostVote, Sabotage::ForgottenTruncate] {
         let caught = (0..500).find_map(|seed| run_history(seed, Some(sabotage)).err());
         println!("{sabotage:?}: {caught:?}");
         assert!(caught.is_some(), "{sabotage:?} was not caught");

@@ -21,32 +21,21 @@ type Shown = BTreeMap<ReplicaId, (Option<Bytes>, Vec<LogEntry>)>;
 
 fn shown(rig: &Rig, replicas: &[ReplicaId]) -> Shown {
     let read = |id| rig.read(id).expect("a whole replica reads");
-    replicas
-        .iter()
-        .map(|&id| (id, (rig.vote_of(id), read(id))))
-        .collect()
+    replicas.iter().map(|&id| (id, (rig.vote_of(id), read(id)))).collect()
 }
 
 fn recovering(rig: &Rig) -> Vec<ReplicaId> {
-    rig.recovery
-        .recovering
-        .iter()
-        .map(|damage| damage.replica)
-        .collect()
+    rig.recovery.recovering.iter().map(|damage| damage.replica).collect()
 }
 
 /// Three replicas, several batches, everything marked.
 fn filled() -> Rig {
-    let options = LogOptions {
-        segment_bytes: 64 << 10,
-        ..LogOptions::test_min()
-    };
+    let options = LogOptions { segment_bytes: 64 << 10, ..LogOptions::test_min() };
     let rig = Rig::new(options).with(&[A, B, C]);
     rig.append(A, 1..3, 50);
     rig.log.append(A, entries(3..5, 60), well());
     rig.log.append(B, entries(1..3, 70), well());
-    rig.log
-        .save_vote(C, Bytes::from_static(b"vote of C"), well());
+    rig.log.save_vote(C, Bytes::from_static(b"vote of C"), well());
     rig.exec.run();
     rig.append(C, 7..9, 80);
     rig.vote(A, b"vote of A");
@@ -65,10 +54,7 @@ fn a_flipped_bit_anywhere_is_never_shown_and_is_named() {
     let rig = filled();
     let whole = shown(&rig, &[A, B, C]);
     let content = read_file(&rig.fs, &segment(1)).expect("readable");
-    let used = content
-        .iter()
-        .rposition(|&byte| byte != 0)
-        .expect("not empty") as u64;
+    let used = content.iter().rposition(|&byte| byte != 0).expect("not empty") as u64;
     let mut hurt = 0;
     // A bit of every byte that was written, and of some between.
     for offset in 0..used + 1000 {
@@ -83,10 +69,7 @@ fn a_flipped_bit_anywhere_is_never_shown_and_is_named() {
             Err(error) => panic!("byte {offset}: {error}"),
         };
         for (id, state) in shown(&after, &after.recovery.replicas) {
-            assert_eq!(
-                state, whole[&id],
-                "byte {offset}: replica {id} shows something else"
-            );
+            assert_eq!(state, whole[&id], "byte {offset}: replica {id} shows something else");
         }
         let mut all = recovering(&after);
         hurt += usize::from(!all.is_empty());
@@ -99,11 +82,7 @@ fn a_flipped_bit_anywhere_is_never_shown_and_is_named() {
         }
         all.extend(&after.recovery.replicas);
         all.sort_unstable();
-        assert_eq!(
-            all,
-            [A, B, C],
-            "byte {offset}: every replica is whole or recovering"
-        );
+        assert_eq!(all, [A, B, C], "byte {offset}: every replica is whole or recovering");
     }
     assert!(hurt > 500, "only {hurt} flips hurt anybody");
 }
@@ -113,33 +92,18 @@ fn damage_in_a_body_costs_only_its_replica() {
     let rig = filled();
     // Block 4 holds: the head naming three replicas, two entries of A, then B's.
     let record = FIRST + BLOCK + batch_head(3) + 2 * (RECORD_HEADER + 16 + 60);
-    rig.fs.flip_bit(
-        &segment(1),
-        record + RECORD_HEADER + 16 + 69 + RECORD_HEADER + 16,
-        3,
-    );
+    rig.fs.flip_bit(&segment(1), record + RECORD_HEADER + 16 + 69 + RECORD_HEADER + 16, 3);
     let rig = rig.restart(Loss::All);
     assert_eq!(recovering(&rig), [B]);
     assert_eq!(rig.recovery.replicas, [A, C]);
     let damage = &rig.recovery.recovering[0];
     let second = record + RECORD_HEADER + 16 + 70;
-    assert_eq!(
-        (damage.file.as_path(), damage.offset),
-        (segment(1).as_path(), second)
-    );
+    assert_eq!((damage.file.as_path(), damage.offset), (segment(1).as_path(), second));
     assert!(damage.why.contains("entry 2"), "{}", damage.why);
-    let refused = rig
-        .read(B)
-        .expect_err("a recovering replica serves nothing");
-    assert!(
-        matches!(refused, Error::Recovering { replica: B, .. }),
-        "{refused}"
-    );
+    let refused = rig.read(B).expect_err("a recovering replica serves nothing");
+    assert!(matches!(refused, Error::Recovering { replica: B, .. }), "{refused}");
     let text = refused.to_string();
-    assert!(
-        text.contains("0000000000000001.log") && text.contains("fresh id"),
-        "{text}"
-    );
+    assert!(text.contains("0000000000000001.log") && text.contains("fresh id"), "{text}");
     let outcomes = Outcomes::default();
     rig.log.save_vote(B, Bytes::new(), outcomes.done(0));
     assert!(matches!(*outcomes.error(), Error::Recovering { .. }));
@@ -195,13 +159,8 @@ fn damage_to_what_was_overtaken_harms_nobody() {
     rig.vote(A, b"new vote");
     rig.purge(A, 1);
     rig.probe();
-    rig.fs
-        .flip_bit(&segment(1), FIRST + batch_head(1) + RECORD_HEADER + 50, 0);
-    rig.fs.flip_bit(
-        &segment(1),
-        FIRST + BLOCK + batch_head(1) + RECORD_HEADER + 2,
-        0,
-    );
+    rig.fs.flip_bit(&segment(1), FIRST + batch_head(1) + RECORD_HEADER + 50, 0);
+    rig.fs.flip_bit(&segment(1), FIRST + BLOCK + batch_head(1) + RECORD_HEADER + 2, 0);
     let rig = rig.restart(Loss::All);
     assert_eq!(recovering(&rig), []);
     assert_eq!(rig.vote_of(A).as_deref(), Some(b"new vote".as_slice()));
@@ -217,11 +176,7 @@ fn the_unmarked_last_batch_is_the_limit() {
     let fs = rig.fs.fork();
     fs.flip_bit(&segment(1), flip, 0);
     let after = Rig::on(fs, rig.options.clone()).expect("opens");
-    assert_eq!(
-        recovering(&after),
-        [],
-        "it cannot be told from a torn write"
-    );
+    assert_eq!(recovering(&after), [], "it cannot be told from a torn write");
     assert!(after.recovery.torn_bytes > 0);
     assert_eq!(after.read(A).expect("whole"), entries(1..2, 100));
     rig.probe();
@@ -238,22 +193,15 @@ fn a_disk_that_lied_about_a_sync_is_found_out() {
     rig.append(B, 1..2, 100);
     let fs = rig.fs.fork();
     let lost = Rig::on(fs.crash(Loss::All), rig.options.clone()).expect("opens");
-    assert_eq!(
-        recovering(&lost),
-        [],
-        "a lie about the last batch cannot be known"
-    );
+    assert_eq!(recovering(&lost), [], "a lie about the last batch cannot be known");
     // The last write alone reaches the disk: the one before it is missing.
     let fs = rig.fs.fork();
     let before = fs.crash(Loss::All);
     rig.append(A, 2..3, 100);
     let content = read_file(&rig.fs, &segment(1)).expect("readable");
     let last = (FIRST + 2 * BLOCK) as usize;
-    let file = before
-        .open(&segment(1), OpenMode::ReadWrite)
-        .expect("there");
-    file.write_at(&content[last..last + BLOCK as usize], last as u64)
-        .expect("a write");
+    let file = before.open(&segment(1), OpenMode::ReadWrite).expect("there");
+    file.write_at(&content[last..last + BLOCK as usize], last as u64).expect("a write");
     file.sync().expect("a sync");
     let rig = Rig::on(before, rig.options.clone()).expect("opens");
     assert_eq!(recovering(&rig), [A, B]);
@@ -262,11 +210,8 @@ fn a_disk_that_lied_about_a_sync_is_found_out() {
 
 /// A log of several segments, none of which can be freed.
 fn long() -> Rig {
-    let options = LogOptions {
-        rewrite_small_bytes: 0,
-        log_bytes_target: 1 << 30,
-        ..LogOptions::test_min()
-    };
+    let options =
+        LogOptions { rewrite_small_bytes: 0, log_bytes_target: 1 << 30, ..LogOptions::test_min() };
     let rig = Rig::new(options).with(&[A, B]);
     for index in 1..40 {
         rig.append(A, index..index + 1, 2000);
@@ -297,32 +242,17 @@ fn a_damaged_segment_header_costs_all_unless_the_batches_go_on() {
         rig.fs.flip_bit(&segment(damaged), flip, 1);
         let fs = rig.fs.fork();
         let rig = rig.restart(Loss::All);
-        assert_eq!(
-            recovering(&rig),
-            [],
-            "segment {damaged}: every batch is there"
-        );
+        assert_eq!(recovering(&rig), [], "segment {damaged}: every batch is there");
         assert_eq!(rig.read(A).expect("whole"), entries(1..40, 2000));
         let rig = rig.restart(Loss::All);
-        assert_eq!(
-            recovering(&rig),
-            [],
-            "segment {damaged}: nor is anything lost later"
-        );
+        assert_eq!(recovering(&rig), [], "segment {damaged}: nor is anything lost later");
 
         fs.flip_bit(&segment(damaged), BLOCK + 40, 1);
         let rig = Rig::on(fs, rig.options.clone()).expect("opens");
         let all: &[ReplicaId] = if damaged == 1 { &[] } else { &[A, B] };
-        assert_eq!(
-            recovering(&rig),
-            all,
-            "the first batch of the first segment holds nothing"
-        );
+        assert_eq!(recovering(&rig), all, "the first batch of the first segment holds nothing");
         for damage in &rig.recovery.recovering {
-            assert_eq!(
-                (damage.file.as_path(), damage.offset),
-                (segment(damaged).as_path(), 0)
-            );
+            assert_eq!((damage.file.as_path(), damage.offset), (segment(damaged).as_path(), 0));
         }
     }
 }
@@ -330,40 +260,29 @@ fn a_damaged_segment_header_costs_all_unless_the_batches_go_on() {
 #[test]
 fn a_segment_that_was_cut_short_costs_all() {
     let rig = long();
-    let file = rig
-        .fs
-        .open(&segment(2), OpenMode::ReadWrite)
-        .expect("there");
+    let file = rig.fs.open(&segment(2), OpenMode::ReadWrite).expect("there");
     file.set_len(3 * BLOCK).expect("cut");
     file.sync().expect("a sync");
     let rig = rig.restart(Loss::All);
     assert_eq!(recovering(&rig), [A, B]);
     let damage = &rig.recovery.recovering[0];
-    assert_eq!(
-        (damage.file.as_path(), damage.offset),
-        (segment(2).as_path(), 3 * BLOCK)
-    );
+    assert_eq!((damage.file.as_path(), damage.offset), (segment(2).as_path(), 3 * BLOCK));
 }
 
 #[test]
 fn damage_that_a_read_meets_stops_the_replica_and_is_remembered() {
-    let options = LogOptions {
-        cache_bytes: 0,
-        ..LogOptions::test_min()
-    };
+    let options = LogOptions { cache_bytes: 0, ..LogOptions::test_min() };
     let rig = Rig::new(options).with(&[A, B]);
     rig.append(A, 1..3, 100);
     rig.append(B, 1..3, 100);
-    rig.fs
-        .flip_bit(&segment(1), FIRST + batch_head(1) + RECORD_HEADER + 60, 0);
+    rig.fs.flip_bit(&segment(1), FIRST + batch_head(1) + RECORD_HEADER + 60, 0);
     let error = rig.read(A).expect_err("damaged");
     assert!(matches!(error, Error::Corruption { .. }), "{error}");
     assert!(matches!(rig.log.state(A), Err(Error::Recovering { .. })));
     assert_eq!(rig.read(B).expect("another replica"), entries(1..3, 100));
     rig.exec.run();
     // Even if the bit flips back: what was once wrong is not trusted again.
-    rig.fs
-        .flip_bit(&segment(1), FIRST + batch_head(1) + RECORD_HEADER + 60, 0);
+    rig.fs.flip_bit(&segment(1), FIRST + batch_head(1) + RECORD_HEADER + 60, 0);
     let rig = rig.restart(Loss::All);
     assert_eq!(recovering(&rig), [A]);
     assert_eq!(rig.recovery.replicas, [B]);
@@ -375,9 +294,7 @@ fn a_read_error_at_open_is_not_taken_for_a_torn_tail() {
     let whole = shown(&rig, &[A, B, C]);
     let fs = rig.fs.fork().crash(Loss::All);
     fs.fail_reads(&segment(1), FIRST + 2 * BLOCK..u64::MAX);
-    let refused = Rig::on(fs.clone(), rig.options.clone())
-        .map(|_| ())
-        .expect_err("cannot be read");
+    let refused = Rig::on(fs.clone(), rig.options.clone()).map(|_| ()).expect_err("cannot be read");
     assert!(matches!(refused, Error::Io { .. }), "{refused}");
     fs.heal_reads();
     let rig = Rig::on(fs, rig.options.clone()).expect("opens");
@@ -387,10 +304,7 @@ fn a_read_error_at_open_is_not_taken_for_a_torn_tail() {
 #[test]
 fn a_log_of_a_newer_program_is_refused_untouched() {
     let rig = filled();
-    let file = rig
-        .fs
-        .open(&segment(1), OpenMode::ReadWrite)
-        .expect("there");
+    let file = rig.fs.open(&segment(1), OpenMode::ReadWrite).expect("there");
     let mut header = vec![0; 68];
     assert_eq!(file.read_at(&mut header, 0).expect("readable"), 68);
     header[8] = 9;
@@ -400,23 +314,8 @@ fn a_log_of_a_newer_program_is_refused_untouched() {
     file.sync().expect("a sync");
     let fs = rig.fs.crash(Loss::All);
     let ops = fs.ops();
-    let refused = Rig::on(fs.clone(), rig.options.clone())
-        .map(|_| ())
-        .expect_err("too new");
-    assert!(
-        matches!(
-            refused,
-            Error::Format {
-                found: 9,
-                known: 1,
-                ..
-            }
-        ),
-        "{refused}"
-    );
+    let refused = Rig::on(fs.clone(), rig.options.clone()).map(|_| ()).expect_err("too new");
+    assert!(matches!(refused, Error::Format { found: 9, known: 1, .. }), "{refused}");
     assert!(refused.to_string().contains("newer release"), "{refused}");
-    assert!(
-        fs.ops() <= ops + 1,
-        "nothing is written but the sync of the directory's name"
-    );
+    assert!(fs.ops() <= ops + 1, "nothing is written but the sync of the directory's name");
 }

@@ -24,11 +24,7 @@ fn a_failed_write_or_sync_stops_the_log_for_good_and_says_so_once() {
         rig.exec.run();
         let taken = outcomes.take();
         let names: Vec<usize> = taken.iter().map(|(name, _)| *name).collect();
-        assert_eq!(
-            names,
-            [1, 2],
-            "the batch and what waited behind it, in order"
-        );
+        assert_eq!(names, [1, 2], "the batch and what waited behind it, in order");
         for (_, outcome) in taken {
             assert!(matches!(*outcome.expect_err("failed"), Error::Io { .. }));
         }
@@ -41,11 +37,7 @@ fn a_failed_write_or_sync_stops_the_log_for_good_and_says_so_once() {
         assert!(matches!(rig.log.state(A), Err(Error::Stopped { .. })));
         assert!(matches!(rig.read(A), Err(Error::Stopped { .. })));
         rig.exec.run();
-        assert_eq!(
-            rig.fs.ops(),
-            ops,
-            "nothing is tried again after a failed {fails}"
-        );
+        assert_eq!(rig.fs.ops(), ops, "nothing is tried again after a failed {fails}");
         assert_eq!(rig.fatal.load(Ordering::SeqCst), 1);
         let rig = rig.restart(Loss::All);
         assert_eq!(rig.read(A).expect("whole"), entries(1..2, 10));
@@ -58,8 +50,7 @@ fn a_failed_write_or_sync_stops_the_log_for_good_and_says_so_once() {
 fn what_a_restart_shows_survives_a_power_cut_even_after_a_failed_sync() {
     for failed_sync in [false, true] {
         let rig = Rig::new(LogOptions::test_min()).with(&[A]);
-        rig.log
-            .save_vote(A, Bytes::from_static(b"seen"), Box::new(|_| {}));
+        rig.log.save_vote(A, Bytes::from_static(b"seen"), Box::new(|_| {}));
         if failed_sync {
             rig.fs.fail_sync(1);
         } else {
@@ -80,43 +71,23 @@ fn what_a_restart_shows_survives_a_power_cut_even_after_a_failed_sync() {
 
 #[test]
 fn without_room_for_a_segment_the_log_waits_and_goes_on_by_itself() {
-    let rig = Rig::new(LogOptions {
-        queue_bytes: 64 << 10,
-        ..LogOptions::test_min()
-    })
-    .with(&[A]);
+    let rig = Rig::new(LogOptions { queue_bytes: 64 << 10, ..LogOptions::test_min() }).with(&[A]);
     rig.fs.set_capacity(rig.fs.used_bytes());
     let outcomes = Outcomes::default();
     let mut index = 1;
     while !rig.log.stats().full {
-        rig.log.append(
-            A,
-            entries(index..index + 1, 3000),
-            outcomes.done(index as usize),
-        );
+        rig.log.append(A, entries(index..index + 1, 3000), outcomes.done(index as usize));
         rig.exec.run();
         index += 1;
         assert!(index < 20, "the segment must fill up");
     }
     let waiting = index - 1;
-    assert_eq!(
-        outcomes.names(),
-        (1..waiting as usize).collect::<Vec<_>>(),
-        "the last one waits"
-    );
-    assert_eq!(
-        rig.fatal.load(Ordering::SeqCst),
-        0,
-        "a full disk is not a broken disk"
-    );
+    assert_eq!(outcomes.names(), (1..waiting as usize).collect::<Vec<_>>(), "the last one waits");
+    assert_eq!(rig.fatal.load(Ordering::SeqCst), 0, "a full disk is not a broken disk");
     assert_eq!(rig.read(A).expect("reads go on").len() as u64, waiting);
     // More is taken until the queue is full; then the refusal says why.
     while outcomes.is_empty() {
-        rig.log.append(
-            A,
-            entries(index..index + 1, 3000),
-            outcomes.done(index as usize),
-        );
+        rig.log.append(A, entries(index..index + 1, 3000), outcomes.done(index as usize));
         rig.exec.run();
         index += 1;
         assert!(index < 60, "the queue must fill up");
@@ -177,15 +148,10 @@ fn a_writer_that_panics_leaves_nobody_waiting() {
     let outcomes = Outcomes::default();
     rig.log.append(A, entries(1..3, 6000), outcomes.done(1));
     rig.log.append(A, entries(3..4, 6000), outcomes.done(2));
-    rig.fs.set_hook(Some(Arc::new(|op, _| {
-        assert_ne!(op, Op::Write, "a broken invariant")
-    })));
+    rig.fs.set_hook(Some(Arc::new(|op, _| assert_ne!(op, Op::Write, "a broken invariant"))));
     let run = std::panic::AssertUnwindSafe(|| rig.exec.run());
     std::panic::catch_unwind(run).expect_err("the panic goes on");
     assert_eq!(rig.fatal.load(Ordering::SeqCst), 1);
-    assert!(
-        matches!(*outcomes.error(), Error::Stopped { .. }),
-        "what waited behind the batch"
-    );
+    assert!(matches!(*outcomes.error(), Error::Stopped { .. }), "what waited behind the batch");
     assert!(matches!(rig.log.state(A), Err(Error::Stopped { .. })));
 }

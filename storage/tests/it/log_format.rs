@@ -12,10 +12,7 @@ const D: ReplicaId = ReplicaId(4);
 const PINNED: &str = include_str!("log_v1.hex");
 
 fn options() -> LogOptions {
-    LogOptions {
-        salt: 0x1122_3344_5566_7788,
-        ..LogOptions::test_min()
-    }
+    LogOptions { salt: 0x1122_3344_5566_7788, ..LogOptions::test_min() }
 }
 
 /// The parts of the file that are not zero, with their places.
@@ -36,10 +33,7 @@ fn pinned() -> Vec<(u64, Vec<u8>)> {
 }
 
 fn text_entry(index: u64, text: &'static str) -> LogEntry {
-    LogEntry {
-        payload: Bytes::from_static(text.as_bytes()),
-        ..entry(index, 0)
-    }
+    LogEntry { payload: Bytes::from_static(text.as_bytes()), ..entry(index, 0) }
 }
 
 #[test]
@@ -49,8 +43,7 @@ fn the_writer_writes_the_pinned_bytes() {
         rig.log.create(replica, well());
     }
     rig.log.save_vote(A, Bytes::from_static(b"vote"), well());
-    rig.log
-        .append(A, vec![text_entry(5, "five"), text_entry(6, "six")], well());
+    rig.log.append(A, vec![text_entry(5, "five"), text_entry(6, "six")], well());
     rig.log.truncate_after(A, Some(5), well());
     rig.log.purge(B, 9, entry(9, 0).id, well());
     rig.log.destroy(C, well());
@@ -64,10 +57,7 @@ fn the_writer_writes_the_pinned_bytes() {
     for (offset, bytes) in &pinned()[..3] {
         expected[*offset as usize..*offset as usize + bytes.len()].copy_from_slice(bytes);
     }
-    assert!(
-        written == expected,
-        "the format has changed: that needs a new version"
-    );
+    assert!(written == expected, "the format has changed: that needs a new version");
 }
 
 #[test]
@@ -84,14 +74,9 @@ fn the_pinned_bytes_open_for_ever() {
     assert_eq!(rig.recovery.replicas, [A]);
     assert_eq!(rig.recovery.destroyed, [D]);
     assert_eq!(rig.recovery.torn_bytes, 0);
-    let [damage] = rig.recovery.recovering.as_slice() else {
-        panic!("{:?}", rig.recovery)
-    };
+    let [damage] = rig.recovery.recovering.as_slice() else { panic!("{:?}", rig.recovery) };
     assert_eq!((damage.replica, damage.offset), (B, 77));
-    assert_eq!(
-        (damage.file.to_str(), damage.why.as_str()),
-        (Some("log/some file"), "some reason")
-    );
+    assert_eq!((damage.file.to_str(), damage.why.as_str()), (Some("log/some file"), "some reason"));
     let state = rig.log.state(A).expect("whole");
     assert_eq!(state.vote.as_deref(), Some(b"vote".as_slice()));
     assert_eq!(state.committed.as_deref(), Some(b"hint".as_slice()));
@@ -99,15 +84,7 @@ fn the_pinned_bytes_open_for_ever() {
     // It goes on where the file ends.
     rig.append(A, 6..7, 10);
     let mut mark = [0; 1];
-    read_exact_at(
-        &*rig.fs.open(&segment(1), OpenMode::Read).expect("there"),
-        &mut mark,
-        20480,
-    )
-    .expect("readable");
-    assert_ne!(
-        mark,
-        [0],
-        "batch 4 marked the end at 16384, batch 5 stands behind it"
-    );
+    read_exact_at(&*rig.fs.open(&segment(1), OpenMode::Read).expect("there"), &mut mark, 20480)
+        .expect("readable");
+    assert_ne!(mark, [0], "batch 4 marked the end at 16384, batch 5 stands behind it");
 }

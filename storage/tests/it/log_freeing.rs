@@ -35,11 +35,7 @@ fn an_idle_replica_holds_nothing_up_and_loses_nothing() {
         let stats = rig.log.stats();
         highest = highest.max(stats.segments);
         assert!(stats.oldest_segment > round * 5, "{stats:?}");
-        rig = rig.restart(if round % 2 == 0 {
-            Loss::All
-        } else {
-            Loss::Nothing
-        });
+        rig = rig.restart(if round % 2 == 0 { Loss::All } else { Loss::Nothing });
         let state = rig.log.state(A).expect("whole");
         assert_eq!(state.vote.as_deref(), Some(b"vote of A".as_slice()));
         assert_eq!(state.committed.as_deref(), Some(b"hint of A".as_slice()));
@@ -48,10 +44,7 @@ fn an_idle_replica_holds_nothing_up_and_loses_nothing() {
         assert_eq!(rig.recovery.destroyed, [C]);
         assert_eq!(rig.recovery.recovering, []);
     }
-    assert!(
-        highest <= 6,
-        "{highest} segments of 32 KiB for a few live bytes"
-    );
+    assert!(highest <= 6, "{highest} segments of 32 KiB for a few live bytes");
 }
 
 #[test]
@@ -63,10 +56,7 @@ fn a_lagging_replica_is_named_and_its_log_goes_when_it_purges() {
     }
     let full = rig.log.stats();
     assert_eq!(full.oldest_segment, 1);
-    assert!(
-        full.bytes_on_disk > rig.options.log_bytes_target,
-        "{full:?}"
-    );
+    assert!(full.bytes_on_disk > rig.options.log_bytes_target, "{full:?}");
     busy(&rig, 1, 8);
     let (replica, behind) = rig.log.oldest_pinner().expect("A pins");
     assert_eq!(replica, A);
@@ -79,19 +69,13 @@ fn a_lagging_replica_is_named_and_its_log_goes_when_it_purges() {
     assert_ne!(rig.log.oldest_pinner().map(|(replica, _)| replica), Some(A));
     let rig = rig.restart(Loss::All);
     assert_eq!(rig.recovery.recovering, []);
-    assert_eq!(
-        rig.log.state(A).expect("whole").last,
-        Some((79, entry(79, 0).id))
-    );
+    assert_eq!(rig.log.state(A).expect("whole").last, Some((79, entry(79, 0).id)));
 }
 
 #[test]
 fn live_entries_at_the_start_of_a_long_dead_log_are_copied_forward() {
-    let rig = Rig::new(LogOptions {
-        rewrite_small_bytes: 0,
-        ..LogOptions::test_min()
-    })
-    .with(&[A, B]);
+    let rig =
+        Rig::new(LogOptions { rewrite_small_bytes: 0, ..LogOptions::test_min() }).with(&[A, B]);
     // More than is copied in one step.
     for index in 1..7 {
         rig.append(A, index..index + 1, 3500);
@@ -99,10 +83,7 @@ fn live_entries_at_the_start_of_a_long_dead_log_are_copied_forward() {
     busy(&rig, 1, 120);
     let stats = rig.log.stats();
     assert!(stats.oldest_segment > 5, "{stats:?}");
-    assert!(
-        stats.bytes_on_disk <= rig.options.log_bytes_target + (64 << 10),
-        "{stats:?}"
-    );
+    assert!(stats.bytes_on_disk <= rig.options.log_bytes_target + (64 << 10), "{stats:?}");
     assert_eq!(rig.read(A).expect("whole"), entries(1..7, 3500));
     let rig = rig.restart(Loss::All);
     assert_eq!(rig.recovery.recovering, []);

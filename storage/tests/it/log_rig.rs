@@ -74,11 +74,7 @@ pub(crate) fn well() -> Done {
 pub(crate) fn entry(index: u64, len: usize) -> LogEntry {
     let mut id = [0; 16];
     id[..8].copy_from_slice(&index.to_le_bytes());
-    LogEntry {
-        index,
-        id,
-        payload: Bytes::from(vec![index as u8; len]),
-    }
+    LogEntry { index, id, payload: Bytes::from(vec![index as u8; len]) }
 }
 
 pub(crate) fn entries(range: std::ops::Range<u64>, len: usize) -> Vec<LogEntry> {
@@ -104,14 +100,7 @@ impl Rig {
         let disk: Arc<dyn Fs> = Arc::new(fs.clone());
         let (log, recovery) = Log::open(disk, exec.clone(), Path::new(DIR), options.clone())?;
         exec.run();
-        Ok(Rig {
-            fs,
-            exec,
-            log,
-            recovery,
-            options,
-            fatal,
-        })
+        Ok(Rig { fs, exec, log, recovery, options, fatal })
     }
 
     /// Creates replicas, durably.
@@ -125,13 +114,7 @@ impl Rig {
 
     /// The log after a crash.
     pub(crate) fn restart(self, loss: Loss) -> Rig {
-        let Rig {
-            fs,
-            exec,
-            log,
-            options,
-            ..
-        } = self;
+        let Rig { fs, exec, log, options, .. } = self;
         drop((log, exec));
         Rig::on(fs.crash(loss), options).expect("the disk opens again")
     }
@@ -139,24 +122,21 @@ impl Rig {
     /// Appends durably, one batch.
     pub(crate) fn append(&self, replica: ReplicaId, range: std::ops::Range<u64>, len: usize) {
         let outcomes = Outcomes::default();
-        self.log
-            .append(replica, entries(range, len), outcomes.done(0));
+        self.log.append(replica, entries(range, len), outcomes.done(0));
         self.exec.run();
         assert_eq!(outcomes.names(), [0], "the append was acknowledged");
     }
 
     pub(crate) fn vote(&self, replica: ReplicaId, vote: &'static [u8]) {
         let outcomes = Outcomes::default();
-        self.log
-            .save_vote(replica, Bytes::from_static(vote), outcomes.done(0));
+        self.log.save_vote(replica, Bytes::from_static(vote), outcomes.done(0));
         self.exec.run();
         assert_eq!(outcomes.names(), [0], "the vote was acknowledged");
     }
 
     pub(crate) fn purge(&self, replica: ReplicaId, index: u64) {
         let outcomes = Outcomes::default();
-        self.log
-            .purge(replica, index, entry(index, 0).id, outcomes.done(0));
+        self.log.purge(replica, index, entry(index, 0).id, outcomes.done(0));
         self.exec.run();
         assert_eq!(outcomes.names(), [0], "the purge was acknowledged");
     }

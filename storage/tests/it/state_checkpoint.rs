@@ -35,15 +35,9 @@ fn a_checkpoint_holds_what_was_written_before_it() {
         let dir = rig.dir("2");
         engine.checkpoint(&dir).expect("a checkpoint");
         put(&*engine, "later", b"3");
-        assert!(
-            matches!(engine.checkpoint(&dir), Err(Error::Invalid { .. })),
-            "{kind:?}: exists"
-        );
+        assert!(matches!(engine.checkpoint(&dir), Err(Error::Invalid { .. })), "{kind:?}: exists");
         drop(engine);
-        let wanted = [
-            (b"flushed".to_vec(), b"1".to_vec()),
-            (b"unflushed".to_vec(), b"2".to_vec()),
-        ];
+        let wanted = [(b"flushed".to_vec(), b"1".to_vec()), (b"unflushed".to_vec(), b"2".to_vec())];
         assert_eq!(dump(&*rig.reopen("2")), wanted, "{kind:?}");
         // Once more: what was loaded is durable as well.
         assert_eq!(dump(&*rig.reopen("2")), wanted, "{kind:?}");
@@ -84,17 +78,12 @@ fn a_manifest_notices_every_kind_of_damage() {
         let dir = rig.dir("1.sent");
         engine.checkpoint(&dir).expect("a checkpoint");
         let manifest = Manifest::of(&*fs, &dir).expect("a manifest");
-        assert!(
-            manifest.bytes() > CHUNK_BYTES,
-            "{kind:?}: more than one chunk"
-        );
+        assert!(manifest.bytes() > CHUNK_BYTES, "{kind:?}: more than one chunk");
         assert_eq!(
             Manifest::decode(Path::new("m"), &manifest.encode()).expect("our own bytes"),
             manifest
         );
-        manifest
-            .verify(&*fs, &dir)
-            .expect("the directory as it was listed");
+        manifest.verify(&*fs, &dir).expect("the directory as it was listed");
 
         let damaged = |at: &Path| match manifest.verify(&*fs, &dir) {
             Err(Error::Corruption { file, offset, .. }) => {
@@ -109,11 +98,7 @@ fn a_manifest_notices_every_kind_of_damage() {
                 let last = entry.bytes as usize - 1;
                 for at in [0, last / 2, last] {
                     let before = replace(&*fs, &path, |content| content[at] ^= 1);
-                    assert_eq!(
-                        damaged(&path),
-                        at as u64 / CHUNK_BYTES * CHUNK_BYTES,
-                        "{kind:?}"
-                    );
+                    assert_eq!(damaged(&path), at as u64 / CHUNK_BYTES * CHUNK_BYTES, "{kind:?}");
                     replace(&*fs, &path, |content| *content = before);
                 }
                 let before = replace(&*fs, &path, |content| content.truncate(last));
@@ -142,9 +127,7 @@ fn a_checkpoint_travels_and_replaces_a_store() {
         let engine = from.open("1");
         put(&*engine, "k", &noise(CHUNK_BYTES as usize + 10));
         let wanted = dump(&*engine);
-        engine
-            .checkpoint(&from.dir("1.sent"))
-            .expect("a checkpoint");
+        engine.checkpoint(&from.dir("1.sent")).expect("a checkpoint");
         let manifest = Manifest::of(&*from.fs(), &from.dir("1.sent")).expect("a manifest");
 
         let old = to.open("9");
@@ -152,9 +135,7 @@ fn a_checkpoint_travels_and_replaces_a_store() {
         old.flush().expect("a flush");
         drop(old);
         let dir = to.dir("9.incoming");
-        to.fs()
-            .create_dir_all(&dir)
-            .expect("left by an earlier attempt");
+        to.fs().create_dir_all(&dir).expect("left by an earlier attempt");
         let incoming = Incoming::begin(to.fs(), &dir, manifest.clone()).expect("a beginning");
         for (index, file) in manifest.files.iter().enumerate().rev() {
             let content = read_file(&*from.fs(), &from.dir("1.sent").join(&file.name))
@@ -172,9 +153,7 @@ fn a_checkpoint_travels_and_replaces_a_store() {
                     incoming.write(index, chunk, &data[1..]),
                     Err(Error::Corruption { .. })
                 ));
-                incoming
-                    .write(index, chunk, &data)
-                    .expect("a chunk that matches");
+                incoming.write(index, chunk, &data).expect("a chunk that matches");
             }
             assert!(incoming.write(index, file.chunk_crcs.len(), b"").is_err());
         }
@@ -215,9 +194,7 @@ fn write_dir(fs: &dyn Fs, dir: &Path, content: &[u8]) {
 }
 
 fn content(fs: &dyn Fs, dir: &Path) -> Vec<Vec<u8>> {
-    ["a", "b"]
-        .map(|name| read_file(fs, &dir.join(name)).expect("a file of the store"))
-        .to_vec()
+    ["a", "b"].map(|name| read_file(fs, &dir.join(name)).expect("a file of the store")).to_vec()
 }
 
 /// A disk with a live store (or none) and one to swap in; all of it durable.
@@ -242,17 +219,12 @@ fn crash_swap_at(crash_at: u64, loss: Loss, with_live: bool) -> bool {
     let disk = disk.crash(loss);
     let live = checkpoint::settle(&disk, Path::new("/shards")).expect("a start");
     let names = disk.read_dir(Path::new("/shards")).expect("a listing");
-    assert_eq!(
-        names, live,
-        "crash at {crash_at}, {loss:?}: nothing is left over"
-    );
+    assert_eq!(names, live, "crash at {crash_at}, {loss:?}: nothing is left over");
     let (old, new) = (vec![b"old".to_vec(); 2], vec![b"new".to_vec(); 2]);
     match (swapped.is_ok(), with_live, live.is_empty()) {
-        (true, _, _) => assert_eq!(
-            content(&disk, Path::new(LIVE)),
-            new,
-            "an acknowledged swap stays"
-        ),
+        (true, _, _) => {
+            assert_eq!(content(&disk, Path::new(LIVE)), new, "an acknowledged swap stays")
+        }
         (false, false, true) => {}
         (false, _, _) => {
             let content = content(&disk, Path::new(LIVE));
@@ -269,9 +241,8 @@ fn crash_swap_at(crash_at: u64, loss: Loss, with_live: bool) -> bool {
 fn a_swap_survives_a_crash_at_every_operation() {
     for with_live in [true, false] {
         for loss in [Loss::All, Loss::Subset, Loss::Nothing] {
-            let crashes = (1..)
-                .take_while(|crash_at| crash_swap_at(*crash_at, loss, with_live))
-                .count();
+            let crashes =
+                (1..).take_while(|crash_at| crash_swap_at(*crash_at, loss, with_live)).count();
             assert!(
                 crashes >= 5,
                 "the swap must be long enough to crash in, not {crashes} operations"
@@ -293,10 +264,7 @@ fn a_start_that_finishes_a_swap_may_crash_as_well() {
             // Fails where it crashes; the next start goes on.
             drop(checkpoint::settle(&disk, Path::new("/shards")));
             let disk = disk.crash(Loss::Subset);
-            assert_eq!(
-                checkpoint::settle(&disk, Path::new("/shards")).expect("a start"),
-                ["7"]
-            );
+            assert_eq!(checkpoint::settle(&disk, Path::new("/shards")).expect("a start"), ["7"]);
             let content = content(&disk, Path::new(LIVE));
             assert!(content[0] == content[1], "never a mixture");
             assert!(swapped.is_err() || content[0] == b"new");
@@ -310,24 +278,15 @@ fn a_start_clears_what_was_being_made() {
     for name in ["7", "7.incoming", "7.sent.tmp", "8.removed", "9.ready"] {
         write_dir(&disk, &Path::new("/shards").join(name), b"x");
     }
-    assert_eq!(
-        checkpoint::settle(&disk, Path::new("/shards")).expect("a start"),
-        ["7", "9"]
-    );
-    assert_eq!(
-        disk.read_dir(Path::new("/shards")).expect("a listing"),
-        ["7", "9"]
-    );
+    assert_eq!(checkpoint::settle(&disk, Path::new("/shards")).expect("a start"), ["7", "9"]);
+    assert_eq!(disk.read_dir(Path::new("/shards")).expect("a listing"), ["7", "9"]);
 }
 
 #[test]
 fn a_swap_needs_its_names() {
     let (disk, incoming) = disk_before_a_swap(1, true);
     let refused = |incoming: &Path, live: &str| {
-        matches!(
-            checkpoint::swap_in(&disk, incoming, Path::new(live)),
-            Err(Error::Invalid { .. })
-        )
+        matches!(checkpoint::swap_in(&disk, incoming, Path::new(live)), Err(Error::Invalid { .. }))
     };
     assert!(refused(&incoming, "/shards/7.x"), "a live name has no dot");
     assert!(refused(&incoming, "/elsewhere/7"), "beside the live one");
@@ -338,15 +297,11 @@ fn a_swap_needs_its_names() {
 fn memory_engines_report_what_they_use() {
     let options = coracle_storage::state::StateOptions::test_min();
     let fs: Arc<dyn Fs> = Arc::new(FaultyFs::new(1));
-    fs.create_dir_all(Path::new("/shards"))
-        .expect("a directory");
+    fs.create_dir_all(Path::new("/shards")).expect("a directory");
     let engines = coracle_storage::state::RocksEngines::in_memory(&options, fs, Arc::new(|_| {}))
         .expect("options");
     let engine = engines
-        .open(
-            Path::new("/shards/1"),
-            coracle_storage::state::OpenState { create: true },
-        )
+        .open(Path::new("/shards/1"), coracle_storage::state::OpenState { create: true })
         .expect("a store");
     let before = engine.approximate_bytes();
     put(&*engine, "k", &noise(100_000));
@@ -354,9 +309,6 @@ fn memory_engines_report_what_they_use() {
     assert!(engine.approximate_bytes() >= before + 100_000);
     assert!(engines.write_buffer_bytes_used() >= 100_000);
     engine.flush().expect("a flush");
-    assert!(
-        engine.approximate_bytes() >= before + 90_000,
-        "in a file now"
-    );
+    assert!(engine.approximate_bytes() >= before + 90_000, "in a file now");
     assert!(engines.cache_bytes_used() <= options.memory_bytes);
 }

@@ -59,17 +59,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         3 => raw_key().prop_map(Op::Delete),
         1 => (raw_key(), raw_key()).prop_map(|(from, to)| Op::DeleteRange(from, to)),
     ];
-    let scan = (
-        raw_key(),
-        raw_key(),
-        any::<bool>(),
-        prop::collection::vec(raw_key(), 0..4),
-    )
-        .prop_map(|(from, to, reverse, seeks)| Step::Scan {
-            range: from..to,
-            reverse,
-            seeks,
-        });
+    let scan = (raw_key(), raw_key(), any::<bool>(), prop::collection::vec(raw_key(), 0..4))
+        .prop_map(|(from, to, reverse, seeks)| Step::Scan { range: from..to, reverse, seeks });
     let step = prop_oneof![
         6 => prop::collection::vec(op, 0..6).prop_map(Step::Write),
         2 => Just(Step::Flush),
@@ -111,10 +102,7 @@ fn apply(model: &mut Model, batch: &Batch) {
 }
 
 fn in_range<'a>(model: &'a Model, range: &Range<Vec<u8>>) -> Vec<(&'a Vec<u8>, &'a Vec<u8>)> {
-    model
-        .iter()
-        .filter(|(key, _)| range.contains::<Vec<u8>>(key))
-        .collect()
+    model.iter().filter(|(key, _)| range.contains::<Vec<u8>>(key)).collect()
 }
 
 fn check_scan(
@@ -134,19 +122,12 @@ fn check_scan(
         assert_eq!((&got_key[..], &got_value[..]), (&key[..], &value[..]));
     }
     assert_eq!(cursor.next().expect("a read"), None);
-    assert_eq!(
-        cursor.next().expect("a read"),
-        None,
-        "the end stays the end"
-    );
+    assert_eq!(cursor.next().expect("a read"), None, "the end stays the end");
     for seek in seeks {
         cursor.seek_to(seek).expect("a seek");
         let behind = |key: &Vec<u8>| if reverse { key <= seek } else { key >= seek };
         for (key, _) in wanted.iter().filter(|(key, _)| behind(key)).take(2) {
-            let (got, _) = cursor
-                .next()
-                .expect("a read")
-                .expect("an entry behind the seek");
+            let (got, _) = cursor.next().expect("a read").expect("an entry behind the seek");
             assert_eq!(&got[..], &key[..], "after a seek to {seek:?}");
         }
     }
@@ -155,20 +136,13 @@ fn check_scan(
 fn wanted_first(model: &Model, key: u8, from: u64) -> Option<Vec<u8>> {
     let prefix = key::data_prefix(1, &[key]);
     let range = key::data_at(&prefix, from)..key::data_prefix_end(&prefix);
-    in_range(model, &range)
-        .first()
-        .map(|(key, _)| (*key).clone())
+    in_range(model, &range).first().map(|(key, _)| (*key).clone())
 }
 
 fn check_first(view: &dyn View, model: &Model, key: u8, from: u64) {
     let prefix = key::data_prefix(1, &[key]);
-    let first = view
-        .first(&key::data_at(&prefix, from), &prefix)
-        .expect("a read");
-    assert_eq!(
-        first.map(|(key, _)| key.to_vec()),
-        wanted_first(model, key, from)
-    );
+    let first = view.first(&key::data_at(&prefix, from), &prefix).expect("a read");
+    assert_eq!(first.map(|(key, _)| key.to_vec()), wanted_first(model, key, from));
 }
 
 fn check_all(view: &dyn View, model: &Model) {
@@ -203,18 +177,8 @@ fn run(kind: Kind, steps: &[Step]) {
                 check_all(&*engine.view().expect("a view"), &model);
             }
             Step::TakeView => view = Some((engine.view().expect("a view"), model.clone())),
-            Step::Scan {
-                range,
-                reverse,
-                seeks,
-            } => {
-                check_scan(
-                    &*engine.view().expect("a view"),
-                    &model,
-                    range,
-                    *reverse,
-                    seeks,
-                );
+            Step::Scan { range, reverse, seeks } => {
+                check_scan(&*engine.view().expect("a view"), &model, range, *reverse, seeks);
                 if let Some((view, model)) = &view {
                     check_scan(&**view, model, range, *reverse, seeks);
                 }
@@ -225,13 +189,8 @@ fn run(kind: Kind, steps: &[Step]) {
                     check_first(&**view, model, *key, *from);
                 }
                 let prefix = key::data_prefix(1, &[*key]);
-                let newest = engine
-                    .first(&key::data_at(&prefix, *from), &prefix)
-                    .expect("a read");
-                assert_eq!(
-                    newest.map(|(key, _)| key.to_vec()),
-                    wanted_first(&model, *key, *from)
-                );
+                let newest = engine.first(&key::data_at(&prefix, *from), &prefix).expect("a read");
+                assert_eq!(newest.map(|(key, _)| key.to_vec()), wanted_first(&model, *key, *from));
             }
             Step::Compact => {
                 engine.compact(None).expect("a compaction");
@@ -286,16 +245,8 @@ fn closing_flushes_nothing() {
         assert!(engine.unflushed_bytes() > 0, "{kind:?}");
         drop(engine);
         let engine = rig.reopen("1");
-        assert_eq!(
-            engine.get(b"a").expect("a read").as_deref(),
-            Some(&b"flushed"[..]),
-            "{kind:?}"
-        );
-        assert_eq!(
-            engine.get(b"b").expect("a read"),
-            None,
-            "{kind:?}: closing must not flush"
-        );
+        assert_eq!(engine.get(b"a").expect("a read").as_deref(), Some(&b"flushed"[..]), "{kind:?}");
+        assert_eq!(engine.get(b"b").expect("a read"), None, "{kind:?}: closing must not flush");
     }
 }
 
@@ -308,11 +259,7 @@ fn a_view_outlives_its_engine_handle() {
         let view = engine.view().expect("a view");
         put(&*engine, "a", "2");
         drop(engine);
-        assert_eq!(
-            view.get(b"a").expect("a read").as_deref(),
-            Some(&b"1"[..]),
-            "{kind:?}"
-        );
+        assert_eq!(view.get(b"a").expect("a read").as_deref(), Some(&b"1"[..]), "{kind:?}");
     }
 }
 
@@ -349,11 +296,7 @@ fn stores_of_one_factory_do_not_meet() {
         put(&*two, "a", "2");
         one.flush().expect("a flush");
         drop((one, two));
-        assert_eq!(
-            dump(&*rig.reopen("1")),
-            [(b"a".to_vec(), b"1".to_vec())],
-            "{kind:?}"
-        );
+        assert_eq!(dump(&*rig.reopen("1")), [(b"a".to_vec(), b"1".to_vec())], "{kind:?}");
         assert_eq!(dump(&*rig.reopen("2")), [], "{kind:?}");
     }
 }
@@ -376,14 +319,8 @@ fn a_batch_is_larger_than_a_write_buffer_and_still_whole() {
         drop(engine);
         let survived = dump(&*rig.reopen("1"));
         let rounds: Vec<u8> = survived.iter().map(|(_, value)| value[0]).collect();
-        assert!(
-            rounds.is_empty() || rounds.len() == 3,
-            "{kind:?}: {rounds:?}"
-        );
-        assert!(
-            rounds.windows(2).all(|pair| pair[0] == pair[1]),
-            "{kind:?}: {rounds:?}"
-        );
+        assert!(rounds.is_empty() || rounds.len() == 3, "{kind:?}: {rounds:?}");
+        assert!(rounds.windows(2).all(|pair| pair[0] == pair[1]), "{kind:?}: {rounds:?}");
     }
 }
 
@@ -422,12 +359,8 @@ fn a_compaction_of_a_range_without_keys_is_no_error() {
         put(&*engine, "a", "1");
         put(&*engine, "z", "1");
         engine.compact(None).expect("a compaction of everything");
-        engine
-            .compact(Some(b"b".to_vec()..b"c".to_vec()))
-            .expect("a compaction of nothing");
-        engine
-            .compact(Some(b"c".to_vec()..b"b".to_vec()))
-            .expect("a compaction of no range");
+        engine.compact(Some(b"b".to_vec()..b"c".to_vec())).expect("a compaction of nothing");
+        engine.compact(Some(b"c".to_vec()..b"b".to_vec())).expect("a compaction of no range");
         assert_eq!(dump(&*engine).len(), 2, "{kind:?}");
     }
 }
@@ -443,9 +376,7 @@ fn a_failed_flush_stops_the_store_and_is_told_once() {
     let engines =
         RocksEngines::on_disk(&StateOptions::test_min(), on_fatal).expect("options that fit");
     let dir = temporary.path().join("1");
-    let engine = engines
-        .open(&dir, OpenState { create: true })
-        .expect("a new store");
+    let engine = engines.open(&dir, OpenState { create: true }).expect("a new store");
     put(&*engine, "k", "v");
     engine.health().expect("a healthy store");
     // The directory is gone from under it: no table file can be made.
@@ -453,12 +384,7 @@ fn a_failed_flush_stops_the_store_and_is_told_once() {
     assert!(matches!(engine.flush(), Err(Error::Io { .. })));
     let mut batch = Batch::new();
     batch.put(&b"k"[..], &b"v2"[..]);
-    for refused in [
-        engine.write(batch),
-        engine.flush(),
-        engine.health(),
-        engine.compact(None),
-    ] {
+    for refused in [engine.write(batch), engine.flush(), engine.health(), engine.compact(None)] {
         assert!(matches!(refused, Err(Error::Stopped { .. })), "{refused:?}");
     }
     assert_eq!(told.load(Ordering::SeqCst), 1);
@@ -498,23 +424,15 @@ fn crash_map_at(crash_at: u64, loss: Loss) -> bool {
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => None,
         Err(error) => panic!("crash at {crash_at}, {loss:?}: {error}"),
     };
-    assert!(
-        found >= acknowledged,
-        "crash at {crash_at}, {loss:?}: {found:?} < {acknowledged:?}"
-    );
+    assert!(found >= acknowledged, "crash at {crash_at}, {loss:?}: {found:?} < {acknowledged:?}");
     crashed
 }
 
 #[test]
 fn map_survives_a_crash_at_every_operation() {
     for loss in [Loss::All, Loss::Subset, Loss::Nothing] {
-        let crashes = (1..)
-            .take_while(|crash_at| crash_map_at(*crash_at, loss))
-            .count();
-        assert!(
-            crashes > 10,
-            "the run must be long enough to crash in, not {crashes} operations"
-        );
+        let crashes = (1..).take_while(|crash_at| crash_map_at(*crash_at, loss)).count();
+        assert!(crashes > 10, "the run must be long enough to crash in, not {crashes} operations");
     }
 }
 
@@ -523,9 +441,7 @@ fn a_flipped_bit_in_an_image_is_corruption_with_its_file() {
     let disk = FaultyFs::new(1);
     let dir = std::path::Path::new("/1");
     let engines = MapEngines::new(Arc::new(disk.clone()));
-    let engine = engines
-        .open(dir, OpenState { create: true })
-        .expect("a new store");
+    let engine = engines.open(dir, OpenState { create: true }).expect("a new store");
     put(&*engine, "key", "value");
     engine.flush().expect("a flush");
     drop(engine);

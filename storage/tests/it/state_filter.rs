@@ -157,12 +157,10 @@ proptest! {
 
 fn data_entries(state: &ReplicaState) -> Vec<(Vec<u8>, u64)> {
     let entries = dump(&**state.engine());
-    let data = entries
-        .iter()
-        .filter_map(|(physical, _)| match key::Key::decode(physical)? {
-            key::Key::Data { key, version, .. } => Some((key, version)),
-            _ => None,
-        });
+    let data = entries.iter().filter_map(|(physical, _)| match key::Key::decode(physical)? {
+        key::Key::Data { key, version, .. } => Some((key, version)),
+        _ => None,
+    });
     data.collect()
 }
 
@@ -171,26 +169,14 @@ fn compaction_reclaims_and_a_partial_one_resurrects_nothing() {
     for kind in ALL {
         let rig = Rig::new(kind);
         let state = rig.state("1");
-        puts(
-            &state,
-            &[("dead", 1, Some("old")), ("live", 2, Some("old"))],
-        );
+        puts(&state, &[("dead", 1, Some("old")), ("live", 2, Some("old"))]);
         puts(&state, &[("dead", 3, None), ("live", 4, Some("new"))]);
-        state.filter().set(FilterState {
-            clock: 9,
-            threshold: 9,
-            ..FilterState::default()
-        });
+        state.filter().set(FilterState { clock: 9, threshold: 9, ..FilterState::default() });
         // Only the delete marker is in the range: its older put is not, and must stay hidden.
         let marker = key::data(1, b"dead", 3).to_vec();
-        state
-            .compact(Some(marker.clone()..[&marker[..], &[0]].concat()))
-            .expect("a compaction");
+        state.compact(Some(marker.clone()..[&marker[..], &[0]].concat())).expect("a compaction");
         assert_eq!(
-            state
-                .get_at(1, b"dead", 9)
-                .expect("a read")
-                .map(|found| found.tombstone),
+            state.get_at(1, b"dead", 9).expect("a read").map(|found| found.tombstone),
             Some(true),
             "{kind:?}"
         );
@@ -212,28 +198,13 @@ fn a_sweep_removes_a_dead_key_whole_and_leaves_newer_versions() {
         let state = rig.state("1");
         puts(
             &state,
-            &[
-                ("k", 1, Some("a")),
-                ("k", 2, Some("b")),
-                ("k", 3, None),
-                ("k", 7, Some("new")),
-            ],
+            &[("k", 1, Some("a")), ("k", 2, Some("b")), ("k", 3, None), ("k", 7, Some("new"))],
         );
-        state.filter().set(FilterState {
-            clock: 9,
-            threshold: 5,
-            ..FilterState::default()
-        });
+        state.filter().set(FilterState { clock: 9, threshold: 5, ..FilterState::default() });
         let from = key::data(1, b"k", u64::MAX).to_vec();
         // A range is never complete: the marker is noted, not dropped.
-        state
-            .compact(Some(from.clone()..key::Kind::Data.range().end))
-            .expect("a compaction");
-        assert_eq!(
-            data_entries(&state),
-            [(b"k".to_vec(), 7), (b"k".to_vec(), 3)],
-            "{kind:?}"
-        );
+        state.compact(Some(from.clone()..key::Kind::Data.range().end)).expect("a compaction");
+        assert_eq!(data_entries(&state), [(b"k".to_vec(), 7), (b"k".to_vec(), 3)], "{kind:?}");
         assert_eq!(state.filter().dead_keys(), 1, "{kind:?}");
         assert_eq!(state.sweep(100).expect("a sweep"), 1, "{kind:?}");
         assert_eq!(data_entries(&state), [(b"k".to_vec(), 7)], "{kind:?}");
@@ -252,13 +223,7 @@ fn foreign_keys_are_gone_after_a_compaction_and_never_counted() {
             puts(&state, &chunk);
         }
         let inside: ArcFilter = Arc::new(|_, key| key < &b"100"[..]);
-        let hash = |arc| {
-            state
-                .reader()
-                .expect("a reader")
-                .state_hash(arc, 9)
-                .expect("a hash")
-        };
+        let hash = |arc| state.reader().expect("a reader").state_hash(arc, 9).expect("a hash");
         let (with_foreign, without) = (hash(None), hash(Some(&inside)));
         assert_ne!(with_foreign, without);
         state.filter().set(FilterState {
@@ -268,11 +233,7 @@ fn foreign_keys_are_gone_after_a_compaction_and_never_counted() {
         });
         state.compact(None).expect("a compaction");
         assert_eq!(data_entries(&state).len(), 100, "{kind:?}");
-        assert_eq!(
-            hash(None),
-            without,
-            "{kind:?}: the hash does not see what was compacted"
-        );
+        assert_eq!(hash(None), without, "{kind:?}: the hash does not see what was compacted");
         assert_eq!(hash(Some(&inside)), without, "{kind:?}");
     }
 }

@@ -19,12 +19,7 @@ impl Model {
         let (version, stored) = versions.range(..=version).next_back()?;
         let (value, expires_at_version) = stored.clone().unwrap_or_default();
         let (version, tombstone) = (*version, stored.is_none());
-        Some(Versioned {
-            version,
-            value: value.into(),
-            expires_at_version,
-            tombstone,
-        })
+        Some(Versioned { version, value: value.into(), expires_at_version, tombstone })
     }
 
     pub(crate) fn visible(
@@ -33,8 +28,7 @@ impl Model {
         user_key: &[u8],
         version: u64,
     ) -> Option<Versioned> {
-        self.at(keyspace, user_key, version)
-            .filter(|found| !found.is_absent_at(version))
+        self.at(keyspace, user_key, version).filter(|found| !found.is_absent_at(version))
     }
 
     pub(crate) fn scan(
@@ -47,10 +41,7 @@ impl Model {
         let inside = |user_key: &Vec<u8>| {
             *user_key >= range.start && range.end.as_ref().is_none_or(|end| user_key < end)
         };
-        let keys = self
-            .0
-            .keys()
-            .filter(|(of, user_key)| *of == keyspace && inside(user_key));
+        let keys = self.0.keys().filter(|(of, user_key)| *of == keyspace && inside(user_key));
         let mut found: Vec<Found> = keys
             .filter_map(|(_, user_key)| {
                 let found = self.visible(keyspace, user_key, version)?;
@@ -97,18 +88,11 @@ pub(crate) fn writes(max: usize) -> impl Strategy<Value = Vec<Write>> {
 pub(crate) fn add(overlay: &mut Overlay, model: &mut Model, clock: &mut u64, writes: &[Write]) {
     for write in writes {
         *clock += 1;
-        let versions = model
-            .0
-            .entry((write.keyspace, write.key.clone()))
-            .or_default();
+        let versions = model.0.entry((write.keyspace, write.key.clone())).or_default();
         match write.expires_in {
             Some(expires_in) => {
                 let value = clock.to_be_bytes().to_vec();
-                let expires_at = if expires_in == 0 {
-                    0
-                } else {
-                    *clock + expires_in
-                };
+                let expires_at = if expires_in == 0 { 0 } else { *clock + expires_in };
                 overlay.put(write.keyspace, &write.key, *clock, &value, expires_at);
                 versions.insert(*clock, Some((value, expires_at)));
             }
@@ -127,9 +111,7 @@ pub(crate) fn scan(
     reverse: bool,
     version: u64,
 ) -> Vec<Found> {
-    let scan = reader
-        .scan(keyspace, range.clone(), reverse, version)
-        .expect("a scan");
+    let scan = reader.scan(keyspace, range.clone(), reverse, version).expect("a scan");
     scan.collect::<Result<_, _>>().expect("entries that read")
 }
 

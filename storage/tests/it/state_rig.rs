@@ -35,11 +35,7 @@ impl Rig {
             let temporary = tempfile::tempdir().expect("a temporary directory");
             let engines = RocksEngines::on_disk(&options, on_fatal()).expect("options that fit");
             let root = temporary.path().to_path_buf();
-            return Rig {
-                engines: Arc::new(engines),
-                root,
-                _temporary: Some(temporary),
-            };
+            return Rig { engines: Arc::new(engines), root, _temporary: Some(temporary) };
         }
         let fs: Arc<dyn Fs> = Arc::new(FaultyFs::new(1));
         let root = PathBuf::from("/shards");
@@ -50,11 +46,7 @@ impl Rig {
                 RocksEngines::in_memory(&options, fs, on_fatal()).expect("options that fit"),
             ),
         };
-        Rig {
-            engines,
-            root,
-            _temporary: None,
-        }
+        Rig { engines, root, _temporary: None }
     }
 
     pub(crate) fn dir(&self, name: &str) -> PathBuf {
@@ -66,9 +58,7 @@ impl Rig {
     }
 
     pub(crate) fn open(&self, name: &str) -> Arc<dyn Engine> {
-        self.engines
-            .open(&self.dir(name), OpenState { create: true })
-            .expect("a store that opens")
+        self.engines.open(&self.dir(name), OpenState { create: true }).expect("a store that opens")
     }
 
     pub(crate) fn reopen(&self, name: &str) -> Arc<dyn Engine> {

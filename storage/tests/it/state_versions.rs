@@ -19,11 +19,7 @@ fn check_reader(
     for version in versions {
         for (keyspace, user_key) in model.0.keys() {
             let got = reader.get_at(*keyspace, user_key, version).expect("a read");
-            assert_eq!(
-                got,
-                model.at(*keyspace, user_key, version),
-                "{user_key:?} at {version}"
-            );
+            assert_eq!(got, model.at(*keyspace, user_key, version), "{user_key:?} at {version}");
         }
         for keyspace in 0..3 {
             for reverse in [false, true] {
@@ -50,12 +46,7 @@ fn run_reads(kind: Kind, stored: &[Write], pending: &[Write], range: &KeyRange) 
         }
     }
     let every = (clock / 6).max(1) as usize;
-    check_reader(
-        &state.reader().expect("a reader"),
-        &model,
-        range,
-        (0..=clock + 2).step_by(every),
-    );
+    check_reader(&state.reader().expect("a reader"), &model, range, (0..=clock + 2).step_by(every));
 
     // What the overlay shows before the batch is written is what the store shows after.
     let before = model.clone();
@@ -80,23 +71,14 @@ fn run_reads(kind: Kind, stored: &[Write], pending: &[Write], range: &KeyRange) 
             before.at(*keyspace, user_key, u64::MAX)
         );
     }
-    let everything = overlay
-        .range(vec![0]..vec![0xff], usize::MAX)
-        .expect("a range");
+    let everything = overlay.range(vec![0]..vec![0xff], usize::MAX).expect("a range");
     let first_two = overlay.range(vec![0]..vec![0xff], 2).expect("a range");
     assert_eq!(first_two, everything[..2]);
     state.write(overlay.into_batch()).expect("a write");
-    let everything: Vec<_> = everything
-        .iter()
-        .map(|(key, value)| (key.to_vec(), value.to_vec()))
-        .collect();
+    let everything: Vec<_> =
+        everything.iter().map(|(key, value)| (key.to_vec(), value.to_vec())).collect();
     assert_eq!(dump(&**state.engine()), everything);
-    check_reader(
-        &state.reader().expect("a reader"),
-        &model,
-        range,
-        std::iter::once(clock),
-    );
+    check_reader(&state.reader().expect("a reader"), &model, range, std::iter::once(clock));
 }
 
 fn key_range() -> impl Strategy<Value = KeyRange> {
@@ -142,18 +124,12 @@ fn an_overlay_hides_what_it_removed() {
         }
         overlay.put(1, b"b", 21, b"v", 0);
         assert_eq!(
-            overlay
-                .get_newest(1, b"a")
-                .expect("a read")
-                .map(|found| found.version),
+            overlay.get_newest(1, b"a").expect("a read").map(|found| found.version),
             Some(14),
             "{kind:?}"
         );
         assert_eq!(
-            overlay
-                .get_at(1, b"a", 17)
-                .expect("a read")
-                .map(|found| found.version),
+            overlay.get_at(1, b"a", 17).expect("a read").map(|found| found.version),
             Some(14),
             "{kind:?}"
         );
@@ -163,10 +139,7 @@ fn an_overlay_hides_what_it_removed() {
             if reverse {
                 found.reverse();
             }
-            let found: Vec<_> = found
-                .iter()
-                .map(|found| (&found.key[..], found.version))
-                .collect();
+            let found: Vec<_> = found.iter().map(|found| (&found.key[..], found.version)).collect();
             assert_eq!(
                 found,
                 [(&b"a"[..], 14), (b"b", 21), (b"c", 20)],
@@ -181,28 +154,16 @@ fn equal_state_hashes_equal_on_every_engine() {
     let hashes = ALL.map(|kind| {
         let rig = Rig::new(kind);
         let state = rig.state("1");
-        puts(
-            &state,
-            &[("a", 1, Some("x")), ("b", 2, Some("y")), ("b", 3, None)],
-        );
+        puts(&state, &[("a", 1, Some("x")), ("b", 2, Some("y")), ("b", 3, None)]);
         let mut batch = Batch::new();
         batch.put(key::result(1, 2, 3), &b"result"[..]);
         batch.put(key::mark(1), &b"mark"[..]);
         state.write(batch).expect("a write");
-        let hash = |version| {
-            state
-                .reader()
-                .expect("a reader")
-                .state_hash(None, version)
-                .expect("a hash")
-        };
+        let hash =
+            |version| state.reader().expect("a reader").state_hash(None, version).expect("a hash");
         assert_ne!(hash(2), hash(3), "{kind:?}: the delete is seen");
         let before = hash(3);
-        state.filter().set(FilterState {
-            clock: 3,
-            threshold: 3,
-            ..FilterState::default()
-        });
+        state.filter().set(FilterState { clock: 3, threshold: 3, ..FilterState::default() });
         state.flush().expect("a flush");
         state.compact(None).expect("a compaction");
         assert_eq!(hash(3), before, "{kind:?}: compaction is not seen");
@@ -226,17 +187,9 @@ fn the_applied_record_is_the_durable_one() {
         assert_eq!(state.applied_bytes(), None, "{kind:?}");
         apply("1");
         assert_eq!(state.applied_bytes(), None, "{kind:?}: not flushed");
-        assert_eq!(
-            state.flush().expect("a flush").as_deref(),
-            Some(&b"1"[..]),
-            "{kind:?}"
-        );
+        assert_eq!(state.flush().expect("a flush").as_deref(), Some(&b"1"[..]), "{kind:?}");
         apply("2");
-        assert_eq!(
-            state.applied_bytes().as_deref(),
-            Some(&b"1"[..]),
-            "{kind:?}"
-        );
+        assert_eq!(state.applied_bytes().as_deref(), Some(&b"1"[..]), "{kind:?}");
         assert_eq!(
             state.meta(MetaName::APPLIED).expect("a read").as_deref(),
             Some(&b"2"[..]),
@@ -244,11 +197,7 @@ fn the_applied_record_is_the_durable_one() {
         );
         drop(state);
         let state = rig.state("1");
-        assert_eq!(
-            state.applied_bytes().as_deref(),
-            Some(&b"1"[..]),
-            "{kind:?}: as after a crash"
-        );
+        assert_eq!(state.applied_bytes().as_deref(), Some(&b"1"[..]), "{kind:?}: as after a crash");
     }
 }
 
@@ -269,24 +218,11 @@ fn an_unknown_format_is_refused() {
             state.flush().expect("a flush");
         };
         write(Some(&[0, 0, 0, 2]));
-        assert!(
-            matches!(
-                open(),
-                Err(Error::Format {
-                    found: 2,
-                    known: 1,
-                    ..
-                })
-            ),
-            "{kind:?}"
-        );
+        assert!(matches!(open(), Err(Error::Format { found: 2, known: 1, .. })), "{kind:?}");
         write(Some(b"x"));
         assert!(matches!(open(), Err(Error::Corruption { .. })), "{kind:?}");
         write(None);
-        assert!(
-            matches!(open(), Err(Error::Corruption { .. })),
-            "{kind:?}: records of no format"
-        );
+        assert!(matches!(open(), Err(Error::Corruption { .. })), "{kind:?}: records of no format");
         write(Some(&[0, 0, 0, 1]));
         assert!(open().is_ok(), "{kind:?}");
     }

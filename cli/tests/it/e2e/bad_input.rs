@@ -30,9 +30,7 @@ fn node(dir: &std::path::Path) -> NodePlan {
 /// Starts it, and expects that it refuses, in these words.
 async fn refuses(plan: NodePlan, words: &[&str]) {
     let mut process = NodeProcess::new(plan);
-    process
-        .start()
-        .unwrap_or_else(|failure| panic!("{failure:?}"));
+    process.start().unwrap_or_else(|failure| panic!("{failure:?}"));
     let status = process.wait(REFUSAL).await;
     let log = process.log_tail();
     assert_eq!(status.and_then(|status| status.code()), Some(1), "{log}");
@@ -48,10 +46,7 @@ async fn wrong_keys_and_values_are_refused_and_nothing_changes() {
     bench.expect(&["put", "kept", "1"], 0).await;
     let long_key = "k".repeat(4_097);
     let (_, err) = bench.expect(&["put", &long_key, "v"], 2).await;
-    assert!(
-        err.contains("KEY_BYTES_MAX") && err.contains("4096"),
-        "{err}"
-    );
+    assert!(err.contains("KEY_BYTES_MAX") && err.contains("4096"), "{err}");
     let (_, err) = bench.expect(&["put", "", "v"], 2).await;
     assert!(err.contains("KEY_BYTES"), "{err}");
     let big = vec![b'v'; (1 << 20) + 1];
@@ -59,23 +54,14 @@ async fn wrong_keys_and_values_are_refused_and_nothing_changes() {
     let err = crate::lone::text(&refused.stderr);
     assert_eq!(refused.status.code(), Some(2), "{err}");
     assert!(err.contains("VALUE_BYTES_MAX"), "{err}");
-    let whole = bench
-        .run_with(&["put", "whole", "-"], &big[..1 << 20])
-        .await;
+    let whole = bench.run_with(&["put", "whole", "-"], &big[..1 << 20]).await;
     assert!(whole.status.success(), "{whole:?}");
 
-    let (_, err) = bench
-        .expect(&["put", "kept", "2", "-k", "nowhere"], 1)
-        .await;
-    assert!(
-        err.contains("nowhere") && err.contains("keyspace create"),
-        "{err}"
-    );
+    let (_, err) = bench.expect(&["put", "kept", "2", "-k", "nowhere"], 1).await;
+    assert!(err.contains("nowhere") && err.contains("keyspace create"), "{err}");
     bench.expect(&["put", "kept", "2", "-k", "system"], 7).await;
     bench.expect(&["keyspace", "create", "Not A Name"], 2).await;
-    bench
-        .expect(&["put", "kept", "2", "--ttl", "999999d"], 2)
-        .await;
+    bench.expect(&["put", "kept", "2", "--ttl", "999999d"], 2).await;
     bench.expect(&["scan", "--start", &long_key], 2).await;
     bench.expect(&["get", "kept", "--timeout", "0s"], 2).await;
     assert_eq!(bench.expect(&["get", "kept"], 0).await.0, "1");
@@ -99,29 +85,17 @@ async fn a_directory_that_cannot_be_used_is_named() {
     let foreign = dir.path().join("foreign");
     std::fs::create_dir(&foreign).unwrap();
     std::fs::write(foreign.join("letter.txt"), "dear").unwrap();
-    refuses(
-        node(&foreign),
-        &["not a data directory", "letter.txt", "--data-dir"],
-    )
-    .await;
-    assert_eq!(
-        std::fs::read_dir(&foreign).unwrap().count(),
-        1,
-        "nothing was left behind"
-    );
+    refuses(node(&foreign), &["not a data directory", "letter.txt", "--data-dir"]).await;
+    assert_eq!(std::fs::read_dir(&foreign).unwrap().count(), 1, "nothing was left behind");
 
     let file = dir.path().join("file");
     std::fs::write(&file, "").unwrap();
     let under_a_file = file.join("data");
     let mut plan = node(&dir.path().join("log"));
     // The log of the process stands beside its directory, so that one must be possible.
-    plan.settings
-        .push(format!("node.data_dir={}", under_a_file.display()));
+    plan.settings.push(format!("node.data_dir={}", under_a_file.display()));
     let mut process = tokio::process::Command::new(&plan.program);
-    let args = plan
-        .args()
-        .into_iter()
-        .filter(|arg| !arg.starts_with("--data-dir"));
+    let args = plan.args().into_iter().filter(|arg| !arg.starts_with("--data-dir"));
     let ended = process.args(args).kill_on_drop(true).output();
     let ended = tokio::time::timeout(REFUSAL, ended).await.unwrap().unwrap();
     let err = crate::lone::text(&ended.stderr);
@@ -142,10 +116,7 @@ async fn a_directory_in_use_or_of_another_cluster_is_refused() {
     let other_dir = bench.home.path().join("other");
     let other = plan(1, Some(&other_dir), &[]);
     let mut other = coracle_cli::demo::cluster::Cluster::prepare(&other).unwrap();
-    other
-        .start(|_, _| {})
-        .await
-        .unwrap_or_else(|failure| panic!("{failure:?}"));
+    other.start(|_, _| {}).await.unwrap_or_else(|failure| panic!("{failure:?}"));
     other.stop().await;
     let mut stray = node(&other_dir.join("node1"));
     stray.join = vec![bench.cluster.process(0).plan().ports.peer.to_string()];
@@ -161,22 +132,14 @@ async fn a_full_disk_refuses_writes_and_recovers() {
     bench.cluster.process(0).stop(Duration::from_secs(40)).await;
     // As good as full: no disk has so much room as shall be kept free.
     bench.cluster.set(0, "storage.disk_reserve_bytes=15TiB");
-    bench
-        .cluster
-        .restart(&[0])
-        .await
-        .unwrap_or_else(|failure| panic!("{failure:?}"));
+    bench.cluster.restart(&[0]).await.unwrap_or_else(|failure| panic!("{failure:?}"));
     let (_, err) = bench.expect(&["put", "kept", "2"], 9).await;
     assert!(err.contains("DISK_FULL"), "{err}");
     assert_eq!(bench.expect(&["get", "kept"], 0).await.0, "1");
     bench.expect(&["delete", "kept"], 0).await;
     bench.cluster.process(0).stop(Duration::from_secs(40)).await;
     bench.cluster.set(0, "storage.disk_reserve_bytes=64MiB");
-    bench
-        .cluster
-        .restart(&[0])
-        .await
-        .unwrap_or_else(|failure| panic!("{failure:?}"));
+    bench.cluster.restart(&[0]).await.unwrap_or_else(|failure| panic!("{failure:?}"));
     bench.expect(&["put", "kept", "2"], 0).await;
     bench.stop().await;
 }

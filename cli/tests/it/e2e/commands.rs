@@ -19,38 +19,18 @@ async fn keys_go_in_and_come_out() {
     assert!(out.is_empty() && err.contains("nothing"), "{out} {err}");
 
     let entry = json(&bench.expect(&["get", "hello", "-o", "json"], 0).await.0);
-    assert_eq!(
-        (&entry["kind"], &entry["value"]["utf8"]),
-        (&"Entry".into(), &"world".into())
-    );
+    assert_eq!((&entry["kind"], &entry["value"]["utf8"]), (&"Entry".into(), &"world".into()));
     let version = entry["version"].as_str().unwrap().to_owned();
-    bench
-        .expect(&["put", "hello", "again", "--if-absent"], 8)
-        .await;
-    bench
-        .expect(&["put", "hello", "again", "--if-version", "1"], 8)
-        .await;
-    bench
-        .expect(&["put", "hello", "again", "--if-version", &version], 0)
-        .await;
-    bench
-        .expect(&["delete", "hello", "--if-value", "world"], 8)
-        .await;
-    bench
-        .expect(&["delete", "hello", "--if-value", "again"], 0)
-        .await;
+    bench.expect(&["put", "hello", "again", "--if-absent"], 8).await;
+    bench.expect(&["put", "hello", "again", "--if-version", "1"], 8).await;
+    bench.expect(&["put", "hello", "again", "--if-version", &version], 0).await;
+    bench.expect(&["delete", "hello", "--if-value", "world"], 8).await;
+    bench.expect(&["delete", "hello", "--if-value", "again"], 0).await;
     bench.expect(&["get", "hello"], 3).await;
 
-    let piped = bench
-        .run_with(
-            &["put", "bin/\\x00", "-", "--encoding", "escape"],
-            b"\xff\n",
-        )
-        .await;
+    let piped = bench.run_with(&["put", "bin/\\x00", "-", "--encoding", "escape"], b"\xff\n").await;
     assert!(piped.status.success(), "{piped:?}");
-    let raw = bench
-        .run_with(&["get", "62696e2f00", "--encoding", "hex"], b"")
-        .await;
+    let raw = bench.run_with(&["get", "62696e2f00", "--encoding", "hex"], b"").await;
     assert_eq!(raw.stdout, b"ff0a\n");
     for key in ["user/2", "user/1", "user/3"] {
         bench.expect(&["put", key, "x"], 0).await;
@@ -59,20 +39,10 @@ async fn keys_go_in_and_come_out() {
     assert_eq!(bench.expect(&scan, 0).await.0, "user/1\nuser/2\nuser/3\n");
     let last = [&scan[..], &["--reverse", "--limit", "1"]].concat();
     assert_eq!(bench.expect(&last, 0).await.0, "user/3\n");
-    let (lines, _) = bench
-        .expect(&[&scan[..], &["-o", "jsonl"]].concat(), 0)
-        .await;
+    let (lines, _) = bench.expect(&[&scan[..], &["-o", "jsonl"]].concat(), 0).await;
     assert_eq!(json(lines.lines().next().unwrap())["key"]["utf8"], "user/1");
-    let list = json(
-        &bench
-            .expect(&[&scan[..], &["-o", "json"]].concat(), 0)
-            .await
-            .0,
-    );
-    assert_eq!(
-        (list["items"].as_array().unwrap().len(), &list["kind"]),
-        (3, &"EntryList".into())
-    );
+    let list = json(&bench.expect(&[&scan[..], &["-o", "json"]].concat(), 0).await.0);
+    assert_eq!((list["items"].as_array().unwrap().len(), &list["kind"]), (3, &"EntryList".into()));
     bench.stop().await;
 }
 
@@ -80,39 +50,25 @@ async fn keys_go_in_and_come_out() {
 async fn the_cluster_shows_itself() {
     let mut bench = Bench::start(3).await;
     let status = bench.expect(&["status"], 0).await.0;
-    assert!(
-        status.starts_with("Fault tolerance: can lose any 1 node, or any 1 zone,"),
-        "{status}"
-    );
+    assert!(status.starts_with("Fault tolerance: can lose any 1 node, or any 1 zone,"), "{status}");
     let nodes = json(&bench.expect(&["node", "ls", "-o", "json"], 0).await.0);
     let nodes = nodes["items"].as_array().unwrap();
     assert_eq!(nodes.len(), 3);
-    assert!(
-        nodes.iter().all(|node| node["state"] == "active"),
-        "{nodes:?}"
-    );
+    assert!(nodes.iter().all(|node| node["state"] == "active"), "{nodes:?}");
     let shards = json(&bench.expect(&["shard", "ls", "-o", "json"], 0).await.0);
     let shards = shards["items"].as_array().unwrap();
     assert_eq!(shards.len(), 17, "16 and the meta group");
     let leader = shards[1]["leader"].as_u64().unwrap();
     let (id, to) = (shards[1]["id"].to_string(), format!("n{}", leader % 3 + 1));
-    bench
-        .expect(&["shard", "transfer-leader", &id, "--to", &to], 0)
-        .await;
+    bench.expect(&["shard", "transfer-leader", &id, "--to", &to], 0).await;
     let again = json(&bench.expect(&["shard", "ls", "-o", "json"], 0).await.0);
     assert_eq!(again["items"][1]["leader"], leader % 3 + 1);
     bench.expect(&["shard", "transfer-leader", "9999"], 1).await;
 
-    bench
-        .expect(
-            &["keyspace", "create", "orders", "--entity", "delimiter:/"],
-            0,
-        )
-        .await;
+    bench.expect(&["keyspace", "create", "orders", "--entity", "delimiter:/"], 0).await;
     let list = bench.expect(&["keyspace", "ls"], 0).await.0;
     assert!(
-        list.lines()
-            .any(|line| line.starts_with("orders") && line.contains("delimiter:/")),
+        list.lines().any(|line| line.starts_with("orders") && line.contains("delimiter:/")),
         "{list}"
     );
     bench.expect(&["put", "7/a", "x", "-k", "orders"], 0).await;
@@ -140,47 +96,26 @@ async fn files_go_in_and_come_out_the_same() {
     let first = ["import", &source, "--resume", &state, "--limit", "1000"];
     bench.expect(&first, 0).await;
     let saved = json(&std::fs::read_to_string(&state).unwrap());
-    assert_eq!(
-        (&saved["records"], &saved["done"]),
-        (&1_000.into(), &false.into())
-    );
-    bench
-        .expect(&["import", &source, "--resume", &state], 0)
-        .await;
+    assert_eq!((&saved["records"], &saved["done"]), (&1_000.into(), &false.into()));
+    bench.expect(&["import", &source, "--resume", &state], 0).await;
     let saved = json(&std::fs::read_to_string(&state).unwrap());
-    assert_eq!(
-        (&saved["records"], &saved["done"]),
-        (&3_000.into(), &true.into())
-    );
+    assert_eq!((&saved["records"], &saved["done"]), (&3_000.into(), &true.into()));
 
     for name in ["out.tsv", "out.ndjson"] {
-        bench
-            .expect(&["export", &path(name), "--prefix", "key/"], 0)
-            .await;
+        bench.expect(&["export", &path(name), "--prefix", "key/"], 0).await;
     }
     assert_eq!(std::fs::read_to_string(path("out.tsv")).unwrap(), table);
     bench.expect(&["keyspace", "create", "copy"], 0).await;
-    bench
-        .expect(&["import", &path("out.ndjson"), "-k", "copy"], 0)
-        .await;
-    let (piped, _) = bench
-        .expect(&["export", "-k", "copy", "--format", "tsv"], 0)
-        .await;
+    bench.expect(&["import", &path("out.ndjson"), "-k", "copy"], 0).await;
+    let (piped, _) = bench.expect(&["export", "-k", "copy", "--format", "tsv"], 0).await;
     assert_eq!(piped, table);
 
     std::fs::write(path("bad.tsv"), "a\t1\nbad\nb\t2\n").unwrap();
-    let (_, err) = bench
-        .expect(&["import", &path("bad.tsv"), "-k", "copy"], 1)
-        .await;
-    assert!(
-        err.contains("bad.tsv:2") && err.contains("--skip-bad"),
-        "{err}"
-    );
+    let (_, err) = bench.expect(&["import", &path("bad.tsv"), "-k", "copy"], 1).await;
+    assert!(err.contains("bad.tsv:2") && err.contains("--skip-bad"), "{err}");
     assert_eq!(bench.expect(&["get", "a", "-k", "copy"], 0).await.0, "1");
     bench.expect(&["get", "b", "-k", "copy"], 3).await;
-    let (_, err) = bench
-        .expect(&["import", &path("bad.tsv"), "-k", "copy", "--skip-bad"], 0)
-        .await;
+    let (_, err) = bench.expect(&["import", &path("bad.tsv"), "-k", "copy", "--skip-bad"], 0).await;
     assert!(err.contains("bad.tsv:2"), "{err}");
     assert_eq!(bench.expect(&["get", "b", "-k", "copy"], 0).await.0, "2");
     bench.stop().await;

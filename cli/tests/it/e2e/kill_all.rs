@@ -18,43 +18,26 @@ const ACKNOWLEDGEMENTS_MIN: u64 = 1_000;
 /// `CORACLE_KILL_ROUNDS` makes it longer.
 fn rounds() -> u32 {
     let rounds = std::env::var("CORACLE_KILL_ROUNDS").ok();
-    rounds.map_or(20, |rounds| {
-        rounds.parse().expect("CORACLE_KILL_ROUNDS is a number")
-    })
+    rounds.map_or(20, |rounds| rounds.parse().expect("CORACLE_KILL_ROUNDS is a number"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_survives_the_kill_of_all_nodes() {
     let mut bench = Bench::start(NODES).await;
-    let seeds: Vec<String> = bench
-        .cluster
-        .nodes()
-        .iter()
-        .map(|node| node.address())
-        .collect();
+    let seeds: Vec<String> = bench.cluster.nodes().iter().map(|node| node.address()).collect();
     let ledger = Arc::new(Ledger::new("kill"));
     let clients: Vec<Client> = (0..CLIENTS)
-        .map(|_| {
-            Client::builder()
-                .seeds(seeds.clone())
-                .connect_lazy()
-                .unwrap()
-        })
+        .map(|_| Client::builder().seeds(seeds.clone()).connect_lazy().unwrap())
         .collect();
-    let keyspaces = clients
-        .iter()
-        .map(|client| client.keyspace("default"))
-        .collect();
+    let keyspaces = clients.iter().map(|client| client.keyspace("default")).collect();
     let load = Load::start(keyspaces, ledger.clone(), 0);
     let mut lost = 0;
     for round in 1..=rounds() {
         let before = ledger.acknowledgements();
         let started = Instant::now();
-        until(
-            "a thousand acknowledgements",
-            Duration::from_secs(60),
-            async || ledger.acknowledgements() >= before + ACKNOWLEDGEMENTS_MIN,
-        )
+        until("a thousand acknowledgements", Duration::from_secs(60), async || {
+            ledger.acknowledgements() >= before + ACKNOWLEDGEMENTS_MIN
+        })
         .await;
         // A random moment, as the test says: in the middle of whatever the nodes are doing then.
         let moment = Duration::from_micros(rand::rng().random_range(0..250_000));
@@ -75,10 +58,7 @@ async fn what_was_acknowledged_survives_the_kill_of_all_nodes() {
             "round {round}: {acknowledged} acknowledged, {} ms, lost so far {lost}",
             started.elapsed().as_millis()
         );
-        assert_eq!(
-            lost, 0,
-            "round {round}: a writer did not find what was acknowledged to it"
-        );
+        assert_eq!(lost, 0, "round {round}: a writer did not find what was acknowledged to it");
     }
     load.finish().await;
     let reader = Client::builder()
@@ -90,10 +70,7 @@ async fn what_was_acknowledged_survives_the_kill_of_all_nodes() {
     let verified = verified.unwrap_or_else(|failure| panic!("{failure:?}"));
     println!("{verified:?}");
     assert_eq!(verified.lost, Vec::<String>::new());
-    assert!(
-        verified.acknowledged >= ACKNOWLEDGEMENTS_MIN * u64::from(rounds()),
-        "{verified:?}"
-    );
+    assert!(verified.acknowledged >= ACKNOWLEDGEMENTS_MIN * u64::from(rounds()), "{verified:?}");
     for client in clients {
         client.close().await;
     }

@@ -33,11 +33,7 @@ impl Bench {
     /// A cluster that stands.
     async fn start(nodes: usize) -> Bench {
         let mut bench = Bench::prepare(nodes, &[]).await;
-        bench
-            .cluster
-            .start(|_, _| {})
-            .await
-            .unwrap_or_else(|failure| panic!("{failure:?}"));
+        bench.cluster.start(|_, _| {}).await.unwrap_or_else(|failure| panic!("{failure:?}"));
         bench
     }
 
@@ -46,11 +42,7 @@ impl Bench {
         let alone = ALONE.lock().await;
         let cluster = Cluster::prepare(&plan(nodes, None, settings));
         let cluster = cluster.unwrap_or_else(|failure| panic!("{failure:?}"));
-        Bench {
-            cluster,
-            home: tempfile::tempdir().unwrap(),
-            _alone: alone,
-        }
+        Bench { cluster, home: tempfile::tempdir().unwrap(), _alone: alone }
     }
 
     fn endpoints(&self) -> String {
@@ -74,11 +66,7 @@ impl Bench {
             let output = self.run_with(args, b"").await;
             let (out, err) = (text(&output.stdout), text(&output.stderr));
             let found = output.status.code();
-            assert_eq!(
-                found,
-                Some(code),
-                "{place}: {args:?}\nstdout: {out}\nstderr: {err}"
-            );
+            assert_eq!(found, Some(code), "{place}: {args:?}\nstdout: {out}\nstderr: {err}");
             (out, err)
         }
     }
@@ -112,12 +100,8 @@ fn plan(nodes: usize, data_dir: Option<&Path>, settings: &[&str]) -> ClusterPlan
 async fn run(home: &Path, args: &[&str], input: &[u8]) -> Output {
     use tokio::io::AsyncWriteExt;
     let mut command = tokio::process::Command::from(coracle(home, args));
-    command
-        .stdin(std::process::Stdio::piped())
-        .kill_on_drop(true);
-    command
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped());
+    command.stdin(std::process::Stdio::piped()).kill_on_drop(true);
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let write = async {
@@ -128,10 +112,7 @@ async fn run(home: &Path, args: &[&str], input: &[u8]) -> Output {
     let ended = tokio::time::timeout(Duration::from_secs(60), async {
         tokio::join!(write, child.wait_with_output()).1
     });
-    ended
-        .await
-        .unwrap_or_else(|_| panic!("{args:?} has not ended within a minute"))
-        .unwrap()
+    ended.await.unwrap_or_else(|_| panic!("{args:?} has not ended within a minute")).unwrap()
 }
 
 /// Polls until `done`, or fails.

@@ -20,18 +20,9 @@ async fn a_generated_client_uses_any_node_for_any_key() {
     let python = python();
     let mut bench = Bench::start(3).await;
     let out = example(&python, &bench).await;
-    let said = |line: &str| {
-        assert!(
-            out.lines().any(|said| said.starts_with(line)),
-            "{line}: {out}"
-        )
-    };
-    for reason in [
-        "TOO_LARGE",
-        "INVALID_ARGUMENT",
-        "CROSS_ENTITY",
-        "UNKNOWN_KEYSPACE",
-    ] {
+    let said =
+        |line: &str| assert!(out.lines().any(|said| said.starts_with(line)), "{line}: {out}");
+    for reason in ["TOO_LARGE", "INVALID_ARGUMENT", "CROSS_ENTITY", "UNKNOWN_KEYSPACE"] {
         said(&format!("error {reason}: "));
     }
     said(&format!("ok: {KEYS} keys through 3 nodes"));
@@ -50,9 +41,7 @@ async fn a_generated_client_uses_any_node_for_any_key() {
 /// Runs the example to its end against all nodes; returns what it printed.
 async fn example(python: &Path, bench: &Bench) -> String {
     let mut command = tokio::process::Command::from(clean(python));
-    command
-        .arg(example_dir().join("example.py"))
-        .kill_on_drop(true);
+    command.arg(example_dir().join("example.py")).kill_on_drop(true);
     command.args(bench.endpoints().split(','));
     let output = tokio::time::timeout(EXAMPLE_DEADLINE, command.output()).await;
     let output = output.unwrap_or_else(|_| panic!("not done within {EXAMPLE_DEADLINE:?}"));
@@ -83,21 +72,10 @@ fn python() -> PathBuf {
         }
         let mut venv = clean(Path::new("python3"));
         venv.args(["-m", "venv"]).arg(&dir);
-        succeeded(
-            "make a virtual environment (Debian: apt install python3-venv)",
-            run(venv),
-        );
+        succeeded("make a virtual environment (Debian: apt install python3-venv)", run(venv));
         let mut pip = clean(&python);
         // Wheels only: building gRPC takes longer than all other tests together.
-        pip.args([
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-input",
-            "--only-binary=:all:",
-            "-r",
-        ]);
+        pip.args(["-m", "pip", "install", "--quiet", "--no-input", "--only-binary=:all:", "-r"]);
         pip.arg(&requirements);
         succeeded("install packages from PyPI (is it within reach?)", run(pip));
         File::create(complete).unwrap();
@@ -112,11 +90,7 @@ const HASH: &str = "import hashlib, sys; \
 
 /// As `./x` has it.
 fn cache() -> PathBuf {
-    let dir = |name: &str| {
-        std::env::var_os(name)
-            .filter(|dir| !dir.is_empty())
-            .map(PathBuf::from)
-    };
+    let dir = |name: &str| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
     let user = || {
         dir("XDG_CACHE_HOME")
             .unwrap_or_else(|| dir("HOME").expect("a user has a home").join(".cache"))
@@ -127,27 +101,18 @@ fn cache() -> PathBuf {
 /// A Python that sees no packages but its own, and leaves nothing in the checkout.
 fn clean(python: &Path) -> Command {
     let mut command = Command::new(python);
-    command
-        .env_remove("PYTHONPATH")
-        .env_remove("PYTHONHOME")
-        .env("PYTHONDONTWRITEBYTECODE", "1");
+    command.env_remove("PYTHONPATH").env_remove("PYTHONHOME").env("PYTHONDONTWRITEBYTECODE", "1");
     command.stdin(Stdio::null());
     command
 }
 
 fn run(mut command: Command) -> Output {
-    command
-        .output()
-        .unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"))
+    command.output().unwrap_or_else(|error| panic!("{command:?} cannot be run: {error}"))
 }
 
 #[track_caller]
 fn succeeded(what: &str, output: Output) -> String {
     let (out, err) = (text(&output.stdout), text(&output.stderr));
-    assert!(
-        output.status.success(),
-        "cannot {what}: {}\n{out}\n{err}",
-        output.status
-    );
+    assert!(output.status.success(), "cannot {what}: {}\n{out}\n{err}", output.status);
     out
 }

@@ -9,16 +9,9 @@ async fn sigterm_hands_leaders_over_and_ends_with_0() {
     let mut bench = Bench::start(3).await;
     bench.expect(&["put", "before", "1"], 0).await;
     for at in 0..3 {
-        let status = bench
-            .cluster
-            .process(at)
-            .stop(Duration::from_secs(40))
-            .await;
+        let status = bench.cluster.process(at).stop(Duration::from_secs(40)).await;
         let tail = bench.cluster.process(at).log_tail();
-        assert!(
-            status.is_some_and(|status| status.success()),
-            "{status:?}: {tail}"
-        );
+        assert!(status.is_some_and(|status| status.success()), "{status:?}: {tail}");
         bench.expect(&["put", "during", &at.to_string()], 0).await;
         let restarted = bench.cluster.restart(&[at]).await;
         restarted.unwrap_or_else(|failure| panic!("{failure:?}"));
@@ -36,9 +29,8 @@ async fn a_whole_cluster_comes_back_at_new_addresses() {
     let dir = tempfile::tempdir().unwrap();
     let home = tempfile::tempdir().unwrap();
     let _alone = super::ALONE.lock().await;
-    for (round, args) in [["put", "key", "value"].as_slice(), &["get", "key"]]
-        .into_iter()
-        .enumerate()
+    for (round, args) in
+        [["put", "key", "value"].as_slice(), &["get", "key"]].into_iter().enumerate()
     {
         // Ports are chosen anew each time.
         let plan = super::plan(3, Some(dir.path()), &[]);
@@ -46,12 +38,7 @@ async fn a_whole_cluster_comes_back_at_new_addresses() {
         let started = cluster.start(|_, _| {}).await;
         started.unwrap_or_else(|failure| panic!("round {round}: {failure:?}"));
         let endpoint = cluster.nodes()[0].address();
-        let output = run(
-            home.path(),
-            &[args, &["--endpoints", &endpoint]].concat(),
-            b"",
-        )
-        .await;
+        let output = run(home.path(), &[args, &["--endpoints", &endpoint]].concat(), b"").await;
         assert!(output.status.success(), "{output:?}");
         if round == 1 {
             assert_eq!(output.stdout, b"value");

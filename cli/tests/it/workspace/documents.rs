@@ -24,26 +24,17 @@ fn paths_and_items_in_documents_exist() {
         .map(|path| format!("{path} is missing"))
         .collect();
     problems.extend(stale(&files));
-    expect_none(
-        "what README, ARCHITECTURE and CONTRIBUTING name in back-ticks exists",
-        &problems,
-    );
+    expect_none("what README, ARCHITECTURE and CONTRIBUTING name in back-ticks exists", &problems);
 }
 
 #[test]
 fn links_between_documents_lead_somewhere() {
-    expect_none(
-        "a relative link names a file of the checkout",
-        &dead_links(&tree::files()),
-    );
+    expect_none("a relative link names a file of the checkout", &dead_links(&tree::files()));
 }
 
 #[test]
 fn the_first_documents_stay_short() {
-    expect_none(
-        "shorten it, or move a part to docs/",
-        &wordy(&tree::files()),
-    );
+    expect_none("shorten it, or move a part to docs/", &wordy(&tree::files()));
 }
 
 #[test]
@@ -80,11 +71,7 @@ fn the_rules_can_fail() {
     }
 
     let linked = |text: &str| {
-        dead_links(&[
-            File::new("docs/a.md", text),
-            File::new("docs/b.md", ""),
-            File::new("x", ""),
-        ])
+        dead_links(&[File::new("docs/a.md", text), File::new("docs/b.md", ""), File::new("x", "")])
     };
     expect_one(&linked("[c](c.md)"), "c.md");
     expect_one(&linked("[c](../y)"), "../y");
@@ -92,10 +79,7 @@ fn the_rules_can_fail() {
         "[b](b.md) [b](b.md#part) [x](../x) [a](#a) [w](https://w.org) [d](../docs) `[c](d)`";
     assert!(linked(good).is_empty(), "{:?}", linked(good));
 
-    expect_one(
-        &wordy(&[File::new("README.md", &"word ".repeat(401))]),
-        "401",
-    );
+    expect_one(&wordy(&[File::new("README.md", &"word ".repeat(401))]), "401");
     assert!(wordy(&[File::new("README.md", &"word ".repeat(400))]).is_empty());
 }
 
@@ -103,10 +87,7 @@ fn stale(files: &[File]) -> Vec<String> {
     let crates = tree::crates(files);
     let places = places(files);
     let mut problems = Vec::new();
-    for document in files
-        .iter()
-        .filter(|file| MAPS.contains(&file.path.as_str()))
-    {
+    for document in files.iter().filter(|file| MAPS.contains(&file.path.as_str())) {
         for (number, line) in prose(&document.text) {
             for span in spans(line) {
                 let missing =
@@ -153,12 +134,8 @@ fn missing_path(places: &BTreeSet<&str>, span: &str) -> Option<String> {
         return None;
     }
     // `apply.rs:12` is a place in a file.
-    let path = span
-        .split(':')
-        .next()
-        .unwrap_or(span)
-        .trim_start_matches("./")
-        .trim_end_matches('/');
+    let path =
+        span.split(':').next().unwrap_or(span).trim_start_matches("./").trim_end_matches('/');
     let top = path.split('/').next().unwrap_or(path);
     let ours = path.contains('/') && places.contains(top);
     if !ours && !ENDINGS.iter().any(|ending| path.ends_with(ending)) {
@@ -167,9 +144,7 @@ fn missing_path(places: &BTreeSet<&str>, span: &str) -> Option<String> {
     braces(path).into_iter().find(|path| {
         !places.iter().any(|place| {
             let same_depth = place.rsplit('/').take(path.matches('/').count() + 1);
-            same_depth
-                .zip(path.rsplit('/'))
-                .all(|(name, pattern)| matches(name, pattern))
+            same_depth.zip(path.rsplit('/')).all(|(name, pattern)| matches(name, pattern))
                 && place.matches('/').count() >= path.matches('/').count()
         })
     })
@@ -183,10 +158,7 @@ fn braces(path: &str) -> Vec<String> {
     let Some((inside, after)) = rest.split_once('}') else {
         return vec![path.to_owned()];
     };
-    inside
-        .split(',')
-        .flat_map(|choice| braces(&format!("{before}{choice}{after}")))
-        .collect()
+    inside.split(',').flat_map(|choice| braces(&format!("{before}{choice}{after}"))).collect()
 }
 
 /// One path segment against a pattern with at most one `*`.
@@ -211,17 +183,11 @@ fn missing_item(files: &[File], crates: &[&str], span: &str) -> Option<String> {
     }
     let sources = format!("{folder}/src/");
     let known = |word: &str| {
-        files
-            .iter()
-            .filter(|file| file.path.starts_with(&sources))
-            .any(|file| {
-                let stem = file.path[sources.len()..].trim_end_matches(".rs");
-                stem.split('/').any(|part| part == word)
-                    || file
-                        .text
-                        .split(|char| !super::rust::is_name(char))
-                        .any(|part| part == word)
-            })
+        files.iter().filter(|file| file.path.starts_with(&sources)).any(|file| {
+            let stem = file.path[sources.len()..].trim_end_matches(".rs");
+            stem.split('/').any(|part| part == word)
+                || file.text.split(|char| !super::rust::is_name(char)).any(|part| part == word)
+        })
     };
     segments
         .map(super::rust::name)
@@ -235,11 +201,7 @@ fn dead_links(files: &[File]) -> Vec<String> {
     for document in files.iter().filter(|file| file.path.ends_with(".md")) {
         for (number, line) in prose(&document.text) {
             let text: String = line.split('`').step_by(2).collect();
-            for target in text
-                .split("](")
-                .skip(1)
-                .filter_map(|rest| rest.split(')').next())
-            {
+            for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
                 let path = target.split('#').next().unwrap_or(target);
                 if path.is_empty() || path.contains("://") || path.starts_with("mailto:") {
                     continue;

@@ -60,30 +60,18 @@ fn the_rules_can_fail() {
 
     assert!(check(package("low"), high()).is_empty());
     assert!(check(package("low"), high().needs("serde", Kind::Normal)).is_empty());
-    expect_one(
-        &check(package("low"), package("high")),
-        "does not depend on low",
-    );
+    expect_one(&check(package("low"), package("high")), "does not depend on low");
     for kind in [Kind::Normal, Kind::Dev, Kind::Build] {
         let low = package("low").needs("coracle-high", kind);
         expect_one(&check(low, high()), "low → high");
     }
-    expect_one(
-        &wrong_edges(&[package("low"), high(), package("new")], edges),
-        "new",
-    );
+    expect_one(&wrong_edges(&[package("low"), high(), package("new")], edges), "new");
     expect_one(&wrong_edges(&[package("low")], edges), "high");
 
     for kind in [Kind::Normal, Kind::Dev] {
-        expect_one(
-            &escaped(&[package("server").needs("openraft", kind)]),
-            "openraft",
-        );
+        expect_one(&escaped(&[package("server").needs("openraft", kind)]), "openraft");
     }
-    expect_one(
-        &escaped(&[package("raft").needs("rust-rocksdb", Kind::Normal)]),
-        "rust-rocksdb",
-    );
+    expect_one(&escaped(&[package("raft").needs("rust-rocksdb", Kind::Normal)]), "rust-rocksdb");
     assert!(escaped(&[package("raft").needs("openraft", Kind::Normal)]).is_empty());
 
     let mut scripted = package("proto");
@@ -127,10 +115,7 @@ fn escaped(packages: &[Package]) -> Vec<String> {
     let mut problems = Vec::new();
     for package in packages {
         for (contained, home) in CONTAINED {
-            let names = package
-                .dependencies
-                .iter()
-                .any(|(name, _)| name == contained);
+            let names = package.dependencies.iter().any(|(name, _)| name == contained);
             if names && package.folder().is_some_and(|folder| folder != *home) {
                 problems.push(format!("{} depends on {contained}", package.name));
             }

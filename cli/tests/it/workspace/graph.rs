@@ -68,9 +68,7 @@ impl Package {
             licence: text("license"),
             dependencies: dependencies
                 .map(|dependency| {
-                    let name = dependency["name"]
-                        .as_str()
-                        .expect("a dependency has a name");
+                    let name = dependency["name"].as_str().expect("a dependency has a name");
                     let kind = match dependency["kind"].as_str() {
                         Some("dev") => Kind::Dev,
                         Some("build") => Kind::Build,
@@ -94,11 +92,7 @@ pub(super) fn packages() -> Vec<Package> {
     let metadata: Value =
         serde_json::from_str(&cargo(&arguments)).expect("cargo metadata prints JSON");
     let packages = metadata["packages"].as_array();
-    packages
-        .expect("metadata lists packages")
-        .iter()
-        .map(Package::read)
-        .collect()
+    packages.expect("metadata lists packages").iter().map(Package::read).collect()
 }
 
 /// What cargo prints, without the network and without touching `Cargo.lock`.

@@ -25,14 +25,8 @@ const BANNED: &[(&str, &str)] = &[
     ("openssl", "a system library; TLS is rustls"),
     ("openssl-sys", "a system library; TLS is rustls"),
     ("native-tls", "picks the system's TLS; ours is rustls"),
-    (
-        "ring",
-        "one provider of cryptography: aws-lc-rs; two panic at the first handshake",
-    ),
-    (
-        "rocksdb",
-        "the old binding; ours is the maintained fork, rust-rocksdb",
-    ),
+    ("ring", "one provider of cryptography: aws-lc-rs; two panic at the first handshake"),
+    ("rocksdb", "the old binding; ours is the maintained fork, rust-rocksdb"),
     ("librocksdb-sys", "a second RocksDB in one program"),
     ("async-std", "a second async runtime"),
     ("fs2", "no longer maintained"),
@@ -58,10 +52,7 @@ const NATIVE: &[(&str, &str)] = &[
     ("clang", "reads RocksDB's header while its binding is built"),
     ("bzip2", "off; named by RocksDB's binding"),
     ("z", "off; named by RocksDB's binding"),
-    (
-        "prettyplease02",
-        "no library; keeps the formatter of generated code single",
-    ),
+    ("prettyplease02", "no library; keeps the formatter of generated code single"),
 ];
 
 #[test]
@@ -106,10 +97,7 @@ fn the_rules_can_fail() {
     expect_one(&banned(&[Package::new("openssl", "1.0.0")]), "openssl");
     expect_one(&banned(&[Package::new("ring", "1.0.0")]), "ring");
     expect_one(
-        &doubled(&[
-            Package::new("prost", "1.0.0"),
-            Package::new("prost", "2.0.0"),
-        ]),
+        &doubled(&[Package::new("prost", "1.0.0"), Package::new("prost", "2.0.0")]),
         "prost",
     );
     assert!(doubled(&[Package::new("syn", "1.0.0"), Package::new("syn", "2.0.0")]).is_empty());
@@ -167,20 +155,11 @@ fn banned(packages: &[Package]) -> Vec<String> {
 
 fn doubled(packages: &[Package]) -> Vec<String> {
     let mut versions: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for package in packages
-        .iter()
-        .filter(|package| ONCE.contains(&package.name.as_str()))
-    {
-        versions
-            .entry(&package.name)
-            .or_default()
-            .push(&package.version);
+    for package in packages.iter().filter(|package| ONCE.contains(&package.name.as_str())) {
+        versions.entry(&package.name).or_default().push(&package.version);
     }
     versions.retain(|_, versions| versions.len() > 1);
-    versions
-        .iter()
-        .map(|(name, versions)| format!("{name}: {}", versions.join(", ")))
-        .collect()
+    versions.iter().map(|(name, versions)| format!("{name}: {}", versions.join(", "))).collect()
 }
 
 fn unlisted_native(packages: &[Package]) -> Vec<String> {
@@ -199,10 +178,7 @@ fn unlisted_native(packages: &[Package]) -> Vec<String> {
 /// Whether the SPDX expression can be met with licences that we allow. `AND` binds tighter than
 /// `OR`; the old `/` means `OR`.
 fn allowed(expression: &str) -> Result<bool, ()> {
-    let spaced = expression
-        .replace('(', " ( ")
-        .replace(')', " ) ")
-        .replace('/', " OR ");
+    let spaced = expression.replace('(', " ( ").replace(')', " ) ").replace('/', " OR ");
     let mut tokens: Vec<&str> = spaced.split_whitespace().rev().collect();
     let good = either(&mut tokens)?;
     if tokens.is_empty() { Ok(good) } else { Err(()) }

@@ -20,10 +20,7 @@ fn the_rule_can_fail() {
     let limits = |text: &str| bare_limits(&[File::new(LIMITS, text)]);
     expect_one(&limits("//! a\n"), "no limit");
     expect_one(&limits("//! a\npub const B: u64 = 1;\n"), "B");
-    expect_one(
-        &limits("/// a\npub const A: u64 = 1;\npub const B: u64 = 1;\n"),
-        "B",
-    );
+    expect_one(&limits("/// a\npub const A: u64 = 1;\npub const B: u64 = 1;\n"), "B");
     assert!(limits("/// a\n#[doc(alias = \"b\")]\npub const A: u64 = 1;\n").is_empty());
 }
 
@@ -39,19 +36,14 @@ fn bare_limits(files: &[File]) -> Vec<String> {
             continue;
         };
         limits += 1;
-        let above = lines[..number]
-            .iter()
-            .rev()
-            .find(|line| !line.starts_with("#["));
+        let above = lines[..number].iter().rev().find(|line| !line.starts_with("#["));
         if !above.is_some_and(|line| line.starts_with("///")) {
             let name = super::rust::name(rest.strip_prefix("fn ").unwrap_or(rest));
             problems.push(format!("{LIMITS}:{}: {name}", number + 1));
         }
     }
     if limits == 0 {
-        problems.push(format!(
-            "{LIMITS} has no limit; has the form of its constants changed?"
-        ));
+        problems.push(format!("{LIMITS} has no limit; has the form of its constants changed?"));
     }
     problems
 }

@@ -62,15 +62,9 @@ fn the_rules_can_fail() {
     let ban =
         |path: &str| format!("disallowed-methods = [{{ path = \"{path}\", reason = \"r\" }}]");
     let root = || File::new("clippy.toml", &ban("a::b"));
+    expect_one(&not_repeated(&[root(), File::new("raft/clippy.toml", "")]), "a::b");
     expect_one(
-        &not_repeated(&[root(), File::new("raft/clippy.toml", "")]),
-        "a::b",
-    );
-    expect_one(
-        &not_repeated(&[
-            File::new("clippy.toml", "a = 1"),
-            File::new("raft/clippy.toml", "a = 2"),
-        ]),
+        &not_repeated(&[File::new("clippy.toml", "a = 1"), File::new("raft/clippy.toml", "a = 2")]),
         "raft/clippy.toml: a",
     );
     assert!(not_repeated(&[root(), File::new("raft/clippy.toml", &ban("a::b"))]).is_empty());
@@ -84,14 +78,9 @@ fn the_rules_can_fail() {
 }
 
 fn not_repeated(files: &[File]) -> Vec<String> {
-    let root = tree::find(files, "clippy.toml")
-        .map(settings)
-        .unwrap_or_default();
+    let root = tree::find(files, "clippy.toml").map(settings).unwrap_or_default();
     let mut problems = Vec::new();
-    for file in files
-        .iter()
-        .filter(|file| file.path.ends_with("/clippy.toml"))
-    {
+    for file in files.iter().filter(|file| file.path.ends_with("/clippy.toml")) {
         let own = settings(file);
         for (key, value) in &root {
             if !value.is_array() && own.get(key) != Some(value) {
@@ -121,15 +110,8 @@ fn unguarded(files: &[File]) -> Vec<String> {
 
 fn without_reason(files: &[File]) -> Vec<String> {
     let mut problems = Vec::new();
-    for file in files
-        .iter()
-        .filter(|file| file.path.ends_with("clippy.toml"))
-    {
-        for entry in settings(file)
-            .values()
-            .filter_map(Value::as_array)
-            .flatten()
-        {
+    for file in files.iter().filter(|file| file.path.ends_with("clippy.toml")) {
+        for entry in settings(file).values().filter_map(Value::as_array).flatten() {
             let reason = entry.get("reason").and_then(Value::as_str).unwrap_or("");
             if reason.is_empty() {
                 problems.push(format!("{}: {entry}", file.path));

@@ -27,14 +27,8 @@ fn crates_take_dependencies_and_lints_from_the_root() {
 fn the_rules_can_fail() {
     let root = |text: &str| without_reason(&[File::new("Cargo.toml", text)]);
     expect_one(&root(""), "no dependency");
-    expect_one(
-        &root("[workspace.dependencies]\n# Why.\na = \"1\"\nb = \"1\"\n"),
-        "b",
-    );
-    expect_one(
-        &root("[workspace.dependencies]\n# Why.\n\na = \"1\"\n"),
-        "a",
-    );
+    expect_one(&root("[workspace.dependencies]\n# Why.\na = \"1\"\nb = \"1\"\n"), "b");
+    expect_one(&root("[workspace.dependencies]\n# Why.\n\na = \"1\"\n"), "a");
     let good = "[workspace.dependencies]\ncoracle-a = { path = \"a\" }\n# Why.\nb = [\n  \"1\",\n]\n\n[other]\nc = 1\n";
     assert!(root(good).is_empty(), "{:?}", root(good));
 
@@ -42,18 +36,8 @@ fn the_rules_can_fail() {
     let lints = "[lints]\nworkspace = true\n";
     expect_one(&member("[package]\nname = \"a\"\n"), "lints");
     expect_one(&member(&format!("{lints}[dependencies]\nb = \"1\"\n")), "b");
-    expect_one(
-        &member(&format!(
-            "{lints}[dev-dependencies]\nb = {{ version = \"1\" }}\n"
-        )),
-        "b",
-    );
-    expect_one(
-        &member(&format!(
-            "{lints}[target.'cfg(unix)'.dependencies]\nb = \"1\"\n"
-        )),
-        "b",
-    );
+    expect_one(&member(&format!("{lints}[dev-dependencies]\nb = {{ version = \"1\" }}\n")), "b");
+    expect_one(&member(&format!("{lints}[target.'cfg(unix)'.dependencies]\nb = \"1\"\n")), "b");
     expect_one(&member("[lints\n"), "TOML");
     assert!(member(&format!("{lints}[dependencies]\nb.workspace = true\n")).is_empty());
 }

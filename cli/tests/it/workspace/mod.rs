@@ -23,11 +23,7 @@ mod tree;
 /// Fails with the rule, what breaks it, and how to mend it.
 #[track_caller]
 fn expect_none(rule: &str, problems: &[String]) {
-    assert!(
-        problems.is_empty(),
-        "{rule}\n\n  {}\n",
-        problems.join("\n  ")
-    );
+    assert!(problems.is_empty(), "{rule}\n\n  {}\n", problems.join("\n  "));
 }
 
 /// For fixtures: the rule reports exactly one problem, and names `what`.

@@ -44,9 +44,7 @@ fn literal_or_comment(chars: &[char], at: usize) -> usize {
 
 fn until(chars: &[char], from: usize, needle: &str) -> usize {
     let needle: Vec<char> = needle.chars().collect();
-    (from..chars.len())
-        .find(|&at| chars[at..].starts_with(&needle))
-        .unwrap_or(chars.len())
+    (from..chars.len()).find(|&at| chars[at..].starts_with(&needle)).unwrap_or(chars.len())
 }
 
 fn block_comment(chars: &[char], start: usize) -> usize {
@@ -105,11 +103,7 @@ pub(super) fn without_tests(code: &str) -> String {
         out.push_str(&rest[..at]);
         rest = &rest[at + MARK.len()..];
         let item = rest.find(['{', ';']).map_or(rest.len(), |end| {
-            if rest.as_bytes()[end] == b';' {
-                end + 1
-            } else {
-                end + group(&rest[end..]).len()
-            }
+            if rest.as_bytes()[end] == b';' { end + 1 } else { end + group(&rest[end..]).len() }
         });
         rest = &rest[item..];
     }
@@ -140,10 +134,8 @@ pub(super) fn leaves(tree: &str) -> Vec<(String, String)> {
     if let Some(open) = tree.find('{') {
         let prefix = &tree[..open];
         let inside = group(&tree[open..]);
-        let inside = inside
-            .strip_prefix('{')
-            .and_then(|inside| inside.strip_suffix('}'))
-            .unwrap_or("");
+        let inside =
+            inside.strip_prefix('{').and_then(|inside| inside.strip_suffix('}')).unwrap_or("");
         return split(inside)
             .into_iter()
             .flat_map(leaves)
@@ -191,18 +183,12 @@ fn comments_and_literals_are_blanked() {
 #[test]
 fn test_items_are_cut() {
     let text = "a\n#[cfg(test)]\nmod tests { fn b() {} }\nc\n#[cfg(test)]\nuse d;\ne";
-    assert_eq!(
-        without_tests(text).split_whitespace().collect::<String>(),
-        "ace"
-    );
+    assert_eq!(without_tests(text).split_whitespace().collect::<String>(), "ace");
 }
 
 #[test]
 fn use_trees_are_taken_apart() {
     let leaves = leaves("a::{b, c::{D as E, self}, f::G}");
     let shown: Vec<String> = leaves.iter().map(|(p, n)| format!("{p}={n}")).collect();
-    assert_eq!(
-        shown,
-        ["a::b=b", "a::c::D=E", "a::c::self=self", "a::f::G=G"]
-    );
+    assert_eq!(shown, ["a::b=b", "a::c::D=E", "a::c::self=self", "a::f::G=G"]);
 }

@@ -14,14 +14,7 @@ const LONG: &[(&str, usize, &str)] = &[];
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Names that say nothing about what lives in a file, and so collect everything.
-const VAGUE: &[&str] = &[
-    "util.rs",
-    "utils.rs",
-    "common.rs",
-    "helper.rs",
-    "helpers.rs",
-    "misc.rs",
-];
+const VAGUE: &[&str] = &["util.rs", "utils.rs", "common.rs", "helper.rs", "helpers.rs", "misc.rs"];
 
 #[test]
 fn every_file_says_what_it_owns() {
@@ -70,13 +63,7 @@ fn the_rules_can_fail() {
     let one = |path: &str, text: &str| [File::new(path, text)];
     expect_one(&headless(&one("a/src/b.rs", "use c;\n")), "a/src/b.rs");
     assert!(headless(&one("a/src/generated/b.rs", "use c;")).is_empty());
-    assert!(
-        headless(&one(
-            "a/src/lib.rs",
-            "#![doc = include_str!(\"../README.md\")]"
-        ))
-        .is_empty()
-    );
+    assert!(headless(&one("a/src/lib.rs", "#![doc = include_str!(\"../README.md\")]")).is_empty());
 
     let long_text = "//! a\n".repeat(LINES_MAX + 1);
     expect_one(&long(&one("a/src/b.rs", &long_text), &[]), "651");
@@ -100,10 +87,7 @@ fn the_rules_can_fail() {
 
     expect_one(&vague(&one("a/src/util.rs", "")), "a/src/util.rs");
     let manifest = || File::new("a/Cargo.toml", "");
-    expect_one(
-        &extra_binaries(&[manifest(), File::new("a/tests/b.rs", "")]),
-        "a/tests/b.rs",
-    );
+    expect_one(&extra_binaries(&[manifest(), File::new("a/tests/b.rs", "")]), "a/tests/b.rs");
     expect_one(
         &extra_binaries(&[manifest(), File::new("a/tests/b/main.rs", "")]),
         "a/tests/b/main.rs",
@@ -125,10 +109,7 @@ fn headless(files: &[File]) -> Vec<String> {
 
 fn long(files: &[File], allowed: &[(&str, usize, &str)]) -> Vec<String> {
     let mut problems = Vec::new();
-    for file in files
-        .iter()
-        .filter(|file| file.is_rust() && !file.is_generated())
-    {
+    for file in files.iter().filter(|file| file.is_rust() && !file.is_generated()) {
         let lines = file.text.lines().count();
         let most = allowed
             .iter()
@@ -185,8 +166,7 @@ fn leftovers(files: &[File]) -> Vec<String> {
 }
 
 fn has_word(line: &str, word: &str) -> bool {
-    line.match_indices(word)
-        .any(|(at, _)| !line[..at].ends_with(super::rust::is_name))
+    line.match_indices(word).any(|(at, _)| !line[..at].ends_with(super::rust::is_name))
 }
 
 fn vague(files: &[File]) -> Vec<String> {

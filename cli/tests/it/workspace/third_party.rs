@@ -66,14 +66,7 @@ type Lines = BTreeSet<(String, String, String)>;
 
 /// `cargo tree` and not `cargo metadata`: the latter also lists options that are off.
 fn listed(selection: &[&str]) -> Lines {
-    let mut arguments = vec![
-        "tree",
-        "--prefix",
-        "none",
-        "--no-dedupe",
-        "--format",
-        "{p}|{l}",
-    ];
+    let mut arguments = vec!["tree", "--prefix", "none", "--no-dedupe", "--format", "{p}|{l}"];
     arguments.extend(selection);
     for platform in PLATFORMS {
         arguments.extend(["--target", platform]);
@@ -94,11 +87,7 @@ fn parse(tree: &str) -> Lines {
         if name.starts_with(PREFIX) {
             continue;
         }
-        let licence = if licence.is_empty() {
-            "not given"
-        } else {
-            licence
-        };
+        let licence = if licence.is_empty() { "not given" } else { licence };
         let version = version.trim_start_matches('v');
         lines.insert((name.to_owned(), version.to_owned(), licence.to_owned()));
     }
@@ -109,19 +98,13 @@ fn page(program: &Lines, all: &Lines) -> String {
     let mut page = HEAD.to_owned();
     let others: Lines = all.difference(program).cloned().collect();
     table(&mut page, "In the program `coracle`", program);
-    table(
-        &mut page,
-        "Only in the build, the tests and the tools",
-        &others,
-    );
+    table(&mut page, "Only in the build, the tests and the tools", &others);
     page
 }
 
 fn table(page: &mut String, title: &str, lines: &Lines) {
     let mut write = |text: String| page.write_str(&text).expect("a string takes any text");
-    write(format!(
-        "\n## {title}\n\n| package | version | licence |\n|---|---|---|\n"
-    ));
+    write(format!("\n## {title}\n\n| package | version | licence |\n|---|---|---|\n"));
     for (name, version, licence) in lines {
         write(format!("| {name} | {version} | {licence} |\n"));
     }
@@ -134,10 +117,7 @@ fn difference(wanted: &str, found: &str) -> Option<String> {
     let wanted: BTreeSet<&str> = wanted.lines().collect();
     let found: BTreeSet<&str> = found.lines().collect();
     let mut shown = String::new();
-    for (what, lines) in [
-        ("missing", &wanted - &found),
-        ("too much", &found - &wanted),
-    ] {
+    for (what, lines) in [("missing", &wanted - &found), ("too much", &found - &wanted)] {
         for line in lines.iter().take(20) {
             writeln!(shown, "  {what}: {line}").expect("a string takes any text");
         }

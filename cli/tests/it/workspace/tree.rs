@@ -20,11 +20,7 @@ pub(super) struct File {
 
 impl File {
     pub(super) fn new(path: &str, text: &str) -> File {
-        File {
-            path: path.to_owned(),
-            bytes: text.len() as u64,
-            text: text.to_owned(),
-        }
+        File { path: path.to_owned(), bytes: text.len() as u64, text: text.to_owned() }
     }
 
     pub(super) fn is_rust(&self) -> bool {
@@ -57,9 +53,8 @@ pub(super) fn files() -> Vec<File> {
             let entry = entry.unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
             let path = entry.path();
             let name = entry.file_name().to_string_lossy().into_owned();
-            let kind = entry
-                .file_type()
-                .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+            let kind =
+                entry.file_type().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             if kind.is_dir() && !SKIPPED.contains(&name.as_str()) {
                 folders.push(path);
             } else if kind.is_file() {
@@ -78,9 +73,7 @@ fn read(root: &Path, path: &Path) -> Option<File> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
         Err(error) => panic!("{}: {error}", path.display()),
     };
-    let relative = path
-        .strip_prefix(root)
-        .expect("the walk started at the root");
+    let relative = path.strip_prefix(root).expect("the walk started at the root");
     Some(File {
         path: relative.to_string_lossy().into_owned(),
         bytes: bytes.len() as u64,

@@ -24,11 +24,7 @@ struct State {
 impl SimClock {
     /// A clock that is off by so much, and runs wrong by so much.
     pub fn new(offset_ms: i64, drift_ppm: i64) -> SimClock {
-        SimClock(Arc::new(Mutex::new(State {
-            began: Instant::now(),
-            offset_ms,
-            drift_ppm,
-        })))
+        SimClock(Arc::new(Mutex::new(State { began: Instant::now(), offset_ms, drift_ppm })))
     }
 
     /// Sets it forward, or back.

@@ -58,25 +58,15 @@ impl SimDisk {
     async fn wait_for_sync(&self) {
         self.wait(|dice, speed| {
             let ms = dice.below(speed.sync_ms_max + 1);
-            if dice.one_in(speed.slow_one_in) {
-                10 * (ms + 1)
-            } else {
-                ms
-            }
+            if dice.one_in(speed.slow_one_in) { 10 * (ms + 1) } else { ms }
         })
         .await;
     }
 
     /// Most blocking jobs find what they need in memory.
     async fn wait_for_job(&self) {
-        self.wait(|dice, speed| {
-            if dice.one_in(8) {
-                dice.below(speed.sync_ms_max + 1)
-            } else {
-                0
-            }
-        })
-        .await;
+        self.wait(|dice, speed| if dice.one_in(8) { dice.below(speed.sync_ms_max + 1) } else { 0 })
+            .await;
     }
 }
 

@@ -102,36 +102,23 @@ impl SimNet {
             last: 0,
             stats: NetStats::default(),
         };
-        SimNet {
-            world: Arc::new(Mutex::new(world)),
-            changes: Arc::new(watch::Sender::new(0)),
-        }
+        SimNet { world: Arc::new(Mutex::new(world)), changes: Arc::new(watch::Sender::new(0)) }
     }
 
     /// The network as one host sees it, until it goes down: its next life asks again.
     pub fn host(&self, name: &str) -> Arc<Host> {
         let life = self.world.lock().life(name);
-        Arc::new(Host {
-            net: self.clone(),
-            name: name.to_owned(),
-            life,
-        })
+        Arc::new(Host { net: self.clone(), name: name.to_owned(), life })
     }
 
     /// Nothing passes from one host to the other, until it is healed.
     pub fn block(&self, from: &str, to: &str) {
-        self.world
-            .lock()
-            .blocked
-            .insert((from.to_owned(), to.to_owned()));
+        self.world.lock().blocked.insert((from.to_owned(), to.to_owned()));
     }
 
     /// Messages from one host to the other take so many times as long; 1 is as always.
     pub fn slow(&self, from: &str, to: &str, times: u64) {
-        self.world
-            .lock()
-            .slow
-            .insert((from.to_owned(), to.to_owned()), times);
+        self.world.lock().slow.insert((from.to_owned(), to.to_owned()), times);
     }
 
     /// Ends all blocks and slownesses. What was held back arrives as it is sent again.
@@ -257,9 +244,7 @@ impl SimNet {
         let is_blocked = world.blocked.contains(&connection.way(1 - side));
         let (pulled, woken) = connection.pull(side, room, is_blocked, context);
         if let Pull::Bytes(bytes) = &pulled {
-            world
-                .trace
-                .message(&[number, side as u64, bytes.len() as u64]);
+            world.trace.message(&[number, side as u64, bytes.len() as u64]);
         }
         if let Some(waker) = woken {
             waker.wake();
@@ -325,10 +310,7 @@ impl World {
 
     /// A number of the dialling, and how long it takes there and back.
     fn begin_dial(&mut self, from: &str, address: &str) -> (u64, Duration) {
-        let number = self
-            .dialled
-            .entry((from.to_owned(), address.to_owned()))
-            .or_default();
+        let number = self.dialled.entry((from.to_owned(), address.to_owned())).or_default();
         *number += 1;
         let number = *number;
         let mut dice = self.luck(from, address, number, 2);
@@ -375,8 +357,7 @@ impl World {
 
     /// Forgets connections that nobody holds any more.
     fn sweep(&mut self) {
-        self.connections
-            .retain(|_, connection| !connection.is_over());
+        self.connections.retain(|_, connection| !connection.is_over());
     }
 }
 
@@ -384,11 +365,7 @@ impl LinkSpeed {
     fn draw(&self, dice: &mut Dice) -> u64 {
         let span = self.latency_ms_max.saturating_sub(self.latency_ms_min);
         let ms = self.latency_ms_min + dice.below(span + 1);
-        if dice.one_in(self.slow_one_in) {
-            ms * 10
-        } else {
-            ms
-        }
+        if dice.one_in(self.slow_one_in) { ms * 10 } else { ms }
     }
 }
 
@@ -401,9 +378,7 @@ pub struct Host {
 
 impl Host {
     fn dial(&self, address: &str) -> impl Future<Output = io::Result<SimStream>> + use<> {
-        self.net
-            .clone()
-            .connect(self.name.clone(), self.life, address.to_owned())
+        self.net.clone().connect(self.name.clone(), self.life, address.to_owned())
     }
 }
 
@@ -420,16 +395,9 @@ impl Net for Host {
             return Box::pin(std::future::ready(Err(io::ErrorKind::NetworkDown.into())));
         }
         world.owners.insert(address.to_owned(), self.name.clone());
-        world
-            .listeners
-            .insert(address.to_owned(), (self.name.clone(), sender));
-        let listener = SimListener {
-            incoming,
-            address: address.to_owned(),
-        };
-        Box::pin(std::future::ready(Ok(
-            Box::new(listener) as Box<dyn Listener>
-        )))
+        world.listeners.insert(address.to_owned(), (self.name.clone(), sender));
+        let listener = SimListener { incoming, address: address.to_owned() };
+        Box::pin(std::future::ready(Ok(Box::new(listener) as Box<dyn Listener>)))
     }
 }
 

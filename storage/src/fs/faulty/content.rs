@@ -54,10 +54,8 @@ impl Content {
             let at = offset + done as u64;
             let (page, start) = (at / PAGE, (at % PAGE) as usize);
             let part = (PAGE as usize - start).min(data.len() - done);
-            let bytes = self
-                .pages
-                .entry(page)
-                .or_insert_with(|| vec![0; PAGE as usize].into_boxed_slice());
+            let bytes =
+                self.pages.entry(page).or_insert_with(|| vec![0; PAGE as usize].into_boxed_slice());
             bytes[start..start + part].copy_from_slice(&data[done..done + part]);
             done += part;
         }
@@ -138,11 +136,7 @@ impl Inode {
                 }
             }
         }
-        Inode {
-            seen: left.clone(),
-            durable: left,
-            pending: VecDeque::new(),
-        }
+        Inode { seen: left.clone(), durable: left, pending: VecDeque::new() }
     }
 }
 

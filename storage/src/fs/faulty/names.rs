@@ -38,10 +38,7 @@ struct Copied {
 
 impl Copies {
     pub(super) fn names(&mut self, names: &Names, copy: &mut impl FnMut(&Inode) -> Inode) -> Names {
-        names
-            .iter()
-            .map(|(name, node)| (name.clone(), self.node(node, copy)))
-            .collect()
+        names.iter().map(|(name, node)| (name.clone(), self.node(node, copy))).collect()
     }
 
     pub(super) fn node(&mut self, node: &Node, copy: &mut impl FnMut(&Inode) -> Inode) -> Node {
@@ -51,10 +48,7 @@ impl Copies {
         let known = self.0.iter().find(|copied| Arc::ptr_eq(&copied.old, old));
         let new = known.map(|copied| copied.new.clone()).unwrap_or_else(|| {
             let new = Arc::new(Mutex::new(copy(&old.lock())));
-            self.0.push(Copied {
-                old: old.clone(),
-                new: new.clone(),
-            });
+            self.0.push(Copied { old: old.clone(), new: new.clone() });
             new
         });
         Node::File(new)
@@ -82,11 +76,8 @@ pub(super) fn after_crash(
     }
     // A name whose directory did not survive cannot be reached any more.
     let is_dir = |path: &Path| matches!(names.get(path), Some(Node::Dir));
-    let lost: Vec<PathBuf> = names
-        .keys()
-        .filter(|name| !name.ancestors().skip(1).all(is_dir))
-        .cloned()
-        .collect();
+    let lost: Vec<PathBuf> =
+        names.keys().filter(|name| !name.ancestors().skip(1).all(is_dir)).cloned().collect();
     names.retain(|name, _| !lost.contains(name));
     names
 }
@@ -99,22 +90,15 @@ pub(super) fn apply_change(names: &mut Names, change: &NameChange) {
         }
         NameChange::Remove(path) => names.retain(|name, _| !name.starts_with(path)),
         NameChange::Rename(from, to) => {
-            let moved: Vec<PathBuf> = names
-                .keys()
-                .filter(|name| name.starts_with(from))
-                .cloned()
-                .collect();
+            let moved: Vec<PathBuf> =
+                names.keys().filter(|name| name.starts_with(from)).cloned().collect();
             if !moved.is_empty() {
                 names.retain(|name, _| !name.starts_with(to));
             }
             for name in moved {
                 let node = names.remove(&name).expect("taken from the keys just now");
                 let rest = name.strip_prefix(from).expect("filtered by this prefix");
-                let new = if rest.as_os_str().is_empty() {
-                    to.clone()
-                } else {
-                    to.join(rest)
-                };
+                let new = if rest.as_os_str().is_empty() { to.clone() } else { to.join(rest) };
                 names.insert(new, node);
             }
         }

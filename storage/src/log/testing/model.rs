@@ -53,8 +53,7 @@ impl Change {
 impl Replica {
     fn next_index(&self) -> Option<u64> {
         let last = self.entries.last_key_value().map(|(last, _)| *last);
-        last.or(self.purged.map(|(purged, _)| purged))
-            .map(|last| last + 1)
+        last.or(self.purged.map(|(purged, _)| purged)).map(|last| last + 1)
     }
 }
 
@@ -90,9 +89,7 @@ impl Model {
             }
             Change::Vote(_, vote) => replica.vote = Some(vote.clone()),
             Change::Truncate(_, last_kept) => {
-                replica
-                    .entries
-                    .split_off(&last_kept.map_or(0, |last| last + 1));
+                replica.entries.split_off(&last_kept.map_or(0, |last| last + 1));
             }
             Change::Purge(_, index, upto) => {
                 if replica.purged.is_none_or(|(purged, _)| purged < *index) {
@@ -167,16 +164,8 @@ impl Model {
                 let count = 1 + dice.below(4);
                 let large = dice.one_in(10);
                 let entries = (start..start + count).map(|index| {
-                    let len = if large {
-                        dice.below(9000)
-                    } else {
-                        dice.below(600)
-                    };
-                    LogEntry {
-                        index,
-                        id: random_id(dice),
-                        payload: random_bytes(dice, len),
-                    }
+                    let len = if large { dice.below(9000) } else { dice.below(600) };
+                    LogEntry { index, id: random_id(dice), payload: random_bytes(dice, len) }
                 });
                 Change::Append(id, entries.collect())
             }
@@ -216,37 +205,20 @@ impl Model {
                 let Some(last) = read.last() else { break };
                 next = last.index + 1;
                 for entry in read {
-                    let known = log
-                        .id_at(id, entry.index)
-                        .map_err(|error| error.to_string())?;
+                    let known = log.id_at(id, entry.index).map_err(|error| error.to_string())?;
                     if known != Some(entry.id) {
                         return Err(format!("id_at and read differ at entry {}", entry.index));
                     }
-                    replica
-                        .entries
-                        .insert(entry.index, (entry.id, entry.payload));
+                    replica.entries.insert(entry.index, (entry.id, entry.payload));
                 }
             }
-            let last = replica
-                .entries
-                .last_key_value()
-                .map(|(last, (id, _))| (*last, *id));
+            let last = replica.entries.last_key_value().map(|(last, (id, _))| (*last, *id));
             if last.or(replica.purged) != state.last {
-                return Err(format!(
-                    "the last entry of replica {id} is not {:?}",
-                    state.last
-                ));
+                return Err(format!("the last entry of replica {id} is not {:?}", state.last));
             }
-            let bytes: u64 = replica
-                .entries
-                .values()
-                .map(|(_, bytes)| bytes.len() as u64)
-                .sum();
+            let bytes: u64 = replica.entries.values().map(|(_, bytes)| bytes.len() as u64).sum();
             if bytes != state.bytes {
-                return Err(format!(
-                    "replica {id} has {bytes} bytes, not {}",
-                    state.bytes
-                ));
+                return Err(format!("replica {id} has {bytes} bytes, not {}", state.bytes));
             }
             model.replicas.insert(id, replica);
         }
@@ -256,11 +228,7 @@ impl Model {
     /// Why the other one is not the same, hints aside.
     pub(super) fn difference(&self, other: &Model) -> Option<String> {
         let (mut left, mut right) = (self.clone(), other.clone());
-        for replica in left
-            .replicas
-            .values_mut()
-            .chain(right.replicas.values_mut())
-        {
+        for replica in left.replicas.values_mut().chain(right.replicas.values_mut()) {
             replica.committed = None;
         }
         left.difference_with_hints(&right)
@@ -268,10 +236,7 @@ impl Model {
 
     pub(super) fn difference_with_hints(&self, other: &Model) -> Option<String> {
         if self.destroyed != other.destroyed {
-            return Some(format!(
-                "destroyed: {:?}, not {:?}",
-                other.destroyed, self.destroyed
-            ));
+            return Some(format!("destroyed: {:?}, not {:?}", other.destroyed, self.destroyed));
         }
         let (ours, theirs) = (self.replica_ids(), other.replica_ids());
         if ours != theirs {
@@ -284,10 +249,7 @@ impl Model {
             }
             let indexes = |replica: &Replica| {
                 let first = replica.entries.first_key_value().map(|(first, _)| *first);
-                (
-                    first,
-                    replica.entries.last_key_value().map(|(last, _)| *last),
-                )
+                (first, replica.entries.last_key_value().map(|(last, _)| *last))
             };
             return Some(format!(
                 "replica {id}: vote {:?}, committed {:?}, purged {:?}, entries {:?}, \
@@ -314,15 +276,10 @@ impl Model {
         kept: usize,
     ) -> Result<(), String> {
         for (id, replica) in &self.replicas {
-            let before = base
-                .replicas
-                .get(id)
-                .and_then(|replica| replica.committed.as_ref());
+            let before = base.replicas.get(id).and_then(|replica| replica.committed.as_ref());
             let given = hints.iter().filter(|(at, of, _)| of == id && *at <= kept);
             let known = replica.committed.as_ref() == before
-                || given
-                    .into_iter()
-                    .any(|(.., hint)| Some(hint) == replica.committed.as_ref());
+                || given.into_iter().any(|(.., hint)| Some(hint) == replica.committed.as_ref());
             if !known {
                 return Err(format!("replica {id} shows a hint that it cannot have"));
             }

@@ -100,11 +100,7 @@ impl Pipe {
         self.last = arrives;
         self.items.push_back((arrives, item));
         // Behind something else it changes nothing for the reader.
-        if self.items.len() == 1 {
-            self.reader.take()
-        } else {
-            None
-        }
+        if self.items.len() == 1 { self.reader.take() } else { None }
     }
 }
 
@@ -117,11 +113,7 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) fn new(hosts: [String; 2], pipes: [Pipe; 2]) -> Connection {
-        Connection {
-            hosts,
-            ends: [End::Open; 2],
-            pipes,
-        }
+        Connection { hosts, ends: [End::Open; 2], pipes }
     }
 
     /// From whom to whom a pipe goes.
@@ -131,16 +123,12 @@ impl Connection {
 
     /// Whether nobody holds it any more.
     pub(super) fn is_over(&self) -> bool {
-        self.ends
-            .iter()
-            .all(|end| matches!(end, End::Closed | End::Dead))
+        self.ends.iter().all(|end| matches!(end, End::Closed | End::Dead))
     }
 
     pub(super) fn wakers(&mut self) -> Vec<Waker> {
-        let wakers = self
-            .pipes
-            .iter_mut()
-            .flat_map(|pipe| [pipe.reader.take(), pipe.writer.take()]);
+        let wakers =
+            self.pipes.iter_mut().flat_map(|pipe| [pipe.reader.take(), pipe.writer.take()]);
         wakers.flatten().collect()
     }
 
@@ -157,11 +145,7 @@ impl Connection {
     /// The host of a dead end is back: if anything is on its way there, it answers with a reset.
     pub(super) fn answer_with_reset(&mut self, side: usize) -> Option<Waker> {
         let is_asked = !self.pipes[1 - side].items.is_empty();
-        if is_asked {
-            self.pipes[side].send(Item::Reset, 1)
-        } else {
-            None
-        }
+        if is_asked { self.pipes[side].send(Item::Reset, 1) } else { None }
     }
 
     pub(super) fn pull(

@@ -20,12 +20,7 @@ pub(super) struct SimStream {
 
 impl SimStream {
     pub(super) fn new(net: SimNet, connection: u64, side: usize) -> SimStream {
-        SimStream {
-            net,
-            connection,
-            side,
-            arrival: None,
-        }
+        SimStream { net, connection, side, arrival: None }
     }
 }
 
@@ -40,9 +35,7 @@ impl AsyncRead for SimStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         loop {
-            let pulled = self
-                .net
-                .pull(self.connection, self.side, buffer.remaining(), context);
+            let pulled = self.net.pull(self.connection, self.side, buffer.remaining(), context);
             match pulled {
                 Pull::Bytes(bytes) => {
                     buffer.put_slice(&bytes);

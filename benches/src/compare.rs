@@ -1,0 +1,303 @@
+//! Owns the comparison: the disk's limit, and a cluster on the same disk under more and more callers.
+//! Shows what group commit earns, and where the time goes. Judges nothing.
+
+use std::time::{Duration, Instant};
+
+use coracle_client::Client;
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, ClusterPlan};
+use crate::failure::Failure;
+use crate::limit::disk;
+use crate::load::{self, Plan};
+use crate::metrics::{Page, processor_time};
+use crate::report::{self, Row};
+use crate::workload::Workload;
+
+/// Of the disk: what one short command appends to the log.
+const BLOCK_BYTES: usize = 4 << 10;
+
+/// Syncs of all nodes' logs, and their time.
+const SYNCS: &str = "coracle_log_fsync_duration_seconds_count";
+const SYNC_SECONDS: &str = "coracle_log_fsync_duration_seconds_sum";
+
+/// Stages of a request, in its order.
+const STAGES: [&str; 6] = ["queue", "propose", "log_sync", "replicate", "apply", "read"];
+
+/// What shall be compared.
+#[derive(Clone, Debug)]
+pub struct ComparePlan {
+    /// The servers, and the directory on the disk concerned.
+    pub cluster: ClusterPlan,
+    /// One step for each: so many callers.
+    pub callers: Vec<usize>,
+    /// Connected clients that the callers share.
+    pub connections: usize,
+    /// Of each step; half as long goes before it uncounted.
+    pub window: Duration,
+}
+
+/// The disk alone, with one writer, and with one for each node.
+#[derive(Clone, Debug)]
+pub struct DiskLimit {
+    /// One writer.
+    pub one: Row,
+    /// As many as there are nodes, all together.
+    pub all: Row,
+}
+
+/// A step of the comparison.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// So many callers.
+    pub callers: usize,
+    /// Their puts.
+    pub puts: Row,
+    /// Syncs per second of one node's log, on average; `None` where the nodes counted none.
+    pub syncs_per_second: Option<f64>,
+    /// How long one took, on average.
+    pub sync_mean: Duration,
+    /// Cores that all servers, and that the load kept busy.
+    pub cores: [f64; 2],
+    /// How long each stage took on average, where the nodes measured it.
+    pub stages: Vec<(&'static str, Duration)>,
+}
+
+/// What was found.
+#[derive(Clone, Debug)]
+pub struct Comparison {
+    /// The limit.
+    pub disk: DiskLimit,
+    /// In the order of the plan.
+    pub steps: Vec<Step>,
+}
+
+/// Measures the disk, then the cluster. `said` hears what is going on.
+pub async fn run(
+    plan: &ComparePlan,
+    workload: &Workload,
+    said: impl Fn(&str),
+) -> Result<Comparison, Failure> {
+    said("measuring the disk alone");
+    let nodes = plan.cluster.nodes;
+    let disk = DiskLimit { one: disk_row(plan, 1).await?, all: disk_row(plan, nodes).await? };
+    said(&format!("starting {nodes} servers"));
+    let cluster = Cluster::start(&plan.cluster).await?;
+    let clients = connect(&cluster.addresses(), plan.connections)?;
+    let Some(first) = clients.first() else {
+        return Err(Failure::new("there must be a connection at least"));
+    };
+    load::fill(first, "default", workload).await?;
+    let mut steps = Vec::new();
+    for callers in plan.callers.iter().copied() {
+        said(&format!("{callers} callers"));
+        steps.push(step(plan, &cluster, &clients, workload, callers).await?);
+    }
+    for client in clients {
+        client.close().await;
+    }
+    cluster.stop().await;
+    Ok(Comparison { disk, steps })
+}
+
+/// Clients of a cluster, each with connections of its own.
+pub fn connect(seeds: &[String], connections: usize) -> Result<Vec<Client>, Failure> {
+    let client = |_| Client::builder().seeds(seeds).name("coracle-bench").connect_lazy();
+    let clients = (0..connections).map(client).collect::<Result<_, _>>();
+    clients.map_err(Failure::of("make a client"))
+}
+
+async fn disk_row(plan: &ComparePlan, writers: usize) -> Result<Row, Failure> {
+    let (dir, window) = (plan.cluster.dir.clone(), plan.window / 2);
+    let measured =
+        tokio::task::spawn_blocking(move || disk::run(&dir, writers, BLOCK_BYTES, window));
+    let tally = measured.await.map_err(Failure::of("measure the disk"))??;
+    let name = match writers {
+        1 => "disk, 1 writer".to_owned(),
+        _ => format!("disk, {writers} writers"),
+    };
+    Ok(Row::new(name, &tally, window))
+}
+
+async fn step(
+    plan: &ComparePlan,
+    cluster: &Cluster,
+    clients: &[Client],
+    workload: &Workload,
+    callers: usize,
+) -> Result<Step, Failure> {
+    let window = plan.window;
+    // A run of its own, so that the servers' counts are of what is counted here, too.
+    let warmup = Plan { callers, rate: 0, warmup: Duration::ZERO, window: window / 2 };
+    load::run(clients, "default", workload, warmup).await?;
+    let before = (cluster.metrics().await?, cluster.processor_time(), processor_time(None));
+    let began = Instant::now();
+    let counted = load::run(clients, "default", workload, Plan { window, ..warmup }).await?;
+    let seconds = began.elapsed().as_secs_f64();
+    let used = cluster.processor_time().saturating_sub(before.1);
+    let used_here = processor_time(None).saturating_sub(before.2);
+    let metrics = cluster.metrics().await?.since(&before.0);
+    let syncs = metrics.sum(SYNCS);
+    Ok(Step {
+        callers,
+        puts: Row::new(format!("put, {callers} clients"), &counted.puts, window),
+        syncs_per_second: (syncs > 0.0).then(|| syncs / plan.cluster.nodes as f64 / seconds),
+        sync_mean: mean(metrics.sum(SYNC_SECONDS), syncs),
+        cores: [used, used_here].map(|used| used.as_secs_f64() / seconds),
+        stages: stages(&metrics),
+    })
+}
+
+fn stages(metrics: &Page) -> Vec<(&'static str, Duration)> {
+    let of = |stage: &'static str| {
+        let series = |what| format!("coracle_stage_duration_seconds_{what}{{stage=\"{stage}\"}}");
+        let count = metrics.sum(&series("count"));
+        (count > 0.0).then(|| (stage, mean(metrics.sum(&series("sum")), count)))
+    };
+    STAGES.into_iter().filter_map(of).collect()
+}
+
+fn mean(sum_seconds: f64, count: f64) -> Duration {
+    if count > 0.0 {
+        Duration::from_secs_f64((sum_seconds / count).max(0.0))
+    } else {
+        Duration::ZERO
+    }
+}
+
+impl Step {
+    /// How many acknowledged puts shared one sync of a node's log.
+    pub fn puts_per_sync(&self) -> Option<f64> {
+        self.syncs_per_second.map(|syncs| self.puts.per_second / syncs)
+    }
+
+    /// Acknowledged puts, against what one writer gets done that syncs every one of them.
+    pub fn times_disk(&self, disk: &DiskLimit) -> f64 {
+        self.puts.per_second / disk.one.per_second
+    }
+
+    fn cells(&self, disk: &DiskLimit) -> Vec<String> {
+        let [p50, p99, ..] = self.puts.latencies.map(report::duration);
+        let or_unknown = |rate: Option<f64>| rate.map_or("?".to_owned(), report::rate);
+        vec![
+            self.callers.to_string(),
+            report::rate(self.puts.per_second),
+            p50,
+            p99,
+            self.puts.errors.values().sum::<u64>().to_string(),
+            or_unknown(self.syncs_per_second),
+            report::duration(self.sync_mean),
+            or_unknown(self.puts_per_sync()),
+            report::rate(self.times_disk(disk)),
+            report::rate(self.cores[0]),
+            report::rate(self.cores[1]),
+        ]
+    }
+
+    fn json(&self, disk: &DiskLimit) -> Value {
+        let micros = |stage: &(&str, Duration)| (stage.0.to_owned(), stage.1.as_micros() as u64);
+        let stages: std::collections::BTreeMap<_, _> = self.stages.iter().map(micros).collect();
+        json!({
+            "clients": self.callers,
+            "puts": self.puts.json(),
+            "syncs_per_second_per_node": self.syncs_per_second,
+            "sync_mean_us": self.sync_mean.as_micros() as u64,
+            "puts_per_sync": self.puts_per_sync(),
+            "puts_per_disk_sync": self.times_disk(disk),
+            "cores": { "servers": self.cores[0], "load": self.cores[1] },
+            "stage_mean_us": stages,
+        })
+    }
+}
+
+const HEADING: [&str; 11] = [
+    "clients",
+    "puts/s",
+    "p50",
+    "p99",
+    "errors",
+    "syncs/s/node",
+    "sync",
+    "puts per sync",
+    "× disk",
+    "server cores",
+    "load cores",
+];
+
+impl Comparison {
+    /// For people.
+    pub fn text(&self) -> String {
+        let disk = report::text("the disk alone", &[self.disk.one.clone(), self.disk.all.clone()]);
+        let steps: Vec<_> = self.steps.iter().map(|step| step.cells(&self.disk)).collect();
+        let mut text = format!("{disk}\n{}", report::table(&HEADING, &steps));
+        for step in &self.steps {
+            for (error, count) in &step.puts.errors {
+                text.push_str(&format!("{} clients: {error}: {count}\n", step.callers));
+            }
+        }
+        let measured = self.steps.iter().filter(|step| !step.stages.is_empty());
+        let stages: Vec<_> = measured.map(|step| self.stage_cells(step)).collect();
+        if !stages.is_empty() {
+            let heading = [&["clients"], &STAGES[..]].concat();
+            text.push_str("\nmean of each stage, on the servers\n");
+            text.push_str(&report::table(&heading, &stages));
+        }
+        text
+    }
+
+    fn stage_cells(&self, step: &Step) -> Vec<String> {
+        let of = |wanted: &&str| {
+            let found = step.stages.iter().find(|(stage, _)| stage == wanted);
+            found.map_or("-".to_owned(), |(_, mean)| report::duration(*mean))
+        };
+        std::iter::once(step.callers.to_string()).chain(STAGES.iter().map(of)).collect()
+    }
+
+    /// For machines.
+    pub fn json(&self) -> Value {
+        let steps: Vec<Value> = self.steps.iter().map(|step| step.json(&self.disk)).collect();
+        json!({
+            "machine": report::machine(),
+            "command": report::command(),
+            "disk": [self.disk.one.json(), self.disk.all.json()],
+            "steps": steps,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tally::Tally;
+
+    #[test]
+    fn ratios_and_stages_are_of_what_was_counted() {
+        let row = |count: u64| {
+            let mut tally = Tally::default();
+            (0..count).for_each(|_| tally.note(Duration::from_millis(1), None));
+            Row::new("row", &tally, Duration::from_secs(1))
+        };
+        let mut step = Step {
+            callers: 8,
+            puts: row(3_000),
+            syncs_per_second: Some(500.0),
+            sync_mean: Duration::from_millis(1),
+            cores: [1.5, 0.5],
+            stages: vec![("queue", Duration::from_millis(2))],
+        };
+        let disk = DiskLimit { one: row(1_000), all: row(2_000) };
+        assert_eq!((step.puts_per_sync(), step.times_disk(&disk)), (Some(6.0), 3.0));
+        assert_eq!(step.cells(&disk).len(), HEADING.len());
+        step.syncs_per_second = None;
+        let comparison = Comparison { disk, steps: vec![step] };
+        let text = comparison.text();
+        let row = text.lines().find(|line| line.starts_with("8  ")).unwrap_or_default();
+        assert!(row.contains(" 3000 ") && row.contains(" ? "), "{text}");
+        assert!(text.contains("queue") && text.contains("2.00 ms"), "{text}");
+        assert_eq!(comparison.json()["steps"][0]["puts_per_disk_sync"], 3.0);
+        assert_eq!(
+            (mean(0.0, 0.0), mean(3.0, 2.0)),
+            (Duration::ZERO, Duration::from_millis(1_500))
+        );
+    }
+}
