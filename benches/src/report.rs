@@ -91,13 +91,16 @@ pub fn write_json(path: &Path, value: &Value) -> Result<(), Failure> {
         .map_err(Failure::of(format!("write {}", path.display())))
 }
 
-/// What the figures depend on besides the program.
+/// What the figures depend on besides the program. The load average says who else was at work: on a
+/// busy machine latencies are the scheduler's.
 pub fn machine() -> String {
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     let memory = coracle_server::machine_memory_bytes().unwrap_or(0) >> 30;
     // Cargo's release profile is the one without them.
     let profile = if cfg!(debug_assertions) { "not a release build" } else { "release build" };
-    format!("{cores} cores, {memory} GiB, {profile}")
+    let loads = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = loads.split_whitespace().next().unwrap_or("unknown");
+    format!("{cores} cores, load average {load}, {memory} GiB, {profile}")
 }
 
 /// How to get the same figures again.

@@ -138,7 +138,7 @@ pub enum Command {
     /// Run a node
     #[command(after_help = "Examples:\n  \
         coracle server --data-dir /var/lib/coracle --join n1:7500,n2:7500,n3:7500\n  \
-        coracle server --config /etc/coracle.toml --set raft.heartbeat_interval=150ms\n\n\
+        coracle server --config /etc/coracle.toml --set raft.heartbeat_interval=50ms\n\n\
         Every setting: coracle config init. After the first start of all nodes: coracle init.")]
     Server(Server),
     /// Make a cluster of nodes that were started
@@ -333,7 +333,7 @@ pub struct Export {
 #[derive(Clone, Debug, Default, Args)]
 pub struct Settings {
     /// The file of settings
-    #[arg(long, value_name = "FILE", env = "CORACLE_CONFIG")]
+    #[arg(long, value_name = "FILE", env = "CORACLE_CONFIG", hide_env_values = true)]
     pub config: Option<PathBuf>,
     /// Identity, log and shards of this node
     #[arg(long, value_name = "DIR")]
@@ -368,7 +368,7 @@ pub struct Settings {
     /// What is logged, for example info,coracle_raft=debug
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
-    /// Any setting by its name, for example raft.heartbeat_interval=150ms
+    /// Any setting by its name, for example raft.heartbeat_interval=50ms
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
 }

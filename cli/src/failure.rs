@@ -108,7 +108,8 @@ fn next_of(error: &Error) -> Option<&'static str> {
         return Some("read the key to see whether the write was applied");
     }
     Some(match (error.reason(), error.kind()) {
-        (Some("UNKNOWN_KEYSPACE"), _) => {
+        // The client itself says so of a keyspace that is not in its map, without a reason.
+        (Some("UNKNOWN_KEYSPACE") | None, ErrorKind::NotFound) => {
             "coracle keyspace ls shows them, coracle keyspace create NAME makes one"
         }
         (Some("UNKNOWN_SHARD"), _) => "coracle shard ls",

@@ -121,7 +121,10 @@ impl<'a> Nemesis<'a> {
             self.cluster.clock(at).set_right();
         }
         for at in 0..self.cluster.len() {
-            if self.cluster.node(at).is_none() || self.cluster.why_stopped(at).is_some() {
+            let has_stopped = self.cluster.why_stopped(at).is_some();
+            // One whose disk has died may not have noticed yet.
+            let is_lost = has_stopped || self.cluster.files(at).crashed();
+            if is_lost || self.cluster.node(at).is_none() {
                 self.bury(at);
                 self.revive(at, false).await;
             }

@@ -54,6 +54,15 @@ impl Trace {
 
     /// Something worth a line.
     pub fn event(&self, what: fmt::Arguments<'_>) {
+        self.line(what, Detail::Events);
+    }
+
+    /// Something worth a line only where messages are looked at.
+    pub fn detail(&self, what: fmt::Arguments<'_>) {
+        self.line(what, Detail::Messages);
+    }
+
+    fn line(&self, what: fmt::Arguments<'_>, from: Detail) {
         let now = self.now_us();
         let line = what.to_string();
         let mut state = self.state.lock();
@@ -61,7 +70,7 @@ impl Trace {
         state.fold(&now.to_le_bytes());
         state.fold(line.as_bytes());
         drop(state);
-        if self.detail >= Detail::Events {
+        if self.detail >= from {
             println!("{:>10.3}  {line}", now as f64 / 1_000.0);
         }
     }

@@ -284,8 +284,9 @@ impl Cluster {
 
     /// Keeps the scratch directory, for its logs.
     pub fn keep_logs(&mut self) {
-        if let Some(scratch) = &mut self.scratch {
-            scratch.disable_cleanup(true);
+        if let Some(scratch) = self.scratch.take() {
+            // The nodes' plans know the path.
+            let _ = scratch.keep();
         }
     }
 

@@ -81,7 +81,17 @@ fn same(path: &Path, before: &str, now: &str) {
         return fs::write(path, now).unwrap();
     }
     let then = fs::read_to_string(path).unwrap_or_default();
-    assert_eq!(then, now, "{} has drifted: CORACLE_REGENERATE=1 writes it", path.display());
+    let differs = then.lines().zip(now.lines()).position(|(then, now)| then != now);
+    let line = differs.unwrap_or(then.lines().count().min(now.lines().count()));
+    let at = |text: &str| text.lines().nth(line).unwrap_or("nothing").to_owned();
+    assert!(
+        then == now,
+        "{}:{}: {:?} has become {:?}; CORACLE_REGENERATE=1 writes it anew",
+        path.display(),
+        line + 1,
+        at(&then),
+        at(&now),
+    );
 }
 
 /// clap leaves spaces at the ends of lines.

@@ -116,11 +116,11 @@ fn settings_are_checked_together() {
     let stderr = text(&run(&home, &args, 1).stderr);
     assert!(stderr.contains("INSECURE") && !data.exists(), "{stderr}");
 
-    fs::write(&file, "[raft]\nheartbeat_interval = \"150ms\"\n").unwrap();
+    fs::write(&file, "[raft]\nheartbeat_interval = \"50ms\"\n").unwrap();
     run(&home, &["config", "check", &path], 0);
     let args = ["config", "show", "--config", &path, "--diff-default", "--origin"];
     let shown = text(&run(&home, &args, 0).stdout);
-    assert!(shown.contains("150ms") && shown.contains("coracle.toml:2"), "{shown}");
+    assert!(shown.contains("50ms") && shown.contains("coracle.toml:2"), "{shown}");
     let explained = text(&run(&home, &["config", "explain", "raft.heartbeat_interval"], 0).stdout);
     assert!(explained.contains("CORACLE__RAFT__HEARTBEAT_INTERVAL"), "{explained}");
     run(&home, &["config", "explain", "raft.heartbeet_interval"], 2);

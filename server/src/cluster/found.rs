@@ -167,27 +167,33 @@ impl Cluster {
 
     async fn write_first(&self, plan: &v1::ShardMap, deadline: Instant) -> Result<(), InitError> {
         let bytes = Bytes::from(plan.encode_to_vec());
+        let meta = plan.shards.iter().filter(|shard| shard.id == META_SHARD.0);
+        let holders = meta.flat_map(|meta| &meta.replicas).map(|replica| NodeId(replica.node));
+        let holders: Vec<NodeId> = holders.collect();
         loop {
             let leader = self.host.group(META_SHARD).and_then(|group| group.status().leader);
-            let why = match (leader, self.membership.identity()) {
-                (Some(leader), Some((_, own))) if leader == own => {
-                    match self.take_first_map(bytes.clone()).await {
-                        Ok(()) => return Ok(()),
-                        Err(error) => error.to_string(),
-                    }
+            // A node without a replica of the meta group does not know who leads it: all are asked.
+            let asked = leader.map_or_else(|| holders.clone(), |leader| vec![leader]);
+            let mut why = "it has no replicas".to_owned();
+            for node in asked {
+                match self.hand_first_map(node, bytes.clone()).await {
+                    Ok(()) => return Ok(()),
+                    Err(refused) => why = refused,
                 }
-                (Some(leader), _) => {
-                    let kind = Kind::FirstMap(bytes.clone());
-                    let asked = self.commands.command(Target::Node(leader), kind, COMMAND_TIMEOUT);
-                    match asked.await {
-                        Ok(done) if done.error.is_empty() => return Ok(()),
-                        Ok(done) => done.error,
-                        Err(why) => why,
-                    }
-                }
-                (None, _) => "it has no leader yet".to_owned(),
-            };
+            }
             pause(deadline, &format!("for the meta group: {why}")).await?;
+        }
+    }
+
+    async fn hand_first_map(&self, to: NodeId, map: Bytes) -> Result<(), String> {
+        if self.membership.identity().is_some_and(|(_, own)| own == to) {
+            return self.take_first_map(map).await.map_err(|error| error.to_string());
+        }
+        let asked = self.commands.command(Target::Node(to), Kind::FirstMap(map), COMMAND_TIMEOUT);
+        match asked.await {
+            Ok(done) if done.error.is_empty() => Ok(()),
+            Ok(done) => Err(done.error),
+            Err(why) => Err(why),
         }
     }
 }

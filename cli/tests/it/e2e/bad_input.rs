@@ -7,7 +7,7 @@ use std::time::Duration;
 use coracle_cli::demo::ports;
 use coracle_cli::demo::process::{NodePlan, NodeProcess};
 
-use super::{Bench, plan};
+use super::{Bench, plan, until};
 
 /// How long a server may take to refuse.
 const REFUSAL: Duration = Duration::from_secs(30);
@@ -59,7 +59,7 @@ async fn wrong_keys_and_values_are_refused_and_nothing_changes() {
 
     let (_, err) = bench.expect(&["put", "kept", "2", "-k", "nowhere"], 1).await;
     assert!(err.contains("nowhere") && err.contains("keyspace create"), "{err}");
-    bench.expect(&["put", "kept", "2", "-k", "system"], 7).await;
+    bench.expect(&["put", "kept", "2", "-k", "system"], 1).await;
     bench.expect(&["keyspace", "create", "Not A Name"], 2).await;
     bench.expect(&["put", "kept", "2", "--ttl", "999999d"], 2).await;
     bench.expect(&["scan", "--start", &long_key], 2).await;
@@ -104,24 +104,46 @@ async fn a_directory_that_cannot_be_used_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_directory_in_use_or_of_another_cluster_is_refused() {
+async fn a_directory_that_is_in_use_is_refused() {
     let mut bench = Bench::start(1).await;
     let data_dir = bench.cluster.process(0).plan().data_dir.clone();
     // Beside it, so that the log of the second process is another file.
     let alias = bench.home.path().join("alias");
     std::os::unix::fs::symlink(&data_dir, &alias).unwrap();
-    refuses(node(&alias), &["another process"]).await;
+    refuses(node(&alias), &["is in use by process"]).await;
     bench.expect(&["put", "alive", "1"], 0).await;
+    bench.stop().await;
+}
 
+/// A node never changes its cluster: it says which one it met, and goes on in its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_of_another_cluster_is_kept_out_and_told_so() {
+    let mut bench = Bench::start(1).await;
     let other_dir = bench.home.path().join("other");
     let other = plan(1, Some(&other_dir), &[]);
     let mut other = coracle_cli::demo::cluster::Cluster::prepare(&other).unwrap();
     other.start(|_, _| {}).await.unwrap_or_else(|failure| panic!("{failure:?}"));
     other.stop().await;
+
+    let here = bench.cluster.client().admin().map().await.unwrap();
     let mut stray = node(&other_dir.join("node1"));
     stray.join = vec![bench.cluster.process(0).plan().ports.peer.to_string()];
-    refuses(stray, &["belongs to cluster", "--join"]).await;
-    assert_eq!(bench.expect(&["get", "alive"], 0).await.0, "1");
+    stray.settings.push("observability.log_filter=warn,openraft=off".to_owned());
+    let address = stray.ports.client.to_string();
+    let mut stray = NodeProcess::new(stray);
+    stray.start().unwrap_or_else(|failure| panic!("{failure:?}"));
+    let told = format!("this is a node of cluster {}", here.cluster_id);
+    until("the stray node says whom it met", REFUSAL, async || stray.log_tail().contains(&told))
+        .await;
+    until("the stray node serves its own cluster", REFUSAL, async || {
+        bench.cluster.client().admin().map_of(&address).await.is_ok()
+    })
+    .await;
+    let there = bench.cluster.client().admin().map_of(&address).await.unwrap();
+    assert_ne!(there.cluster_id, here.cluster_id);
+    assert_eq!(bench.cluster.client().admin().map().await.unwrap(), here);
+    bench.expect(&["put", "alive", "1"], 0).await;
+    stray.stop(Duration::from_secs(40)).await;
     bench.stop().await;
 }
 

@@ -3,6 +3,8 @@
 
 mod bad_input;
 mod commands;
+mod demo;
+mod faults;
 mod kill_all;
 mod python;
 mod stop;
