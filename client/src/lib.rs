@@ -2,35 +2,20 @@
 #![doc = include_str!("../README.md")]
 
 pub mod topology;
-
-pub mod answer;
-
 pub mod net;
-
 mod session;
-
 mod error;
-
 mod retry;
-
 mod budget;
-
 mod route;
-
 mod connection;
-
 mod pipeline;
-
 mod follow;
-
 mod driver;
-
-pub mod request;
-
-pub mod scan;
-
 pub mod admin;
-
+pub mod answer;
+pub mod request;
+pub mod scan;
 mod client;
 
 pub use admin::Admin;

@@ -21,12 +21,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Circumstances, Clock};
 use crate::descriptor::Descriptor;
+use crate::environment::Environment;
 use crate::group::{Group, Start};
 use crate::health::{Disk, PROBE_INTERVAL, Probe};
 use crate::leadership::Standing;
 use crate::lease::Timing;
 use crate::observer::Observer;
-use crate::snapshot::{SnapshotSlots, blocking};
+use crate::snapshot::blocking;
 use crate::state_machine::{SharedState, store_dir};
 use crate::transport::{Answering, Transport, TransportError};
 use crate::types::{NodeId, ShardId};
@@ -71,50 +72,6 @@ pub struct Options {
     pub stop: CancellationToken,
     /// Called when the disk hangs for good.
     pub on_hang: Arc<dyn Fn() + Send + Sync>,
-}
-
-/// What all groups of a node share.
-pub(crate) struct Environment {
-    pub(crate) timing: Timing,
-    pub(crate) log: Log,
-    pub(crate) engines: Arc<dyn Engines>,
-    pub(crate) exec: Arc<dyn Exec>,
-    pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) transport: Arc<dyn Transport>,
-    pub(crate) observer: Arc<dyn Observer>,
-    pub(crate) slots: Arc<SnapshotSlots>,
-    pub(crate) stop: CancellationToken,
-    healthy: AtomicBool,
-    numbers: AtomicU64,
-}
-
-impl Circumstances for Environment {
-    fn clock(&self) -> Arc<dyn Clock> {
-        self.clock.clone()
-    }
-
-    fn observer(&self) -> Arc<dyn Observer> {
-        self.observer.clone()
-    }
-
-    fn healthy(&self) -> bool {
-        self.healthy.load(Ordering::Acquire)
-    }
-
-    fn timing(&self) -> Timing {
-        self.timing
-    }
-
-    fn exec(&self) -> Arc<dyn Exec> {
-        self.exec.clone()
-    }
-}
-
-impl Environment {
-    /// A range of numbers that no group of this start, and no earlier start, has used.
-    pub(crate) fn next_number(&self) -> u64 {
-        self.numbers.fetch_add(1, Ordering::Relaxed) << 24
-    }
 }
 
 /// All groups of a node.

@@ -1,30 +1,31 @@
 #![doc = include_str!("../README.md")]
 
-pub mod apply;
-pub mod clock;
+mod wire;
+pub mod runtime;
+pub mod descriptor;
 pub mod command;
 pub mod dedup;
-pub mod descriptor;
-mod entry;
+pub mod apply;
+pub mod types;
 pub mod error;
-pub mod group;
-pub mod health;
-pub mod host;
-pub mod leadership;
-pub mod lease;
-mod log_store;
-mod membership;
-mod message;
-mod network;
 pub mod observer;
-mod proposer;
-pub mod reader;
-pub mod runtime;
+mod entry;
+mod message;
+pub mod transport;
+mod log_store;
 mod snapshot;
 pub mod state_machine;
-pub mod transport;
-pub mod types;
-mod wire;
+mod network;
+pub mod leadership;
+pub mod lease;
+pub mod clock;
+pub mod health;
+mod environment;
+mod membership;
+mod proposer;
+pub mod reader;
+pub mod group;
+pub mod host;
 
 #[cfg(test)]
 mod conformance;

@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::log::ReplicaId;
+use crate::replica::ReplicaId;
 
 /// What went wrong in storage. Broken invariants are not here: they panic.
 #[derive(Debug, thiserror::Error)]

@@ -2,14 +2,12 @@
 //! own.
 #![doc = include_str!("../README.md")]
 
-pub mod error;
-pub mod options;
-
 pub mod exec;
 pub mod fs;
-
+mod replica;
+pub mod error;
+pub mod options;
 pub mod log;
-
 pub mod state;
 
 pub use error::Error;

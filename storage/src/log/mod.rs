@@ -45,8 +45,9 @@ use crate::options::LogOptions;
 
 pub use self::index::Damage;
 pub use self::queue::Done;
-pub use self::record::{LogEntry, ReplicaId};
+pub use self::record::LogEntry;
 pub use self::recovery::Recovery;
+pub use crate::replica::ReplicaId;
 
 /// What an operation counts against the queue beside its bytes.
 const OP_BYTES: u64 = 64;

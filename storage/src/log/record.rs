@@ -1,20 +1,9 @@
 //! Owns the bytes of one record: frame, checksums, chain, and what the kinds carry. Does not touch
 //! files (see `segment`). The layout is documented in `FORMAT.md` and pinned by golden bytes.
 
-use std::fmt;
-
+pub(crate) use crate::replica::ReplicaId;
 use bytes::Bytes;
 use crc32fast::Hasher;
-
-/// A replica of a group on this node. Allocated once in the cluster's life, never used again.
-#[derive(Copy, Clone, Eq, PartialEq, Ord, PartialOrd, Hash, Debug)]
-pub struct ReplicaId(pub u64);
-
-impl fmt::Display for ReplicaId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)
-    }
-}
 
 /// One entry of a replica's log. The log does not look into id and payload.
 #[derive(Clone, Eq, PartialEq, Debug)]
