@@ -1,4 +1,6 @@
-//! The fault harness's own tests: checkers that are shown bad histories, and simulated clusters.
+//! The fault harness's own tests: checkers that are shown bad histories, the simulated
+//! network, and simulated clusters.
 
+mod network;
 mod simulation;
 mod witness;
