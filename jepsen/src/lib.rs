@@ -7,7 +7,6 @@ pub mod checker;
 pub mod cluster;
 pub mod workload;
 pub mod invariant;
-pub mod coverage;
 pub mod nemesis;
 pub mod simulation;
 pub mod sweep;

@@ -20,7 +20,6 @@ use tokio::time::Instant;
 
 use crate::checker::witness;
 use crate::cluster::sim::{Cluster, Settings};
-use crate::coverage::Coverage;
 use crate::history::{History, Kind, Recorder};
 use crate::invariant::Watch;
 use crate::nemesis::{Mix, Nemesis};
@@ -79,8 +78,6 @@ pub struct Report {
     pub elections: u64,
     /// Faults applied, by kind.
     pub faults: BTreeMap<String, u64>,
-    /// Situations reached, by kind.
-    pub situations: BTreeMap<String, u64>,
 }
 
 /// Runs a seed.
@@ -116,7 +113,6 @@ struct Run {
     trace: Trace,
     cluster: Cluster,
     watch: RefCell<Watch>,
-    coverage: Coverage,
     recorder: Recorder,
     violations: Vec<String>,
     faults: BTreeMap<String, u64>,
@@ -143,7 +139,6 @@ impl Run {
             trace,
             cluster,
             watch: RefCell::default(),
-            coverage: Coverage::default(),
             recorder: Recorder::default(),
             violations: Vec::new(),
             faults: BTreeMap::new(),
@@ -179,11 +174,9 @@ impl Run {
         let seed = self.dice.roll();
         let (trace, mix) = (self.trace.clone(), self.mix);
         let nemesis = Nemesis::new(&self.cluster, &self.watch, trace, mix, clients, seed);
-        let coverage = &mut self.coverage;
         let look = async {
             loop {
                 self.watch.borrow_mut().look(&self.cluster);
-                coverage.look(&self.cluster);
                 tokio::time::sleep(LOOK_INTERVAL).await;
             }
         };
@@ -202,9 +195,9 @@ impl Run {
         if !finished {
             self.violations.push("every call ends within its timeout: clients hang".to_owned());
         }
-        let applied = named(&nemesis.applied());
+        let applied = nemesis.applied();
         self.violations.extend(nemesis.unexplained());
-        self.faults = applied;
+        self.faults = applied.into_iter().map(|(kind, times)| (kind.to_owned(), times)).collect();
     }
 
     fn worker(&mut self, number: u32) -> Result<Worker, String> {
@@ -240,13 +233,8 @@ impl Run {
             acknowledged: verdict::acknowledged(&history).count() as u64,
             elections: self.watch.borrow().elections(),
             faults: self.faults,
-            situations: named(self.coverage.reached()),
         }
     }
-}
-
-fn named(counts: &BTreeMap<&'static str, u64>) -> BTreeMap<String, u64> {
-    counts.iter().map(|(kind, times)| ((*kind).to_owned(), *times)).collect()
 }
 
 fn client_name(number: u32) -> String {

@@ -139,13 +139,15 @@ impl Summary {
         failed.map(|report| report.seed).collect()
     }
 
-    /// What was counted in all runs together, by kind.
-    fn sum_by_kind(&self, of: impl Fn(&Report) -> &BTreeMap<String, u64>) -> String {
-        let mut sums: BTreeMap<&str, u64> = BTreeMap::new();
-        for (kind, times) in self.reports.values().flat_map(of) {
-            *sums.entry(kind).or_default() += times;
+    /// Faults applied in all runs together, by kind.
+    pub fn faults(&self) -> BTreeMap<&str, u64> {
+        let mut faults = BTreeMap::new();
+        for report in self.reports.values() {
+            for (kind, times) in &report.faults {
+                *faults.entry(kind.as_str()).or_default() += times;
+            }
         }
-        sums.iter().map(|(kind, times)| format!("{kind} {times}")).collect::<Vec<_>>().join(", ")
+        faults
     }
 
     /// As one prints it.
@@ -154,10 +156,11 @@ impl Summary {
         let mut acknowledged: Vec<u64> = self.reports.values().map(|r| r.acknowledged).collect();
         acknowledged.sort_unstable();
         let median = acknowledged.get(acknowledged.len() / 2).copied().unwrap_or(0);
+        let faults = self.faults().into_iter().map(|(kind, times)| format!("{kind} {times}"));
         format!(
             "{} seeds, {} failed; {} virtual seconds in {:.1} s\n\
              operations: {} ok, {} failed, {} unknown; acknowledged writes {} (median seed {median})\n\
-             elections: {}\nfaults: {}\nsituations: {}",
+             elections: {}; faults: {}",
             self.reports.len(),
             self.failed().len(),
             sum(|report| report.virtual_ms) / 1_000,
@@ -167,8 +170,7 @@ impl Summary {
             sum(|report| report.unknown),
             sum(|report| report.acknowledged),
             sum(|report| report.elections),
-            self.sum_by_kind(|report| &report.faults),
-            self.sum_by_kind(|report| &report.situations),
+            faults.collect::<Vec<_>>().join(", "),
         )
     }
 }

@@ -1,6 +1,4 @@
-//! The fault harness's own tests: checkers that are shown bad histories, the simulated
-//! network, and simulated clusters.
+//! The fault harness's own tests: checkers that are shown bad histories, and simulated clusters.
 
-mod network;
 mod simulation;
 mod witness;
