@@ -138,11 +138,11 @@ impl Drop for ContextGuard {
     fn drop(&mut self) {
         // A file that cannot be changed any more keeps an entry that leads nowhere; the next demo
         // replaces it.
-        if let Ok(mut contexts) = Contexts::load(&self.path) {
-            if contexts.contexts.get(&self.name) == Some(&self.entry) {
-                contexts.remove(&self.name);
-                let _ = contexts.save(&self.path);
-            }
+        if let Ok(mut contexts) = Contexts::load(&self.path)
+            && contexts.contexts.get(&self.name) == Some(&self.entry)
+        {
+            contexts.remove(&self.name);
+            let _ = contexts.save(&self.path);
         }
     }
 }
@@ -154,10 +154,10 @@ async fn write_context(cluster: &Cluster, screen: &Screen<'_>) -> Option<Context
         let path = Environment::read().path()?;
         let mut contexts = Contexts::load(&path)?;
         let mut name = CONTEXT.to_owned();
-        if let Some(other) = contexts.contexts.get(CONTEXT) {
-            if is_alive(&other.endpoints).await {
-                name = format!("{CONTEXT}-{}", std::process::id());
-            }
+        if let Some(other) = contexts.contexts.get(CONTEXT)
+            && is_alive(&other.endpoints).await
+        {
+            name = format!("{CONTEXT}-{}", std::process::id());
         }
         contexts.contexts.insert(name.clone(), entry.clone());
         contexts.choose(&name);

@@ -58,7 +58,7 @@ pub fn decode(encoding: Encoding, text: &str) -> Result<Vec<u8>, String> {
             };
             let bytes: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
             bytes
-                .filter(|_| digits.len() % 2 == 0)
+                .filter(|_| digits.len().is_multiple_of(2))
                 .ok_or_else(|| format!("{text:?} is not hex: an even number of digits 0 to f"))
         }
         Encoding::Base64 => {

@@ -130,7 +130,8 @@ mod tests {
 
     #[test]
     fn each_shortcoming_fails_it() {
-        let cases: [(&str, fn(&mut Figures)); 9] = [
+        type Spoil = fn(&mut Figures);
+        let cases: [(&str, Spoil); 9] = [
             ("1 acknowledged writes were lost", |figures| figures.lost_under_load = 1),
             ("were lost", |figures| figures.verified.lost.push("key".to_owned())),
             ("were lost", |figures| figures.imported_after.wrong_count = 1),

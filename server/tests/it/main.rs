@@ -1,5 +1,7 @@
 //! The node's tests. Each module begins with the name of the file of `src` that it tests; `generated`
 //! compares what is generated with what is checked in.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 #![allow(clippy::disallowed_methods, reason = "a test is outside of every seam")]
 
 mod config_load;
