@@ -63,7 +63,7 @@ pub struct Check {
     pub detail: String,
 }
 
-/// Serves until `stop`, then ends within [`GRACE`]. Connections are tasks of `exec`.
+/// Serves until `stop`, then ends within a second. Connections are tasks of `exec`.
 pub async fn serve(
     mut listener: Box<dyn Listener>,
     probe: Arc<dyn Probe>,

@@ -11,7 +11,7 @@ use crate::wire::{Malformed, Reader};
 
 const FORMAT_VERSION: u8 = 1;
 
-/// A group's replicated state beside its records. Loaded once, changed by [`apply`], and stored
+/// A group's replicated state beside its records. Loaded once, changed by `apply`, and stored
 /// into every batch before it is written; after an error it must be thrown away together with the
 /// batch.
 ///

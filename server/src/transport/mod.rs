@@ -27,7 +27,7 @@
 //! # Not here
 //!
 //! Encryption, and proof that a node is who it says: whoever reaches the peer listener is trusted.
-//! Both belong into [`Net`](crate::net::Net), below the frames.
+//! Both belong into `Net`, below the frames.
 
 mod frame;
 
