@@ -141,7 +141,9 @@ async fn a_node_of_another_cluster_is_kept_out_and_told_so() {
     .await;
     let there = bench.cluster.client().admin().map_of(&address).await.unwrap();
     assert_ne!(there.cluster_id, here.cluster_id);
-    assert_eq!(bench.cluster.client().admin().map().await.unwrap(), here);
+    let after = bench.cluster.client().admin().map().await.unwrap();
+    // Not the whole map: its leaders are hints, which may come later.
+    assert_eq!((&after.cluster_id, &after.nodes), (&here.cluster_id, &here.nodes));
     bench.expect(&["put", "alive", "1"], 0).await;
     stray.stop(Duration::from_secs(40)).await;
     bench.stop().await;
