@@ -49,3 +49,18 @@ fn block_on(run: impl Future<Output = Result<bool, String>>) -> Result<bool, Str
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     runtime.map_err(|error| format!("a runtime: {error}"))?.block_on(run)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_are_durations_that_were_measured() {
+        let all: Vec<Duration> = (1..=100).rev().map(Duration::from_millis).collect();
+        let of = Quantiles::of(&all);
+        assert_eq!([of.p50, of.p99, of.max].map(|at| at.as_millis()), [50, 99, 100]);
+        assert_eq!(Quantiles::of(&[]), Quantiles::default());
+        let one = Quantiles::of(&all[..1]);
+        assert_eq!([one.p50, one.p99, one.max].map(|at| at.as_millis()), [100; 3]);
+    }
+}

@@ -68,12 +68,9 @@ pub const SCAN_PAGE_ENTRIES: usize = 4_096;
 // --- time --------------------------------------------------------------------------------------
 
 /// The longest that the server works on a request: beyond it memory is held for a caller that has
-/// long given up. Beyond: cut to it, without an error (a scan's deadline holds for each page).
+/// long given up. Beyond, or without a deadline: cut to it, without an error (a scan's deadline holds
+/// for each page).
 pub const DEADLINE_MAX: Duration = Duration::from_secs(30);
-
-/// What the client asks for when its caller says nothing: ten failovers long. The server knows no
-/// default: a request without a deadline gets [`DEADLINE_MAX`].
-pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(10);
 
 /// How far a wall clock may be off: a leader's from the median of its peers', a request's birth
 /// ahead of the leader's. Versions and expiries are wrong by at most this. Beyond:
@@ -89,7 +86,8 @@ pub const HISTORY_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 // --- pipelines and messages --------------------------------------------------------------------
 
 /// Unanswered operations on one pipeline: fills a fast link at any sane latency, and bounds what
-/// one client can make a node hold. The client waits before it; beyond: `OVERLOADED`.
+/// one client can make a node hold. The client waits before it; beyond it the node reads no more of
+/// the stream until it has answered.
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 1_024;
 
 /// Nodes that a request may pass after the one that it entered: more than one would let stale maps

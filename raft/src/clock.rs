@@ -32,6 +32,9 @@ pub(crate) trait Circumstances: Send + Sync + 'static {
     /// Whether the log's disk finishes its syncs in time.
     fn healthy(&self) -> bool;
 
+    /// Whether the log takes more: beyond it, writes wait in their groups' queues.
+    fn log_has_room(&self) -> bool;
+
     /// Times of consensus.
     fn timing(&self) -> Timing;
 

@@ -28,6 +28,7 @@ type Snapshot = openraft::alias::SnapshotOf<TypeConfig, SnapshotData>;
 struct Local {
     machine: StateMachine,
     live: std::path::PathBuf,
+    exec: Arc<dyn Exec>,
 }
 
 struct Built(Option<Snapshot>);
@@ -80,7 +81,7 @@ impl RaftStateMachine<TypeConfig> for Local {
             let bytes = read_file(&RealFs, &from.path.join(&name))?;
             RealFs.open(&incoming.join(&name), OpenMode::CreateNew)?.write_at(&bytes, 0)?;
         }
-        let received = CheckpointDir::new(Arc::new(RealFs), incoming);
+        let received = CheckpointDir::new(Arc::new(RealFs), self.exec.clone(), incoming);
         self.machine.install_snapshot(meta, SnapshotData::Received(Arc::new(received))).await
     }
 
@@ -124,8 +125,8 @@ impl StoreBuilder<TypeConfig, LogStore, Local, tempfile::TempDir> for Builder {
         let shared = SharedState::open(store.expect("a new store")).expect("an empty state");
         let serving = Arc::new(AtomicBool::new(true));
         let machine =
-            StateMachine::new(shared, exec, engines, live.clone(), serving, Arc::new(Deaf));
-        Ok((dir, LogStore::new(log, replica), Local { machine, live }))
+            StateMachine::new(shared, exec.clone(), engines, live.clone(), serving, Arc::new(Deaf));
+        Ok((dir, LogStore::new(log, replica, exec.clone()), Local { machine, live, exec }))
     }
 }
 

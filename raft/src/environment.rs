@@ -42,6 +42,10 @@ impl Circumstances for Environment {
         self.healthy.load(Ordering::Acquire)
     }
 
+    fn log_has_room(&self) -> bool {
+        self.log.has_room()
+    }
+
     fn timing(&self) -> Timing {
         self.timing
     }

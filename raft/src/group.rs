@@ -21,7 +21,6 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::apply::Reply;
 use crate::clock::Circumstances;
 use crate::command::{Command, Request};
 use crate::descriptor::Descriptor;
@@ -33,6 +32,7 @@ use crate::log_store::LogStore;
 use crate::message::{Answer, Question};
 use crate::network::Networks;
 use crate::proposer::Proposer;
+pub use crate::proposer::Written;
 use crate::reader::Reads;
 use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState, StateMachine};
@@ -42,6 +42,13 @@ use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
 /// Appends of one peer that may wait for this group: what its sender has in flight at most. A
 /// receiver never waits: beyond it the answer is "unreachable".
 const APPENDS_WAITING_MAX: usize = 64;
+
+/// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
+const FLUSH_MAX: Duration = Duration::from_secs(60);
+/// How often a flush is asked for until it is seen to be done.
+const FLUSH_RETRY: Duration = Duration::from_secs(1);
+/// A group whose other voters were not heard for this many leases has nobody to hand over to.
+const PATIENCE_LEASES: u32 = 2;
 
 /// One replica, running.
 pub struct Group {
@@ -167,6 +174,13 @@ impl Group {
         self.state.state_bytes()
     }
 
+    /// See [`SharedState::check_store`].
+    pub(crate) fn check_store(&self) {
+        if let Err(error) = self.state.check_store() {
+            tracing::error!(shard = %self.shard, %error, "the state store has failed");
+        }
+    }
+
     /// What a crash would have to replay into the state; 0 when everything is durable.
     pub(crate) fn unflushed_bytes(&self) -> u64 {
         self.state.unflushed_bytes()
@@ -174,7 +188,7 @@ impl Group {
 
     /// Proposes a write and waits until it is applied. Exactly once: the reply to a duplicate is the
     /// first reply.
-    pub async fn write(&self, request: Request, deadline: Instant) -> Result<Reply, GroupError> {
+    pub async fn write(&self, request: Request, deadline: Instant) -> Result<Written, GroupError> {
         self.proposer.write(request, deadline).await
     }
 
@@ -241,6 +255,8 @@ impl Group {
         deadline: Instant,
     ) -> Result<NodeId, GroupError> {
         let mut leadership = self.leadership.clone();
+        let patience = self.timing.lease() * PATIENCE_LEASES;
+        let entered = Instant::now();
         loop {
             let status = self.status();
             if status.state != Standing::Leader {
@@ -259,13 +275,21 @@ impl Group {
                 asked.map_err(|_| GroupError::Stopped)?;
                 break;
             }
-            let changed = tokio::time::timeout_at(deadline, leadership.changed());
-            match changed.await {
-                Ok(true) => {}
-                Ok(false) => return Err(GroupError::Stopped),
-                Err(_) => return Err(GroupError::TooStale),
+            // A leader of a moment ago has not heard of anybody yet.
+            let alone = crate::membership::is_alone(&status, self.replica, patience);
+            if Instant::now() >= deadline || alone && entered.elapsed() >= patience {
+                return Err(GroupError::TooStale);
+            }
+            let look = deadline.min(Instant::now() + self.timing.heartbeat);
+            // In time or not, it is looked at again.
+            if let Ok(false) = tokio::time::timeout_at(look, leadership.changed()).await {
+                return Err(GroupError::Stopped);
             }
         }
+        // By then the target has campaigned, or another voter has: a target that died keeps this
+        // leader waiting for good.
+        let deadline =
+            deadline.min(Instant::now() + (self.timing.lease() + self.timing.election_max) * 2);
         loop {
             let status = self.status();
             if let (false, Some(leader)) = (status.state == Standing::Leader, status.leader) {
@@ -413,7 +437,9 @@ impl Group {
     }
 
     /// Called when the node's disk stalls, and when it is well again.
-    pub(crate) async fn set_healthy(&self, healthy: bool) {
+    pub(crate) async fn follow_health(&self) {
+        // As it is now, not as it was when this was asked for: two of these may overtake each other.
+        let healthy = self.environment.healthy();
         let config = self.raft.runtime_config();
         config.heartbeat(healthy);
         config.elect(healthy && !self.embargo.holds());
@@ -433,15 +459,30 @@ impl Group {
             return Ok(());
         };
         let stopped = |_| GroupError::Stopped;
-        self.raft.trigger().snapshot().await.map_err(stopped)?;
         let mut progress = self.raft.metrics();
         let reached = |metrics: &openraft::RaftMetrics<TypeConfig>| {
             metrics.snapshot.is_some_and(|id| id.index() >= applied.index)
                 || metrics.running_state.is_err()
         };
         use openraft::async_runtime::watch::WatchReceiver;
-        while !reached(&progress.borrow_watched()) {
-            progress.changed().await.map_err(|_| GroupError::Stopped)?;
+        let until = Instant::now() + FLUSH_MAX;
+        loop {
+            // Again and again: openraft drops the wish while it still builds an earlier snapshot.
+            self.raft.trigger().snapshot().await.map_err(stopped)?;
+            let built = async {
+                while !reached(&progress.borrow_watched()) {
+                    progress.changed().await.map_err(|_| GroupError::Stopped)?;
+                }
+                Ok(())
+            };
+            match tokio::time::timeout(FLUSH_RETRY, built).await {
+                Ok(built) => break built?,
+                Err(_) if Instant::now() < until => {}
+                Err(_) => {
+                    let why = format!("a flush has not ended within {FLUSH_MAX:?}");
+                    return Err(GroupError::Storage(why));
+                }
+            }
         }
         // Never beyond what a flush made durable: a crash replays from there.
         let state = self.state.clone();
@@ -466,6 +507,11 @@ impl Group {
     /// Frees what an abandoned snapshot transfer holds.
     pub(crate) fn forget_idle_transfer(&self) {
         self.snapshots.forget_idle();
+    }
+
+    /// Cannot be upgraded any more once the store is closed.
+    pub(crate) fn store_marker(&self) -> Option<std::sync::Weak<()>> {
+        self.state.store_marker()
     }
 
     pub(crate) fn live(&self) -> &std::path::Path {
@@ -547,7 +593,7 @@ async fn start_core(
         serving.clone(),
         environment.observer.clone(),
     );
-    let log = LogStore::new(environment.log.clone(), start.replica);
+    let log = LogStore::new(environment.log.clone(), start.replica, environment.exec.clone());
     let raft = Raft::new(start.replica.0, Arc::new(config), networks, log, machine).await;
     let raft = raft.map_err(|fatal| Error::invalid(format!("group {}: {fatal}", start.shard)))?;
     serving.store(true, Ordering::Release);

@@ -53,10 +53,9 @@ impl Probe {
             }));
         }
         if self.log.stats().full {
-            // No room for a segment is not a hang: what waits is tried again by the next probe, and
-            // the node's reserve refuses writes meanwhile.
+            // No room for a segment is not a hang; the node's reserve refuses writes meanwhile.
             self.since = Some(Instant::now());
-            self.log.probe(Box::new(|_| {}));
+            self.log.try_again();
             return Disk::Stalled;
         }
         let waited = match (self.under_way.load(Ordering::Acquire), self.since) {

@@ -3,7 +3,8 @@
 //! Owns creating, opening, stopping and destroying replicas, the disk's health, and the purging of
 //! the shared log. Does not know why a replica is created: that is placement's business.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -126,11 +127,17 @@ impl Host {
         let (engines, shards) = (self.environment.engines.clone(), self.shards.clone());
         let settle = move || {
             let fs = engines.fs();
-            fs.create_dir_all(&shards).map_err(|error| Error::io(&shards, error))?;
+            let made = fs.create_dir_all(&shards).and_then(|()| match shards.parent() {
+                // Else a power cut could take all stores with their directory's name.
+                Some(parent) => fs.sync_dir(parent),
+                None => Ok(()),
+            });
+            made.map_err(|error| Error::io(&shards, error))?;
             checkpoint::settle(&*fs, &shards)
         };
         let names = blocking(&*self.environment.exec, settle).await.map_err(Error::invalid)??;
         let damaged: Vec<ReplicaId> = recovery.recovering.iter().map(|d| d.replica).collect();
+        let mut missing: BTreeSet<ReplicaId> = recovery.replicas.iter().copied().collect();
         for name in names {
             let id = u64::from_str_radix(&name, 16).map(ReplicaId);
             let Ok(replica) = id else {
@@ -141,33 +148,52 @@ impl Host {
                 continue;
             }
             if recovery.replicas.contains(&replica) {
+                missing.remove(&replica);
+                // The node serves its other replicas.
                 if let Err(error) = self.open(replica).await {
-                    // The node serves its other replicas.
-                    tracing::error!(replica = replica.0, %error, "a replica does not run");
-                    self.failed.lock().push(format!("replica {}: {error}", replica.0));
+                    self.does_not_run(replica, &error.to_string());
                 }
+            } else if recovery.destroyed.contains(&replica) {
+                let (engines, dir) = (self.environment.engines.clone(), self.shards.join(&name));
+                let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir));
+                removed.await.map_err(Error::invalid)??;
             } else {
-                self.remove_unknown(self.shards.join(&name)).await?;
+                self.remove_unknown(replica, self.shards.join(&name)).await?;
             }
+        }
+        for replica in missing {
+            self.does_not_run(replica, "its log is here, its state is not");
         }
         Ok(())
     }
 
+    fn does_not_run(&self, replica: ReplicaId, why: &str) {
+        tracing::error!(replica = replica.0, why, "a replica does not run");
+        self.failed.lock().push(format!("replica {}: {why}", replica.0));
+    }
+
     /// A directory that the log does not know: its creation was cut short, and it is removed, unless
-    /// something was applied to it. Then the log has lost it: it does not run, and its state stays for
-    /// whoever has to look.
-    async fn remove_unknown(&self, dir: PathBuf) -> Result<(), Error> {
+    /// something was applied to it, or that cannot be seen. Then the log has lost it: it does not run,
+    /// and its state stays for whoever has to look.
+    async fn remove_unknown(&self, replica: ReplicaId, dir: PathBuf) -> Result<(), Error> {
         let engines = self.environment.engines.clone();
         let removed = blocking(&*self.environment.exec, move || {
-            let store = ReplicaState::open(&*engines, &dir, OpenState { create: false });
-            if store.is_ok_and(|store| store.applied_bytes().is_some()) {
-                tracing::error!(dir = %dir.display(), "the log has lost this replica: it does not run");
-                return Ok(());
+            let never_applied =
+                match ReplicaState::open(&*engines, &dir, OpenState { create: false }) {
+                    Ok(store) => store.applied_bytes().is_none(),
+                    Err(Error::Io { source, .. }) => source.kind() == ErrorKind::NotFound,
+                    Err(_) => false,
+                };
+            if never_applied {
+                tracing::info!(dir = %dir.display(), "removing a replica whose creation was cut short");
+                engines.destroy(&dir)?;
             }
-            tracing::info!(dir = %dir.display(), "removing a replica whose creation was cut short");
-            engines.destroy(&dir)
+            Ok::<bool, Error>(never_applied)
         });
-        removed.await.map_err(Error::invalid)?
+        if !removed.await.map_err(Error::invalid)?? {
+            self.does_not_run(replica, "its state is here, the log has lost it");
+        }
+        Ok(())
     }
 
     async fn open(&self, replica: ReplicaId) -> Result<(), Error> {
@@ -180,11 +206,33 @@ impl Host {
             Ok::<_, Error>((home, state))
         });
         let (initial, state) = opened.await.map_err(Error::invalid)??;
+        let purged = self.environment.log.state(replica)?.purged.map(|(index, _)| index);
+        let applied = state.applied().index;
+        if purged.is_some_and(|purged| purged > applied) {
+            return Err(Error::invalid(format!(
+                "its state stands at {applied}, its log begins behind {purged:?}"
+            )));
+        }
         self.start(replica, live, state, initial, true).await.map(drop)
     }
 
-    /// Creates a replica on this node, or finds the one that is there. Durable when it returns.
+    /// Creates a replica on this node, or finds the one that is there. Durable when it returns. Goes
+    /// on when the caller gives up waiting: half a creation would block the shard.
     pub async fn create(
+        self: &Arc<Self>,
+        replica: ReplicaId,
+        initial: Descriptor,
+    ) -> Result<Arc<Group>, Error> {
+        let (answer, created) = oneshot::channel();
+        let host = self.clone();
+        let create = async move {
+            let _ = answer.send(host.create_whole(replica, initial).await);
+        };
+        self.environment.exec.spawn("create", Box::pin(create));
+        created.await.unwrap_or_else(|_| Err(Error::invalid("the node is stopping")))
+    }
+
+    async fn create_whole(
         &self,
         replica: ReplicaId,
         initial: Descriptor,
@@ -199,6 +247,15 @@ impl Host {
                 "{shard} has replica {} on this node already",
                 group.replica().0
             )));
+        }
+        // What did not open is not made anew: its log, and perhaps its state, are still here.
+        match self.environment.log.state(replica) {
+            Err(Error::UnknownReplica(_)) => {}
+            Err(error) => return Err(error),
+            Ok(_) => {
+                let why = format!("replica {} of {shard} is here, and does not run", replica.0);
+                return Err(Error::invalid(why));
+            }
         }
         let live = store_dir(&self.shards, replica.0);
         let (engines, dir, home) =
@@ -235,6 +292,10 @@ impl Host {
         restarted: bool,
     ) -> Result<Arc<Group>, Error> {
         let shard = ShardId(initial.shard);
+        if let Some(other) = self.group(shard) {
+            let other = other.replica().0;
+            return Err(Error::invalid(format!("replica {other} of {shard} runs already")));
+        }
         let start = Start { shard, replica, live, state, initial, restarted };
         let group = Group::start(start, self.environment.clone()).await?;
         let before = self.groups.write().insert(shard, group.clone());
@@ -248,10 +309,15 @@ impl Host {
         let Some(group) = self.groups.write().remove(&shard) else {
             return Ok(());
         };
+        let store = group.store_marker();
         group.shutdown().await;
         let (replica, live, log) =
             (group.replica(), group.live().to_path_buf(), group.log().clone());
         drop(group);
+        // openraft's worker and the last reads let go of the store in their own time.
+        while store.as_ref().is_some_and(|store| store.strong_count() > 0) {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
         let (done, destroyed) = oneshot::channel();
         log.destroy(
             replica,
@@ -275,9 +341,12 @@ impl Host {
         self.groups.read().get(&shard).cloned()
     }
 
-    /// Replicas that are on this node and did not open, and why.
+    /// Replicas that are on this node and do not run, and why.
     pub fn failed(&self) -> Vec<String> {
-        self.failed.lock().clone()
+        let stopped = self.groups().into_iter().filter_map(|group| {
+            Some(format!("replica {}: {}", group.replica().0, group.status().failed?))
+        });
+        self.failed.lock().iter().cloned().chain(stopped).collect()
     }
 
     /// All groups, by shard.
@@ -356,7 +425,7 @@ impl Host {
                 let groups = self.groups();
                 let set = async move {
                     for group in groups {
-                        group.set_healthy(well).await;
+                        group.follow_health().await;
                     }
                 };
                 self.environment.exec.spawn("set healthy", Box::pin(set));
@@ -375,30 +444,31 @@ impl Host {
                 () = tokio::time::sleep(COMPACT_INTERVAL) => {}
             }
             let groups = self.groups();
-            groups.iter().for_each(|group| group.forget_idle_transfer());
-            for _ in 0..groups.len() {
+            for group in &groups {
+                group.check_store();
+                group.forget_idle_transfer();
+            }
+            for oldest in self.environment.log.pinners() {
                 let bytes = self.environment.log.stats().bytes_on_disk;
                 if bytes <= self.log_bytes_target {
                     break;
                 }
-                let Some((oldest, _)) = self.environment.log.oldest_pinner() else {
-                    break;
-                };
-                // Flushed a moment ago: its purge is under way, or what it keeps is all there is.
+                // Flushed a moment ago: its purge is under way, or what it keeps is all there is. Then
+                // the next one may have something to give.
                 let lately = |at: &Instant| at.elapsed() < FLUSH_PAUSE;
                 if flushed.get(&oldest).is_some_and(lately) {
-                    break;
+                    continue;
                 }
+                flushed.insert(oldest, Instant::now());
                 let Some(group) = groups.iter().find(|group| group.replica() == oldest) else {
                     tracing::error!(
                         replica = oldest.0,
                         "a replica that does not run holds the log"
                     );
-                    break;
+                    continue;
                 };
                 // Far over the budget kept entries go too: who wants them takes a snapshot.
                 let keep = if bytes > 2 * self.log_bytes_target { 0 } else { KEPT_ENTRIES };
-                flushed.insert(oldest, Instant::now());
                 flush(group, keep).await;
             }
             // One a second, so that they do not all write at once.
@@ -411,7 +481,7 @@ impl Host {
                 flushed.insert(group.replica(), Instant::now());
                 flush(group, KEPT_ENTRIES).await;
             }
-            flushed.retain(|replica, _| groups.iter().any(|group| group.replica() == *replica));
+            flushed.retain(|_, at| at.elapsed() <= FLUSH_INTERVAL);
         }
     }
 }

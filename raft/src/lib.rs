@@ -29,5 +29,7 @@ pub mod host;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod safety;
 
 pub use wire::Malformed;

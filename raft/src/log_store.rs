@@ -7,8 +7,10 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::BytesMut;
+use coracle_storage::exec::Exec;
 use coracle_storage::log::{Done, Log, LogEntry};
 use coracle_storage::{Error, ReplicaId};
 use futures_util::{Stream, StreamExt, stream};
@@ -17,28 +19,50 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::oneshot;
 
 use crate::entry::{decode_payload, encode_payload, get_log_id, get_vote, put_log_id, put_vote};
+use crate::snapshot::blocking;
 use crate::types::{Entry, LogId, TypeConfig, Vote, id_bytes, id_from_bytes};
 use crate::wire::{Malformed, Reader};
 
 /// Bytes of entries that one message to a follower, or one step of apply, takes at a time: large
-/// enough that a sync and a round trip carry many entries, small enough that sixty-four of them in
-/// flight to one follower stay within its budget. One larger entry still goes alone.
+/// enough that a sync and a round trip carry many entries, small enough that those in flight to
+/// one follower leave room for other groups. One larger entry still goes alone.
 pub(crate) const READ_BYTES_MAX: usize = 1 << 20;
+
+/// How often an append that found no room in the log's queue looks again: a disk that has fallen so
+/// far behind writes for longer than this.
+const ROOM_POLL: Duration = Duration::from_millis(2);
 
 /// One replica's part of the shared log.
 #[derive(Clone)]
 pub(crate) struct LogStore {
     log: Log,
     replica: ReplicaId,
+    exec: Arc<dyn Exec>,
 }
 
 impl LogStore {
-    pub(crate) fn new(log: Log, replica: ReplicaId) -> Self {
-        Self { log, replica }
+    pub(crate) fn new(log: Log, replica: ReplicaId, exec: Arc<dyn Exec>) -> Self {
+        Self { log, replica, exec }
     }
 
-    fn read(&self, range: std::ops::Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
-        let entries = self.log.read(self.replica, range, bytes_max).map_err(io::Error::other)?;
+    /// What has left the log's cache is read off the async threads: a disk that hangs must not take
+    /// them with it, because they watch it.
+    async fn read(&self, range: std::ops::Range<u64>, bytes_max: usize) -> io::Result<Vec<Entry>> {
+        let (first, replica) = (range.start, self.replica);
+        let held = self.log.read_held(replica, range.clone(), bytes_max);
+        let entries = match held.map_err(io::Error::other)? {
+            Some(entries) => entries,
+            None => {
+                let log = self.log.clone();
+                let read = blocking(&*self.exec, move || log.read(replica, range, bytes_max));
+                read.await.map_err(io::Error::other)?.map_err(io::Error::other)?
+            }
+        };
+        // Purged meanwhile: openraft takes what comes first for what it asked for.
+        if let Some(entry) = entries.first().filter(|entry| entry.index != first) {
+            let why = format!("the log begins at {}, {first} was asked for", entry.index);
+            return Err(io::Error::other(why));
+        }
         entries.into_iter().map(entry_from_log).collect()
     }
 
@@ -105,7 +129,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
             let store = store.clone();
             async move {
                 let range = range.filter(|range| !range.is_empty())?;
-                match store.read(range.clone(), READ_BYTES_MAX) {
+                match store.read(range.clone(), READ_BYTES_MAX).await {
                     Ok(entries) => {
                         assert!(
                             !entries.is_empty(),
@@ -131,7 +155,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         if range.is_empty() {
             return Ok(Vec::new());
         }
-        self.read(range, usize::MAX)
+        self.read(range, usize::MAX).await
     }
 
     async fn limited_get_log_entries(
@@ -142,7 +166,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         if start >= end {
             return Ok(Vec::new());
         }
-        self.read(start..end, READ_BYTES_MAX)
+        self.read(start..end, READ_BYTES_MAX).await
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
@@ -206,6 +230,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = Entry> + openraft::OptionalSend,
         I::IntoIter: openraft::OptionalSend,
     {
+        // A refused append would end the group for good; one that waits holds up only its group,
+        // which cannot go on without its log anyway.
+        while !self.log.has_room() {
+            tokio::time::sleep(ROOM_POLL).await;
+        }
         let entries = entries.into_iter().map(|entry| LogEntry {
             index: entry.index(),
             id: id_bytes(&entry.log_id),

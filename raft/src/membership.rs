@@ -38,6 +38,16 @@ pub(crate) fn transfer_target(
     eligible.min_by_key(|(_, member)| member.heard).map(|(id, _)| *id)
 }
 
+/// Whether no other voter was heard within `patience`: there is nobody to hand over to, and a leader
+/// without them commits nothing anyway.
+pub(crate) fn is_alone(status: &GroupStatus, own: ReplicaId, patience: Duration) -> bool {
+    !status.members.iter().any(|(id, member)| {
+        *id != own.0
+            && member.role == Role::Voter
+            && member.heard.is_some_and(|heard| heard <= patience)
+    })
+}
+
 /// The place of a replica among the voters that may follow a lost leader; `None` for others.
 pub(crate) fn campaign_rank(status: &GroupStatus, own: ReplicaId) -> Option<u32> {
     let voters = status.members.iter().filter(|(_, member)| member.role == Role::Voter);
@@ -89,8 +99,13 @@ mod tests {
         assert_eq!(transfer_target(&behind, own, Some(NodeId(3)), fresh), Some(12));
         let mut silent = status([Some(7), Some(7), Some(7)]);
         assert_eq!(transfer_target(&silent, own, None, fresh), Some(12), "heard last");
+        assert!(!is_alone(&silent, own, fresh));
         silent.members.get_mut(&12).expect("a member").heard = Some(Duration::from_secs(2));
         assert_eq!(transfer_target(&silent, own, None, fresh), Some(11), "12 may be dead");
+        assert!(!is_alone(&silent, own, fresh), "11 is there");
+        silent.members.get_mut(&11).expect("a member").heard = None;
+        assert_eq!(transfer_target(&silent, own, None, fresh), None);
+        assert!(is_alone(&silent, own, fresh));
     }
 
     #[test]

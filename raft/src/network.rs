@@ -26,9 +26,10 @@ use crate::snapshot::{SnapshotData, Snapshots};
 use crate::transport::{Address, Lane, Transport, TransportError};
 use crate::types::{Place, ShardId, TypeConfig, Vote};
 
-/// Appends that one follower may have unanswered: openraft's receiver takes as many. Their bytes
-/// are bounded by the transport.
-const APPENDS_IN_FLIGHT_MAX: usize = 64;
+/// Appends that one follower may have unanswered: as many entries as a leader has under way. With a
+/// mebibyte each, a follower that catches up takes a quarter of the lane to its node at most, so that
+/// it does not hold up other groups.
+const APPENDS_IN_FLIGHT_MAX: usize = 8;
 /// An append waits for the follower's sync, and syncs stall: longer than an ordinary stall, shorter
 /// than the time after which a node with a hung disk stops itself.
 const APPEND_TIMEOUT: Duration = Duration::from_secs(5);

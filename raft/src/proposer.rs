@@ -39,10 +39,23 @@ const ENTRY_REQUESTS_MAX: usize = 1_024;
 /// Entries under way at a time: enough to keep the disk and the network busy at once, few enough
 /// that what waits gathers into large entries.
 const ENTRIES_IN_FLIGHT_MAX: usize = 8;
+/// How often the log is asked again for room when it had none.
+const ROOM_POLL: Duration = Duration::from_millis(5);
 /// How long a leader without a finished first entry of its term keeps writes waiting.
 const FIRST_ENTRY_WAIT: Duration = Duration::from_millis(20);
 
-type Answer = oneshot::Sender<Result<Reply, GroupError>>;
+type Answer = oneshot::Sender<Result<Written, GroupError>>;
+
+/// A write that was applied, and where its time went.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// What became of it.
+    pub reply: Reply,
+    /// It waited so long until it was part of an entry.
+    pub queued: Duration,
+    /// From then until the entry was applied here.
+    pub replicated: Duration,
+}
 
 struct Waiting {
     request: Request,
@@ -106,7 +119,7 @@ impl Proposer {
         &self,
         request: Request,
         deadline: Instant,
-    ) -> Result<Reply, GroupError> {
+    ) -> Result<Written, GroupError> {
         let bytes = request.size();
         let (answer, receiver) = oneshot::channel();
         self.push(
@@ -179,7 +192,13 @@ impl Task {
     async fn run(mut self, stop: CancellationToken) {
         let mut under_way = FuturesUnordered::new();
         loop {
+            // Without room in the log an entry would hold up the group's core, heartbeats included.
+            let mut log_has_room = true;
             while under_way.len() < ENTRIES_IN_FLIGHT_MAX {
+                log_has_room = self.environment.log_has_room();
+                if !log_has_room {
+                    break;
+                }
                 match self.step().await {
                     Some(entry) => under_way.push(entry),
                     None => break,
@@ -190,7 +209,8 @@ impl Task {
                 biased;
                 () = stop.cancelled() => break,
                 Some(_) = under_way.next(), if !under_way.is_empty() => {}
-                () = self.handle.wake.notified(), if room => {}
+                () = self.handle.wake.notified(), if room && log_has_room => {}
+                () = tokio::time::sleep(ROOM_POLL), if !log_has_room => {}
             }
         }
         let items = {
@@ -232,9 +252,10 @@ impl Task {
                     let _ = waiting.answer.send(Err(GroupError::Expired));
                 }
                 Item::Write(waiting) => {
-                    self.observer.stage(Stage::Queue, now.duration_since(waiting.queued));
+                    let queued = now.duration_since(waiting.queued);
+                    self.observer.stage(Stage::Queue, queued);
                     requests.push(waiting.request);
-                    answers.push(waiting.answer);
+                    answers.push((waiting.answer, queued));
                 }
                 Item::Own(command, answer) => own = Some((command, answer)),
                 Item::Fix { .. } => unreachable!("an item that is not a write is taken alone"),
@@ -254,8 +275,9 @@ impl Task {
         let observer = self.observer.clone();
         Some(Box::pin(async move {
             let result = applied(result).await;
-            observer.stage(Stage::Replicate, now.elapsed());
-            answer_all(answers, result);
+            let replicated = now.elapsed();
+            observer.stage(Stage::Replicate, replicated);
+            answer_all(answers, result, replicated);
         }))
     }
 
@@ -385,7 +407,11 @@ async fn applied(proposed: Result<Proposed, GroupError>) -> Result<Replies, Grou
     }
 }
 
-fn answer_all(answers: Vec<Answer>, result: Result<Replies, GroupError>) {
+fn answer_all(
+    answers: Vec<(Answer, Duration)>,
+    result: Result<Replies, GroupError>,
+    replicated: Duration,
+) {
     match result {
         Ok(replies) => {
             assert_eq!(
@@ -393,13 +419,13 @@ fn answer_all(answers: Vec<Answer>, result: Result<Replies, GroupError>) {
                 answers.len(),
                 "apply gives every request of an entry exactly one reply"
             );
-            for (answer, reply) in answers.into_iter().zip(replies.0) {
+            for ((answer, queued), reply) in answers.into_iter().zip(replies.0) {
                 // A caller whose deadline passed is gone; it knows its outcome as unknown.
-                let _ = answer.send(Ok(reply));
+                let _ = answer.send(Ok(Written { reply, queued, replicated }));
             }
         }
         Err(error) => {
-            for answer in answers {
+            for (answer, _) in answers {
                 let _ = answer.send(Err(error.clone()));
             }
         }

@@ -23,8 +23,9 @@ use crate::message::{Answer, Question};
 use crate::transport::{Address, Lane, Transport};
 use crate::types::{SnapshotMeta, TypeConfig, Vote};
 
-/// Chunks that a transfer has unanswered: keeps the wire busy within the bulk lane's budget.
-const CHUNKS_IN_FLIGHT: usize = 4;
+/// Chunks that a transfer has unanswered: keeps the wire busy, and with all send slots at work on one
+/// peer stays within the bulk lane's 8 MiB: beyond it a chunk is refused, and the transfer ends.
+const CHUNKS_IN_FLIGHT: usize = 3;
 /// A chunk is one write; beyond it the transfer is given up and begins anew.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Verifying and swapping in a large shard takes its time.
@@ -66,14 +67,15 @@ pub(crate) enum SnapshotData {
 /// it; one that was swapped in is gone under this name.
 pub(crate) struct CheckpointDir {
     pub(crate) fs: Arc<dyn Fs>,
+    exec: Arc<dyn Exec>,
     pub(crate) path: PathBuf,
     /// Made by the first who sends it: reading a whole shard is not repeated for every attempt.
     manifest: OnceLock<Manifest>,
 }
 
 impl CheckpointDir {
-    pub(crate) fn new(fs: Arc<dyn Fs>, path: PathBuf) -> Self {
-        Self { fs, path, manifest: OnceLock::new() }
+    pub(crate) fn new(fs: Arc<dyn Fs>, exec: Arc<dyn Exec>, path: PathBuf) -> Self {
+        Self { fs, exec, path, manifest: OnceLock::new() }
     }
 
     fn manifest(&self) -> Result<Manifest, coracle_storage::Error> {
@@ -93,11 +95,16 @@ impl std::fmt::Debug for CheckpointDir {
 
 impl Drop for CheckpointDir {
     fn drop(&mut self) {
-        if self.fs.exists(&self.path)
-            && let Err(error) = self.fs.remove_dir_all(&self.path)
-        {
-            tracing::warn!(%error, path = %self.path.display(), "a checkpoint was not removed");
-        }
+        // Not here: whoever lets go may be an async thread. What a stop leaves, the next start
+        // removes.
+        let (fs, path) = (self.fs.clone(), std::mem::take(&mut self.path));
+        self.exec.blocking(Box::new(move || {
+            if fs.exists(&path)
+                && let Err(error) = fs.remove_dir_all(&path)
+            {
+                tracing::warn!(%error, path = %path.display(), "a checkpoint was not removed");
+            }
+        }));
     }
 }
 
@@ -243,7 +250,7 @@ impl Snapshots {
         let slot = slot.map_err(|_| "all receive slots are taken")?;
         let mut path = self.live.as_os_str().to_os_string();
         path.push(format!(".incoming-{}", self.received.fetch_add(1, Ordering::Relaxed)));
-        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), path.into()));
+        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), self.exec.clone(), path.into()));
         let (fs, into) = (self.fs.clone(), dir.clone());
         let incoming = blocking(&*self.exec, move || {
             let manifest = Manifest::decode(&into.path, &manifest)?;

@@ -130,6 +130,15 @@ impl SharedState {
         self.engine().map_or(0, |engine| engine.unflushed_bytes())
     }
 
+    pub(crate) fn store_marker(&self) -> Option<Weak<()>> {
+        self.engine().map(|engine| engine.open_marker())
+    }
+
+    /// Notices what has failed in the background; the store's own factory then ends the node.
+    pub(crate) fn check_store(&self) -> Result<(), coracle_storage::Error> {
+        self.engine().map_or(Ok(()), |engine| engine.health())
+    }
+
     pub(crate) fn state_bytes(&self) -> u64 {
         self.engine().map_or(0, |engine| engine.approximate_bytes())
     }
@@ -163,6 +172,20 @@ impl SharedState {
         current.store.clone().ok_or_else(|| io::Error::other("a snapshot is being swapped in"))
     }
 
+    /// Entries are applied in order, each once. (That none is left out is checked where they are read
+    /// from the log.)
+    fn check_order(&self, entries: &[Entry]) {
+        let mut before = self.0.current.read().last_applied;
+        for entry in entries {
+            let this = Some(entry.log_id);
+            assert!(
+                before < this,
+                "entries are applied in order, each once: {before:?}, then {this:?}"
+            );
+            before = this;
+        }
+    }
+
     /// Applies entries as one batch: written, then visible.
     fn apply_batch(&self, entries: &[Entry]) -> io::Result<Vec<Replies>> {
         // Only the state machine writes, one batch at a time, so what is read here stays true.
@@ -189,6 +212,7 @@ impl SharedState {
             });
         }
         let last = entries.last().expect("a batch holds at least one entry").log_id;
+        self.check_order(entries);
         group.store(&mut overlay);
         overlay.put_meta(MetaName::APPLIED, applied_bytes(&last));
         overlay.put_meta(MetaName::MEMBERSHIP, encode_stored_membership(&membership));
@@ -198,11 +222,6 @@ impl SharedState {
             // neither.
             let mut current = self.0.current.write();
             store.write(batch).map_err(io::Error::other)?;
-            let before = current.last_applied;
-            assert!(
-                before < Some(last),
-                "entries are applied in order, each once: {before:?}, then {last:?}"
-            );
             current.group = group;
             current.membership = membership;
             current.last_applied = Some(last);
@@ -279,6 +298,11 @@ impl StateMachine {
         Self { shared, exec, engines, fs, live, checkpoints: 0, recent: None, serving, observer }
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &SharedState {
+        &self.shared
+    }
+
     fn meta(&self) -> SnapshotMeta {
         let current = self.shared.0.current.read();
         SnapshotMeta {
@@ -307,6 +331,8 @@ impl StateMachine {
         path.push(format!(".checkpoint-{}", self.checkpoints));
         let path = PathBuf::from(path);
         let (store, fs, target) = (self.shared.store()?, self.fs.clone(), path.clone());
+        // What a failure leaves of it goes with the handle.
+        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), self.exec.clone(), path));
         let meta = self.meta();
         self.run(move || {
             if fs.exists(&target) {
@@ -315,7 +341,6 @@ impl StateMachine {
             store.engine().checkpoint(&target).map_err(io::Error::other)
         })
         .await?;
-        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), path));
         self.recent = Some((Instant::now(), meta.clone(), dir.clone()));
         Ok((meta, dir))
     }
@@ -438,8 +463,16 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             let (meta, snapshot) = (self.meta(), SnapshotData::Durable);
             return Ok(Some(openraft::Snapshot { meta, snapshot }));
         }
-        let (meta, dir) = self.checkpoint().await?;
-        Ok(Some(openraft::Snapshot { meta, snapshot: SnapshotData::Checkpoint(dir) }))
+        let (meta, snapshot) = match self.checkpoint().await {
+            Ok((meta, dir)) => (meta, SnapshotData::Checkpoint(dir)),
+            Err(error) => {
+                // An error would end the group, for the sake of a follower. Without files nothing is
+                // sent, and the follower's leader asks again.
+                tracing::warn!(%error, live = %self.live.display(), "a checkpoint was not made");
+                (self.meta(), SnapshotData::Durable)
+            }
+        };
+        Ok(Some(openraft::Snapshot { meta, snapshot }))
     }
 }
 

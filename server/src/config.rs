@@ -259,7 +259,7 @@ pub fn split_set(text: &str) -> Result<(String, String), Box<Problem>> {
             origin: Origin::Flag { flag: "--set".to_owned() },
             excerpt: None,
             allowed: "key=value".to_owned(),
-            mend: "write for example --set raft.heartbeat_interval=150ms".to_owned(),
+            mend: "write for example --set raft.heartbeat_interval=80ms".to_owned(),
         })),
     }
 }

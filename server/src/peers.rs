@@ -100,6 +100,8 @@ impl Neighbours {
 
 impl PeerEvents for Neighbours {
     fn lost(&self, node: NodeId) {
+        // What it said of its disk is no longer so, and a majority may do without it.
+        self.full.lock().remove(&node);
         if let Some(host) = self.host.get() {
             host.peer_lost(node);
         }

@@ -154,7 +154,7 @@ impl Records {
         let deadline = Instant::now() + CHANGE_TIMEOUT;
         loop {
             let reply = match self.group()?.write(request.clone(), deadline).await {
-                Ok(reply) => reply,
+                Ok(written) => written.reply,
                 Err(GroupError::Unknown(why)) if Instant::now() < deadline => {
                     tracing::debug!(why, "a change of the records is asked for again");
                     tokio::time::sleep(Duration::from_millis(20)).await;

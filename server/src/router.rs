@@ -36,6 +36,7 @@ mod page;
 mod plan;
 mod read;
 mod serve;
+mod steps;
 mod whom;
 
 pub use ids::RequestIds;
@@ -45,6 +46,7 @@ use attempts::{Attempts, Next};
 pub(crate) use page::{PAGE_BYTES_MIN, PageSpec, entry_bytes};
 use plan::Plan;
 pub(crate) use plan::keyspace as open_keyspace;
+use steps::{Step, Steps};
 use whom::{Trail, Whom, leader_in, leads, whom};
 
 /// What a forwarded request's answer needs to come back in.
@@ -147,9 +149,10 @@ impl Router {
     /// Serves one operation, here or elsewhere.
     pub async fn execute(&self, mut operation: Operation, call: &Call) -> Result<Answer, Fault> {
         let (began, name) = (Instant::now(), name_of(&operation));
+        let mut steps = Steps::default();
         let key_bytes = key_bytes(&operation);
         let result = match &mut operation {
-            Operation::BatchGet(request) => self.batch_get(request, call).await,
+            Operation::BatchGet(request) => self.batch_get(request, call, &mut steps).await,
             _ => {
                 let empty = plan::request_id(&mut operation).filter(|id| id.is_none());
                 // Held until the write is answered: the mark of later ones stays below it.
@@ -158,14 +161,15 @@ impl Router {
                     *id = Some(issued.id);
                     issued
                 });
-                self.on_shard(&operation, call, issued.is_some()).await
+                self.on_shard(&operation, call, issued.is_some(), &mut steps).await
             }
         };
         let took = began.elapsed();
         if took >= self.parts.slow {
             let reason = result.as_ref().err().map(|fault| fault.reason.as_str());
             self.parts.metrics.slow_requests.inc();
-            tracing::warn!(name, ?took, reason, key_bytes, origin = ?call.origin, "slow request");
+            let origin = call.origin;
+            tracing::warn!(name, ?took, reason, key_bytes, ?origin, %steps, "slow request");
         }
         result
     }
@@ -233,11 +237,16 @@ impl Router {
     }
 
     /// Keys of any shards, answered in the caller's order.
-    async fn batch_get(&self, request: &v1::BatchGetRequest, call: &Call) -> Result<Answer, Fault> {
+    async fn batch_get(
+        &self,
+        request: &v1::BatchGetRequest,
+        call: &Call,
+        steps: &mut Steps,
+    ) -> Result<Answer, Fault> {
         limits::check_batch_get(&request.keys)?;
         plan::freshness(request.read.as_ref())?;
         for _ in 1..DIVISIONS_MAX {
-            match self.batch_get_once(request, call).await {
+            match self.batch_get_once(request, call, steps).await {
                 Err(fault) if fault.reason == Reason::StaleRoute && call.origin != Origin::Peer => {
                     self.refresh(call.deadline).await;
                 }
@@ -247,13 +256,14 @@ impl Router {
                 result => return result,
             }
         }
-        self.batch_get_once(request, call).await
+        self.batch_get_once(request, call, steps).await
     }
 
     async fn batch_get_once(
         &self,
         request: &v1::BatchGetRequest,
         call: &Call,
+        steps: &mut Steps,
     ) -> Result<Answer, Fault> {
         let map = self.current_map()?;
         let keyspace = plan::keyspace(&map, &request.keyspace, call.origin)?;
@@ -266,14 +276,18 @@ impl Router {
             let keys = places.iter().map(|place| request.keys[*place].clone()).collect();
             let (keyspace, read) = (request.keyspace.clone(), request.read.clone());
             let part = Operation::BatchGet(v1::BatchGetRequest { keyspace, keys, read });
-            self.on_shard(&part, call, false).await.map(|answer| (places, answer))
+            let mut steps = Steps::default();
+            let answer = self.on_shard(&part, call, false, &mut steps).await;
+            answer.map(|answer| (places, answer, steps))
         };
         let mut answers =
             stream::iter(parts.into_iter().map(ask)).buffer_unordered(PARTS_AT_A_TIME);
         let mut items = vec![v1::BatchGetItem::default(); request.keys.len()];
         let mut bytes = 0;
         while let Some(part) = answers.next().await {
-            let (places, answer) = part?;
+            let (places, answer, its_steps) = part?;
+            // The part that comes last is the one that was waited for.
+            *steps = its_steps;
             bytes += answer_bytes(&answer) as usize;
             limits::check_batch_get_answer(bytes)?;
             let Answer::BatchGet(found) = answer else {
@@ -293,13 +307,14 @@ impl Router {
         operation: &Operation,
         call: &Call,
         own_id: bool,
+        steps: &mut Steps,
     ) -> Result<Answer, Fault> {
         let retries = call.origin != Origin::Peer && call.may_forward;
         let route_named = plan::route_named(operation);
         let mut attempts = Attempts::new(is_write(operation), own_id, retries, route_named);
         let mut trail = Trail::default();
         loop {
-            let fault = match self.attempt(operation, call, &trail, attempts.made()).await {
+            let fault = match self.attempt(operation, call, &trail, attempts.made(), steps).await {
                 Ok(answer) => return Ok(answer),
                 Err(fault) => fault,
             };
@@ -309,10 +324,12 @@ impl Router {
             match attempts.failed(fault, learned, call.left()) {
                 Next::Fail(fault) => return Err(self.told(fault, retries)),
                 Next::Again { pause } => {
+                    let began = Instant::now();
                     if stale {
                         self.refresh(call.deadline).await;
                     }
                     self.pause(shard, pause).await;
+                    steps.add(Step::Pause, began.elapsed());
                 }
             }
         }
@@ -371,6 +388,7 @@ impl Router {
         call: &Call,
         trail: &Trail,
         number: u32,
+        steps: &mut Steps,
     ) -> Result<Answer, Fault> {
         if call.left().is_zero() {
             self.stages.drop_late(Stage::Queue);
@@ -385,10 +403,20 @@ impl Router {
             None if status.as_ref().is_some_and(leads) => Whom::Here,
             None => Whom::Nobody,
         };
+        let began = Instant::now();
         match (whom, group) {
-            (Whom::Here, Some(group)) => self.serve(&map, &group, plan, call).await,
+            (Whom::Here, Some(group)) => {
+                let served = self.serve(&map, &group, plan, call, steps).await;
+                if served.is_err() {
+                    steps.add(Step::Tried, began.elapsed());
+                }
+                served
+            }
             (Whom::Node(node), _) if call.may_forward => {
-                self.forward(node, plan::named(operation, &plan), plan.shard, call).await
+                let operation = plan::named(operation, &plan);
+                let answer = self.forward(node, operation, plan.shard, call).await;
+                steps.add(Step::Forward(node), began.elapsed());
+                answer
             }
             (_, _) => {
                 let hinted = map.shard(plan.shard).and_then(|shard| {

@@ -20,7 +20,7 @@ pub struct LogOptions {
     pub segment_bytes: u64,
     /// What all segments together may hold before live data of lagging replicas is rewritten
     /// forward so that the oldest segment can go. Beyond it the log still accepts: the host flushes
-    /// and purges (see `oldest_pinner`), and full disks are refused above.
+    /// and purges (see `pinners`), and full disks are refused above.
     pub log_bytes_target: u64,
     /// Live bytes in the oldest segment below which it is rewritten at once, whatever the log's
     /// length.
@@ -31,7 +31,8 @@ pub struct LogOptions {
     /// Entries kept in memory for readers, for all replicas together. Beyond it the oldest are read
     /// from disk.
     pub cache_bytes: u64,
-    /// Operations that wait for the writer. Beyond it, callers get `Overloaded`.
+    /// Operations that wait for the writer: half a second of a disk that writes 128 MiB a second.
+    /// Beyond it, whoever appends waits; at a multiple, callers get `Overloaded` (see `log`).
     pub queue_bytes: u64,
     /// One batch, that is one write and one sync. Beyond it the rest waits for the next batch.
     pub batch_bytes: u64,

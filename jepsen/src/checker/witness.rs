@@ -246,8 +246,11 @@ impl<'a> Register<'a> {
         let Some(newest) = self.newest_at(look.upto).filter(|write| !write.is_delete()) else {
             return;
         };
+        let is_in_midst = look.upto < look.at.index;
         let in_same_entry = |write: &Write<'_>| write.is_delete() && write.index == look.at.index;
-        if self.may_be_deleted(look.operation.end) || self.writes.iter().any(in_same_entry) {
+        let may_be_deleted = self.may_be_deleted(look.operation.end)
+            || (is_in_midst && self.writes.iter().any(in_same_entry));
+        if may_be_deleted {
             return;
         }
         let why = format!(

@@ -9,6 +9,9 @@ use tokio::time::Instant;
 use super::Nemesis;
 use crate::cluster::sim::net::Down;
 
+/// Leaderships are handed over within this, or the node stops without.
+const STOP_WITHIN: Duration = Duration::from_secs(2);
+
 /// A crash point that is not reached within this becomes a crash at a moment.
 const POINT_WAIT: Duration = Duration::from_secs(1);
 
@@ -24,6 +27,12 @@ impl Nemesis<'_> {
         while self.pause(500, 4_000, end).await {
             let victims = self.draw_victims();
             self.claimed.borrow_mut().extend(&victims);
+            if let [at] = victims[..]
+                && self.one_in(4)
+            {
+                self.note("orderly stop");
+                self.cluster.stop(at, STOP_WITHIN).await;
+            }
             if self.mix.crash_points && self.one_in(2) {
                 self.reach_crash_point(&victims).await;
             }

@@ -4,8 +4,9 @@
 #![allow(clippy::disallowed_methods, reason = "these hosts run on the real seams")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,7 +23,8 @@ use coracle_raft::observer::{Observer, Stage};
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
 use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::exec::{Exec, RealExec};
-use coracle_storage::fs::{Fs, RealFs};
+use coracle_storage::fs::Fs;
+use coracle_storage::fs::faulty::{FaultyFs, Loss, Op};
 use coracle_storage::log::Log;
 use coracle_storage::state::MapEngines;
 use coracle_storage::{LogOptions, ReplicaId};
@@ -89,15 +91,16 @@ struct Node {
     stop: CancellationToken,
 }
 
-async fn start(id: NodeId, dir: &Path, wires: &Arc<Wires>, start: u64) -> Node {
+async fn start(id: NodeId, disk: &FaultyFs, wires: &Arc<Wires>, start: u64) -> Node {
     let exec: Arc<dyn Exec> = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 8));
-    let fs: Arc<dyn Fs> = Arc::new(RealFs);
+    let fs: Arc<dyn Fs> = Arc::new(disk.clone());
+    let dir = PathBuf::from("/log");
     let options = LogOptions { segment_bytes: 1 << 20, ..LogOptions::default() };
     let (log, recovery) =
-        Log::open(fs.clone(), exec.clone(), &dir.join("log"), options).expect("the log opens");
+        Log::open(fs.clone(), exec.clone(), &dir, options).expect("the log opens");
     let stop = CancellationToken::new();
     let host = Host::new(Options {
-        shards: dir.join("shards"),
+        shards: PathBuf::from("/shards"),
         timing: Timing::default(),
         log: log.clone(),
         log_bytes_target: 8 << 20,
@@ -125,7 +128,7 @@ impl Node {
 }
 
 struct Cluster {
-    dirs: BTreeMap<NodeId, tempfile::TempDir>,
+    disks: BTreeMap<NodeId, FaultyFs>,
     nodes: BTreeMap<NodeId, Node>,
     wires: Arc<Wires>,
     sequence: u64,
@@ -134,11 +137,11 @@ struct Cluster {
 impl Cluster {
     async fn new() -> Self {
         let wires = Arc::new(Wires::default());
-        let (mut dirs, mut nodes) = (BTreeMap::new(), BTreeMap::new());
+        let (mut disks, mut nodes) = (BTreeMap::new(), BTreeMap::new());
         for id in (1..=3).map(NodeId) {
-            let dir = tempfile::tempdir().expect("a scratch directory");
-            nodes.insert(id, start(id, dir.path(), &wires, 1).await);
-            dirs.insert(id, dir);
+            let disk = FaultyFs::new(id.0);
+            nodes.insert(id, start(id, &disk, &wires, 1).await);
+            disks.insert(id, disk);
         }
         let members: BTreeMap<u64, NodeId> = (1..=3).map(|n| (10 + n, NodeId(n))).collect();
         for (replica, node) in members.iter().rev() {
@@ -149,7 +152,20 @@ impl Cluster {
                 group.initialize(members.clone()).await.expect("a new group");
             }
         }
-        Self { dirs, nodes, wires, sequence: 0 }
+        Self { disks, nodes, wires, sequence: 0 }
+    }
+
+    /// Ends a node; what it had not synced is gone.
+    async fn stop(&mut self, id: NodeId) {
+        let node = self.nodes.remove(&id).expect("it runs");
+        node.stop(id, &self.wires).await;
+        let after = self.disks[&id].crash(Loss::All);
+        self.disks.insert(id, after);
+    }
+
+    async fn restart(&mut self, id: NodeId, count: u64) {
+        let node = start(id, &self.disks[&id], &self.wires, count).await;
+        self.nodes.insert(id, node);
     }
 
     fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
@@ -185,10 +201,10 @@ impl Cluster {
             assert!(Instant::now() < until, "{key} was not acknowledged");
             if let Some((_, group)) = self.leader() {
                 let deadline = Instant::now() + Duration::from_secs(2);
-                if let Ok(reply) = group.write(request.clone(), deadline).await
-                    && matches!(reply.outcome, Outcome::Applied { .. })
+                if let Ok(written) = group.write(request.clone(), deadline).await
+                    && matches!(written.reply.outcome, Outcome::Applied { .. })
                 {
-                    return reply;
+                    return written.reply;
                 }
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -213,6 +229,19 @@ impl Cluster {
         }
     }
 
+    async fn another_leads(&self, than: NodeId) {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < until, "nobody else was elected");
+            let others = self.nodes.iter().filter(|(node, _)| **node != than);
+            let mut groups = others.filter_map(|(_, node)| node.host.group(SHARD));
+            if groups.any(|group| group.status().state == Standing::Leader) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     async fn check(&self, count: u64) {
         for n in 0..count {
             let value = self.get(&format!("k{n}")).await;
@@ -228,14 +257,12 @@ async fn acknowledged_writes_survive_the_loss_of_leaders_and_a_restart_of_all() 
     for n in 0..40 {
         if n == 10 || n == 25 {
             let (id, _) = cluster.leader().expect("a leader");
-            let node = cluster.nodes.remove(&id).expect("it runs");
-            node.stop(id, &cluster.wires).await;
+            cluster.stop(id).await;
             for other in cluster.nodes.values() {
                 other.host.peer_lost(id);
             }
             cluster.put(&format!("k{n}"), &format!("v{n}")).await;
-            let dir = cluster.dirs[&id].path().to_path_buf();
-            cluster.nodes.insert(id, start(id, &dir, &cluster.wires, n).await);
+            cluster.restart(id, n).await;
         }
         let reply = cluster.put(&format!("k{n}"), &format!("v{n}")).await;
         let Outcome::Applied { version: this, .. } = reply.outcome else { unreachable!() };
@@ -243,11 +270,11 @@ async fn acknowledged_writes_survive_the_loss_of_leaders_and_a_restart_of_all() 
         version = this;
     }
     cluster.check(40).await;
-    for (id, node) in std::mem::take(&mut cluster.nodes) {
-        node.stop(id, &cluster.wires).await;
+    for id in (1..=3).map(NodeId) {
+        cluster.stop(id).await;
     }
-    for (id, dir) in &cluster.dirs {
-        cluster.nodes.insert(*id, start(*id, dir.path(), &cluster.wires, 100).await);
+    for id in (1..=3).map(NodeId) {
+        cluster.restart(id, 100).await;
     }
     cluster.check(40).await;
 }
@@ -258,23 +285,45 @@ async fn a_leader_that_is_cut_off_serves_no_read_after_another_was_elected() {
     cluster.put("k0", "old").await;
     let (id, old) = cluster.leader().expect("a leader");
     cluster.wires.cut.lock().insert(id);
-    let until = Instant::now() + Duration::from_secs(20);
-    let other = loop {
-        assert!(Instant::now() < until, "nobody else was elected");
-        let others = cluster.nodes.iter().filter(|(node, _)| **node != id);
-        let mut groups = others.filter_map(|(_, node)| node.host.group(SHARD));
-        if let Some(group) = groups.find(|group| group.status().state == Standing::Leader) {
-            break group;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    };
+    cluster.another_leads(id).await;
     let deadline = Instant::now() + Duration::from_millis(700);
     let stale = old.read(deadline, |state| state.position).await;
     assert!(stale.is_err(), "a deposed leader read at {stale:?}");
-    drop(other);
     cluster.wires.cut.lock().clear();
     cluster.put("k0", "new").await;
     assert_eq!(cluster.get("k0").await.as_deref(), Some(&b"new"[..]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_whose_disk_stalls_serves_nothing_and_gives_its_leadership_up() {
+    let mut cluster = Cluster::new().await;
+    cluster.put("k0", "old").await;
+    let (id, old) = cluster.leader().expect("a leader");
+    let stalled = Arc::new(AtomicBool::new(true));
+    let stall = stalled.clone();
+    cluster.disks[&id].set_hook(Some(Arc::new(move |op, _| {
+        while op != Op::Read && stall.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    })));
+    let until = Instant::now() + Duration::from_secs(20);
+    while cluster.nodes[&id].host.healthy() {
+        assert!(Instant::now() < until, "a stalled disk went unnoticed");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let deadline = Instant::now() + Duration::from_millis(500);
+    old.read(deadline, |state| state.position).await.expect_err("a read on a stalled leader");
+    cluster.another_leads(id).await;
+    let far = Instant::now() + Duration::from_secs(2);
+    old.read(far, |state| state.position).await.expect_err("a read on a deposed leader");
+    stalled.store(false, Ordering::SeqCst);
+    cluster.put("k0", "new").await;
+    assert_eq!(cluster.get("k0").await.as_deref(), Some(&b"new"[..]));
+    let until = Instant::now() + Duration::from_secs(20);
+    while !cluster.nodes[&id].host.healthy() || old.status().applied != old.status().committed {
+        assert!(Instant::now() < until, "it does not recover: {:?}", old.status());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -283,8 +332,7 @@ async fn a_follower_behind_the_purged_log_takes_a_snapshot() {
     cluster.put("k0", "v0").await;
     let (leader, _) = cluster.leader().expect("a leader");
     let id = *cluster.nodes.keys().find(|id| **id != leader).expect("a follower");
-    let node = cluster.nodes.remove(&id).expect("it runs");
-    node.stop(id, &cluster.wires).await;
+    cluster.stop(id).await;
     let body = "x".repeat(200 << 10);
     for n in 1..120 {
         cluster.put(&format!("k{n}"), &format!("v{n}")).await;
@@ -296,8 +344,7 @@ async fn a_follower_behind_the_purged_log_takes_a_snapshot() {
         assert!(Instant::now() < until, "the log was not purged: {:?}", group.status());
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let dir = cluster.dirs[&id].path().to_path_buf();
-    cluster.nodes.insert(id, start(id, &dir, &cluster.wires, 2).await);
+    cluster.restart(id, 2).await;
     let follower = cluster.nodes[&id].host.group(SHARD).expect("it is there");
     let target = group.status().applied.expect("applied").index;
     let until = Instant::now() + Duration::from_secs(30);

@@ -243,7 +243,7 @@ pub(super) const KEYS: &[Key] = &[
     Key {
         name: "observability.log_filter",
         kind: Kind::LogFilter,
-        preset: Preset::Fixed("info"),
+        preset: Preset::Fixed("info,openraft=warn"),
         doc: "What is logged, for example \"info,coracle_raft=debug\".",
     },
     Key {

@@ -15,7 +15,7 @@ pub(super) fn sample() -> String {
     let mut out = String::from(
         "# Coracle: every setting with its default. Generated from the program's own table:\n\
          #   coracle config init\n\
-         # Flags win over environment variables (CORACLE__RAFT__HEARTBEAT_INTERVAL=150ms), those over\n\
+         # Flags win over environment variables (CORACLE__RAFT__HEARTBEAT_INTERVAL=80ms), those over\n\
          # this file, this file over the defaults. Unknown keys are errors.\n\
          #   coracle config check FILE      coracle config show --origin      coracle config explain KEY\n",
     );

@@ -273,7 +273,7 @@ impl Kind {
 
 const SIZE_EXAMPLE: &str =
     "write a whole number and B, KiB, MiB, GiB or TiB, for example \"64MiB\"";
-const TIME_EXAMPLE: &str = "write a whole number and ms, s, m or h, for example \"150ms\"";
+const TIME_EXAMPLE: &str = "write a whole number and ms, s, m or h, for example \"80ms\"";
 
 impl fmt::Display for Value {
     /// As in the file.

@@ -34,11 +34,6 @@ use crate::router::{self, Forwarder, RequestIds, Router};
 use crate::service::cluster::Keyspaces;
 use crate::transport::{Inbound, PeerTransport};
 
-/// Bytes of log records that may wait for the writer. openraft takes a refused append for a broken
-/// log, so this lies far above what proposers (8 MiB a led group) and transports (32 MiB a peer) let
-/// through.
-const LOG_QUEUE_BYTES: u64 = 1 << 30;
-
 /// A node in a cluster.
 pub(crate) struct Member {
     /// Who it is.
@@ -158,7 +153,6 @@ fn open_log(
     let options = LogOptions {
         segment_bytes: parts.config.storage.log_segment_bytes,
         log_bytes_target: parts.config.storage.log_bytes_target,
-        queue_bytes: LOG_QUEUE_BYTES,
         salt: shared.home.salt(shared.draw("log salt"))?,
         on_fatal: Arc::new(move |error: &Error| on_fatal(error.to_string())),
         on_sync: {

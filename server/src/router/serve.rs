@@ -16,6 +16,7 @@ use crate::admission::Call;
 use crate::fault::Refusal;
 use crate::metrics::Stage;
 use crate::router::plan::{Freshness, Lookup, Plan, Task};
+use crate::router::steps::{Step, Steps};
 use crate::router::whom::{leader_in, leads};
 use crate::router::{Router, answer, page, read};
 
@@ -27,6 +28,7 @@ impl Router {
         group: &Group,
         plan: Plan,
         call: &Call,
+        steps: &mut Steps,
     ) -> Result<Answer, Fault> {
         let (began, deadline) = (Instant::now(), call.deadline);
         let told = |refusal: Refusal| self.refused(map, plan.shard, group, refusal);
@@ -35,6 +37,7 @@ impl Router {
                 let found =
                     self.look_up(group, plan.shard, plan.keyspace, plan.epoch, &lookup, deadline);
                 let (mut entries, served) = found.await.map_err(told)?;
+                steps.add(Step::Read, began.elapsed());
                 let (entry, served) = (entries.pop().flatten(), Some(served));
                 Ok(Answer::Get(v1::GetResponse { entry, served }))
             }
@@ -42,21 +45,25 @@ impl Router {
                 let found =
                     self.look_up(group, plan.shard, plan.keyspace, plan.epoch, &lookup, deadline);
                 let (entries, served) = found.await.map_err(told)?;
+                steps.add(Step::Read, began.elapsed());
                 let item = |entry| v1::BatchGetItem { entry, served: Some(served) };
                 let items = entries.into_iter().map(item).collect();
                 Ok(Answer::BatchGet(v1::BatchGetResponse { items }))
             }
             Task::Write { request, answer } => {
                 self.parts.gate.check(plan.shard, only_deletes(&request))?;
-                let reply = group.write(request, deadline).await;
-                let reply = reply.map_err(|error| told(error.into()))?;
+                let written = group.write(request, deadline).await;
+                let written = written.map_err(|error| told(error.into()))?;
+                steps.add(Step::Queue, written.queued);
+                steps.add(Step::Replicate, written.replicated);
                 let served = self.served(plan.shard, Position::default());
-                answer::written(reply, answer, served, map)
+                answer::written(written.reply, answer, served, map)
             }
             Task::Page(spec) => {
                 let page = page::read_page(group, &spec, plan.epoch, plan.position, deadline).await;
                 let (page, at) = page.map_err(told)?;
                 self.stages.observe(Stage::Read, began.elapsed());
+                steps.add(Step::Read, began.elapsed());
                 Ok(Answer::Scan(spec.response(page, self.served(plan.shard, at))))
             }
             Task::Fix { version } => {

@@ -129,7 +129,7 @@ fn a_bare_number_is_no_duration() {
         \x202 | heartbeat_interval = 150\n\
         \x20  |                      ^^^\n\
         \x20 allowed: a duration from 10ms to 10s\n\
-        \x20 mend:    write a whole number and ms, s, m or h, for example \"150ms\"\n"
+        \x20 mend:    write a whole number and ms, s, m or h, for example \"80ms\"\n"
     );
     assert_eq!(codes(&env("CORACLE__STORAGE__LOG_SEGMENT_BYTES", "1048576")), [Code::Unit]);
     assert_eq!(codes(&set(&[("observability.slow_request", "0")])), [Code::Unit]);
@@ -209,7 +209,7 @@ const NOT_MEANT: &[(&str, &str, Code, &str)] = &[
     ("storage.memory_budget", "99999999999TiB", Code::Range, "write a whole number"),
     ("storage.disk_reserve_bytes", "1B", Code::Range, "write 64MiB"),
     ("raft.heartbeat_interval", "150MS", Code::Form, "did you mean \"150ms\"?"),
-    ("raft.heartbeat_interval", "", Code::Form, "for example \"150ms\""),
+    ("raft.heartbeat_interval", "", Code::Form, "for example \"80ms\""),
     ("raft.heartbeat_interval", "1h", Code::Range, "write 10s"),
     ("listen.client", ":7400", Code::Form, "write \"127.0.0.1:7400\""),
     ("listen.client", "n1.example.org:7400", Code::Form, "of an interface of this machine"),

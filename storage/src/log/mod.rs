@@ -5,10 +5,11 @@
 //! one writer, and returns; its `done` is called when it is durable. What is durable is always a
 //! prefix of what was queued, over all replicas.
 //!
-//! Bounds: `append` is refused with `Overloaded` (`Full` when the disk is) when more than
-//! `LogOptions::queue_bytes` wait; everything else, which is small and needed to get out of
-//! trouble, at twice that. A refusal changes nothing. Refusing is the last resort: Raft takes a
-//! refused append for a broken log, so admission above has to keep the queue far from its bound.
+//! Bounds: whoever appends waits until [`Log::has_room`], that is until no more than
+//! `LogOptions::queue_bytes` wait. Raft takes a refused append for a broken log, so refusing
+//! (`Overloaded`, or `Full` when the disk is) is the last resort: at twice that for `append`, at
+//! three times for everything else, which is small and needed to get out of trouble. A refusal
+//! changes nothing.
 //!
 //! There is no idle timer: the mark that proves the last batch durable is written by the next
 //! batch, or by [`Log::probe`], which the node calls every half second to see that its disk is
@@ -214,6 +215,13 @@ impl Log {
         });
     }
 
+    /// Whether the next append may come: no more than `LogOptions::queue_bytes` wait. Also true once
+    /// the log has stopped, so that whoever waits for room hears of it.
+    pub fn has_room(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.queue_bytes <= self.shared.options.queue_bytes || state.check_open().is_err()
+    }
+
     /// Replaces the replica's vote.
     pub fn save_vote(&self, replica: ReplicaId, vote: Bytes, done: Done) {
         let bytes = OP_BYTES + vote.len() as u64;
@@ -305,6 +313,31 @@ impl Log {
         range: Range<u64>,
         bytes_max: usize,
     ) -> Result<Vec<LogEntry>, Error> {
+        let pieces = self.pieces(replica, range, bytes_max)?;
+        pieces.into_iter().map(|piece| self.fetch(replica, piece)).collect()
+    }
+
+    /// The same where it takes no file: `None` when a part of it stands only on disk. For callers
+    /// that must not block.
+    pub fn read_held(
+        &self,
+        replica: ReplicaId,
+        range: Range<u64>,
+        bytes_max: usize,
+    ) -> Result<Option<Vec<LogEntry>>, Error> {
+        let held = |piece| match piece {
+            Piece::Held(entry) => Some(entry),
+            Piece::OnDisk(..) => None,
+        };
+        Ok(self.pieces(replica, range, bytes_max)?.into_iter().map(held).collect())
+    }
+
+    fn pieces(
+        &self,
+        replica: ReplicaId,
+        range: Range<u64>,
+        bytes_max: usize,
+    ) -> Result<Vec<Piece>, Error> {
         let mut pieces = Vec::new();
         {
             let state = self.shared.state.lock();
@@ -330,7 +363,7 @@ impl Log {
                 });
             }
         }
-        pieces.into_iter().map(|piece| self.fetch(replica, piece)).collect()
+        Ok(pieces)
     }
 
     fn fetch(&self, replica: ReplicaId, piece: Piece) -> Result<LogEntry, Error> {
@@ -373,21 +406,25 @@ impl Log {
         }
     }
 
-    /// The replica whose entries keep the oldest segment, and how many bytes of log there are from
-    /// that segment on: the one to flush and purge first. Ties go to the one with most to give.
-    pub fn oldest_pinner(&self) -> Option<(ReplicaId, u64)> {
-        let state = self.shared.state.lock();
-        let oldest = state.pins().min_by_key(|pin| {
+    /// The replicas whose entries keep segments, in the order in which to flush and purge them: who
+    /// keeps the oldest first; of several, the one with most to give.
+    pub fn pinners(&self) -> Vec<ReplicaId> {
+        let mut pins: Vec<Pin> = self.shared.state.lock().pins().collect();
+        pins.sort_by_key(|pin| {
             (pin.oldest_segment, std::cmp::Reverse(pin.live_bytes), pin.replica)
-        })?;
-        let behind = state.segments.range(oldest.oldest_segment..);
-        Some((oldest.replica, behind.map(|(_, filled)| filled.used).sum()))
+        });
+        pins.into_iter().map(|pin| pin.replica).collect()
     }
 
     /// A write and a sync that carry nothing: shows that the disk is well, and marks the last batch
     /// as durable. On an idle log it does not grow the log.
     pub fn probe(&self, done: Done) {
         self.submit(ReplicaId(0), OP_BYTES, done, Urgency::Control, |_, _| Ok(Change::Probe));
+    }
+
+    /// What waits because the disk had no room is tried again.
+    pub fn try_again(&self) {
+        self.wake.wake();
     }
 
     /// Stops the writer after what is queued. Later calls get `Stopped`.
@@ -408,8 +445,8 @@ impl Log {
     ) {
         let queue_bytes = self.shared.options.queue_bytes;
         let bytes_max = match urgency {
-            Urgency::Append => queue_bytes.saturating_sub(bytes),
-            Urgency::Control => 2 * queue_bytes,
+            Urgency::Append => (2 * queue_bytes).saturating_sub(bytes),
+            Urgency::Control => 3 * queue_bytes,
         };
         let refused = {
             let mut state = self.shared.state.lock();

@@ -55,6 +55,16 @@ impl RocksEngines {
     pub fn on_disk(options: &StateOptions, on_fatal: OnFatal) -> Result<RocksEngines, Error> {
         let env =
             Env::new().map_err(|error| map_error(Path::new("RocksDB environment"), &error))?;
+        Self::on_env(options, env, on_fatal)
+    }
+
+    /// The same in an environment that a crash test hands in.
+    #[doc(hidden)]
+    pub fn on_env(
+        options: &StateOptions,
+        env: Env,
+        on_fatal: OnFatal,
+    ) -> Result<RocksEngines, Error> {
         Ok(RocksEngines {
             budget: Budget::new(options, env)?,
             place: Place::Disk,

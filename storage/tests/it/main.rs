@@ -13,5 +13,7 @@ mod state_checkpoint;
 mod state_engine;
 mod state_filter;
 mod state_model;
+#[cfg(fault_env)]
+mod state_power;
 mod state_rig;
 mod state_versions;
