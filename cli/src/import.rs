@@ -141,6 +141,7 @@ pub async fn import_all(
         keyspace,
         output,
         done: begun,
+        failed: false,
         flight: Flight::default(),
         saved: Instant::now(),
         started: Instant::now(),
@@ -253,6 +254,8 @@ struct Run<'a> {
     keyspace: &'a Keyspace,
     output: &'a Output,
     done: Progressed,
+    /// A record was not written: what stands behind it is written again by the next run.
+    failed: bool,
     flight: Flight,
     saved: Instant,
     started: Instant,
@@ -262,7 +265,7 @@ struct Run<'a> {
 impl Run<'_> {
     async fn all(&mut self, mut steps: mpsc::Receiver<io::Result<Step>>) -> Result<(), Failure> {
         let mut taken = self.done.records;
-        let mut open = true;
+        let mut open = self.plan.limit.is_none_or(|limit| taken < limit);
         loop {
             let may_take = open
                 && self.flight.answers.len() < self.plan.concurrency
@@ -328,6 +331,10 @@ impl Run<'_> {
             Some(key) => drop(self.flight.keys.remove(key)),
             None => self.done.skipped += 1,
         }
+        if self.failed {
+            return Ok(());
+        }
+        self.failed = answered.result.is_err();
         answered.result?;
         self.done.records += u64::from(answered.key.is_some());
         self.done.position = answered.end;
@@ -378,12 +385,13 @@ impl Run<'_> {
 async fn put(keyspace: &Keyspace, record: Record, line: u64) -> Result<(), Failure> {
     let deadline = Instant::now() + PATIENCE;
     loop {
+        let now_ms = now_ms();
         let ttl = match record.lifetime {
             Lifetime::Forever => None,
             Lifetime::For(ttl) => Some(ttl),
             // Expired since it was exported: it is not there to be read any more.
-            Lifetime::UntilMs(ms) if ms <= now_ms() => return Ok(()),
-            Lifetime::UntilMs(ms) => Some(Duration::from_millis(ms - now_ms())),
+            Lifetime::UntilMs(ms) if ms <= now_ms => return Ok(()),
+            Lifetime::UntilMs(ms) => Some(Duration::from_millis(ms - now_ms)),
         };
         let mut call = keyspace.put(record.key.clone(), record.value.clone());
         if let Some(ttl) = ttl {

@@ -39,6 +39,9 @@ pub struct Address {
 /// The question was not answered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TransportError {
+    /// The question did not leave this node: nobody has heard it.
+    #[error("not sent: {0}")]
+    NotSent(String),
     /// The node is down, its queue is full, or it does not hold the replica.
     #[error("unreachable: {0}")]
     Unreachable(String),

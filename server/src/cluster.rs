@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::limits::HISTORY_DEFAULT;
+use coracle_proto::reason::Reason;
 use coracle_proto::shard_map::{DEFAULT_KEYSPACE, META_SHARD, NodeId};
 use coracle_proto::{peer, v1};
 use coracle_raft::descriptor::Descriptor;
@@ -67,6 +68,9 @@ pub trait Commands: Send + Sync + 'static {
 
     /// Nodes without a cluster that this node has heard of, itself included as long as it is one.
     fn strangers(&self) -> Vec<peer::KnownNode>;
+
+    /// The members of a cluster that this node has heard of, as long as it is in none.
+    fn hosts(&self) -> Vec<peer::KnownNode>;
 }
 
 /// What a node is told of its cluster, once: kept in its data directory.
@@ -97,8 +101,8 @@ pub struct Cluster {
     pub membership: Arc<dyn Membership>,
     /// Which replicas were made: only as long as this node leads.
     pub made: Mutex<BTreeSet<u64>>,
-    /// Which epoch of the map each node has: likewise.
-    pub told: Mutex<BTreeMap<u64, u64>>,
+    /// Which start of each node has which epoch of the map: likewise.
+    pub told: Mutex<BTreeMap<u64, (u64, u64)>>,
 }
 
 impl Cluster {
@@ -129,6 +133,7 @@ impl Cluster {
                 Ok(request) => return self.create_keyspace_here(request).await,
                 Err(error) => Err(format!("not a request: {error}")),
             },
+            Kind::Probe(_) => Ok(Bytes::new()),
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
         match result {
@@ -233,9 +238,6 @@ impl Cluster {
         let validate_only = request.validate_only;
         let mut created = None;
         let changed = self.records.change(|map, ids| {
-            if map.keyspaces.iter().any(|keyspace| keyspace.name == request.name) {
-                return Err("KEYSPACE_EXISTS".to_owned());
-            }
             let history = if request.has_history || request.history_ms > 0 {
                 request.history_ms
             } else {
@@ -249,6 +251,14 @@ impl Cluster {
                 entity_rule: request.entity_rule.or(Some(whole)),
                 history_ms: history,
             };
+            if let Some(there) = map.keyspaces.iter().find(|there| there.name == request.name) {
+                // The caller may not have heard that it succeeded.
+                if (v1::Keyspace { id: there.id, ..keyspace }) == *there {
+                    created = Some(there.clone());
+                    return Ok(false);
+                }
+                return Err(Reason::KeyspaceExists.as_str().to_owned());
+            }
             ids.next_keyspace += 1;
             map.keyspaces.push(keyspace.clone());
             created = Some(keyspace);
@@ -260,8 +270,13 @@ impl Cluster {
                 peer::CommandDone { body: body.into(), ..Default::default() }
             }
             Err(RecordsError::Refused(reason)) => peer::CommandDone {
-                error: format!("a keyspace named {} exists", request.name),
+                error: format!("a keyspace named {} exists, with other settings", request.name),
                 reason,
+                ..Default::default()
+            },
+            Err(error @ RecordsError::Invalid(_)) => peer::CommandDone {
+                error: error.to_string(),
+                reason: Reason::InvalidArgument.as_str().to_owned(),
                 ..Default::default()
             },
             Err(error) => done(Err(error), self),
@@ -390,21 +405,25 @@ impl Cluster {
         }
     }
 
-    /// Sends the map to every node that has not acknowledged this epoch.
+    /// Sends the map to every node that has not acknowledged this epoch since it started: one that was
+    /// told just before it stopped may not have kept it.
     async fn tell_map(&self, map: &v1::ShardMap) {
         let own = self.membership.identity().map(|(_, node)| node.0);
-        let behind: Vec<u64> = {
+        let known = self.commands.known().into_iter();
+        let starts: BTreeMap<u64, u64> = known.map(|node| (node.node, node.start_count)).collect();
+        let behind: Vec<(u64, u64)> = {
             let told = self.told.lock();
-            let nodes = map.nodes.iter().map(|node| node.id);
-            nodes.filter(|id| Some(*id) != own && told.get(id) != Some(&map.epoch)).collect()
+            let nodes = map.nodes.iter().map(|node| node.id).filter(|id| Some(*id) != own);
+            let nodes = nodes.filter_map(|id| Some((id, *starts.get(&id)?)));
+            nodes.filter(|(id, start)| told.get(id) != Some(&(*start, map.epoch))).collect()
         };
         let bytes = Bytes::from(map.encode_to_vec());
-        let tell = behind.into_iter().map(|id| {
+        let tell = behind.into_iter().map(|(id, start)| {
             let kind = Kind::Map(bytes.clone());
             let asked = self.commands.command(Target::Node(NodeId(id)), kind, RECONCILE_INTERVAL);
             async move {
                 if asked.await.is_ok_and(|done| done.error.is_empty()) {
-                    self.told.lock().insert(id, map.epoch);
+                    self.told.lock().insert(id, (start, map.epoch));
                 }
             }
         });

@@ -51,6 +51,10 @@ use crate::transport::{PeerTransport, Settings};
 use front::Front;
 use member::{Answers, CommandsOverTransport, KeyspacesOfCluster, Member};
 
+/// How long requests under way may take to end once a node gives up its leaderships: those of shards
+/// that moved end within an election.
+const FINISH_MAX: Duration = Duration::from_secs(2);
+
 /// What a node is made of: every seam, and the settings.
 pub struct Parts {
     /// Settings, checked.
@@ -99,6 +103,8 @@ pub struct Shared {
     member: watch::Sender<Option<Arc<Member>>>,
     rng: Mutex<StdRng>,
     began: Instant,
+    /// One init at a time: two would write two plans.
+    init: tokio::sync::Mutex<()>,
 }
 
 impl Shared {
@@ -143,6 +149,7 @@ impl Shared {
             member: watch::Sender::new(None),
             rng: Mutex::new(rng),
             began: Instant::now(),
+            init: tokio::sync::Mutex::default(),
         })
     }
 
@@ -176,6 +183,11 @@ impl Operator for Shared {
         options: InitOptions,
         deadline: Instant,
     ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
+        let _one = self.init.lock().await;
+        // A map beyond its first epoch: the cluster stands, whatever plan is left.
+        if self.map.current().is_some_and(|map| map.epoch().0 > 1) {
+            return Err(InitError::Already);
+        }
         let random = {
             let mut rng = self.rng.lock();
             (ClusterId::generate(&mut *rng).as_str().to_owned(), rng.random())
@@ -338,6 +350,13 @@ impl Node {
             Some(member) => member.host.hand_over_all(deadline).await,
             None => 0,
         };
+        if let Some(member) = self.shared.member() {
+            // New requests are refused; those under way get their answers.
+            let until = deadline.min(Instant::now() + FINISH_MAX);
+            while member.router.admission().in_flight().0 > 0 && Instant::now() < until {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
         self.stop().await;
         left
     }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::shard_map::{META_SHARD, SYSTEM_KEYSPACE};
+use coracle_proto::shard_map::{META_SHARD, SYSTEM_KEYSPACE, ShardMap};
 use coracle_proto::{peer, v1};
 use coracle_raft::apply::Outcome;
 use coracle_raft::clock::Clock;
@@ -58,6 +58,9 @@ pub enum RecordsError {
     /// The change makes no sense on the records as they are.
     #[error("{0}")]
     Refused(String),
+    /// What would come of it is no shard map: every node would refuse it.
+    #[error("{0}")]
+    Invalid(String),
     /// The meta group did not answer in time; it may still happen.
     #[error("the meta group: {0}")]
     Unavailable(String),
@@ -110,6 +113,9 @@ impl Records {
                 return Ok(snapshot);
             }
             snapshot.map.epoch += 1;
+            // A map that the nodes do not take up would end every later change too.
+            ShardMap::from_proto(&snapshot.map)
+                .map_err(|error| RecordsError::Invalid(error.to_string()))?;
             if self.write(&snapshot, condition).await? {
                 return Ok(snapshot);
             }

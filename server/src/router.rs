@@ -61,16 +61,24 @@ const PARTS_AT_A_TIME: usize = 32;
 /// How often a `BatchGet` is divided anew because shards have changed hands meanwhile.
 const DIVISIONS_MAX: usize = 3;
 
+/// Why a forwarded request has no answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ForwardError {
+    /// It did not leave this node.
+    NotSent(String),
+    /// It may have been served.
+    Lost(String),
+}
+
 /// The way of a request to another node.
 pub trait Forwarder: Send + Sync + 'static {
-    /// Hands an encoded `PipelineRequest` to a node and waits for the encoded `PipelineResponse`. An
-    /// error says that no answer came; the request may have been served.
+    /// Hands an encoded `PipelineRequest` to a node and waits for the encoded `PipelineResponse`.
     fn forward(
         &self,
         to: NodeId,
         body: Bytes,
         timeout: Duration,
-    ) -> BoxFuture<'static, Result<Bytes, String>>;
+    ) -> BoxFuture<'static, Result<Bytes, ForwardError>>;
 }
 
 /// Whether a shard takes writes at the moment.
@@ -483,14 +491,20 @@ impl Router {
         self.parts.metrics.forwarded_requests.inc();
         let body = Bytes::from(request.encode_to_vec());
         let answered = self.parts.forwarder.forward(to, body, left).await;
-        let lost = |why: String| {
-            let message = format!("node {to} gave no answer: {why}");
+        let silent = |message: String| {
             Fault::new(Reason::Unreachable, message)
                 .with(metadata::NODE, to)
                 .with(metadata::SHARD, shard)
         };
-        let response = v1::PipelineResponse::decode(answered.map_err(lost)?);
-        let response = response.map_err(|error| lost(format!("it is not one: {error}")))?;
+        let body = answered.map_err(|error| match error {
+            ForwardError::NotSent(why) => {
+                silent(format!("node {to} is not reached: {why}")).with_outcome(Outcome::NotApplied)
+            }
+            ForwardError::Lost(why) => silent(format!("node {to} gave no answer: {why}")),
+        })?;
+        let response = v1::PipelineResponse::decode(body);
+        let response =
+            response.map_err(|error| silent(format!("node {to} gave no answer: {error}")))?;
         answer::unpipelined(response).map_err(|fault| match fault.reason {
             Reason::Draining => fault.with(metadata::NODE, to).with(metadata::SHARD, shard),
             _ => fault,

@@ -4,7 +4,7 @@
 //! `node`, which a simulation starts on seams of its own.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use coracle_storage::exec::{Exec, RealExec};
@@ -56,7 +56,7 @@ pub async fn run(config: Config) -> Result<RunningNode, StartError> {
     let on_fatal: Arc<dyn Fn(String) + Send + Sync> = Arc::new(move |why: String| {
         tracing::error!(why, "the node cannot go on and stops");
         fatal_sender.send_replace(Some(why));
-        end_process_soon();
+        std::mem::forget(end_process_after(LAST_WORDS));
     });
     let exec = Arc::new(RealExec::new(tokio::runtime::Handle::current(), BLOCKING_MAX));
     let memory =
@@ -108,6 +108,8 @@ impl RunningNode {
 
     /// Gives all leaderships away, finishes requests under way, and stops; after `within` regardless.
     pub async fn drain_and_stop(&self, within: Duration) {
+        // A disk that hangs keeps whoever waits for it.
+        let _ends = end_process_after(within + LAST_WORDS);
         let left = self.node.drain_and_stop(Instant::now() + within).await;
         if left > 0 {
             tracing::warn!(left, "some leaderships were not taken over: their shards elect anew");
@@ -116,14 +118,17 @@ impl RunningNode {
     }
 }
 
-/// Ends the process, also when the disk hangs and nothing that waits for it would ever return.
+/// Ends the process unless what is returned is dropped before; also when the disk hangs and nothing that waits for it would ever return.
 #[allow(clippy::disallowed_methods, reason = "the runtime may be what hangs")]
-fn end_process_soon() {
-    let ended = std::thread::Builder::new().name("last words".to_owned()).spawn(|| {
-        std::thread::sleep(LAST_WORDS);
-        std::process::abort()
+fn end_process_after(within: Duration) -> mpsc::Sender<()> {
+    let (alive, dropped) = mpsc::channel();
+    let ended = std::thread::Builder::new().name("last words".to_owned()).spawn(move || {
+        if dropped.recv_timeout(within) == Err(mpsc::RecvTimeoutError::Timeout) {
+            std::process::abort()
+        }
     });
     if ended.is_err() {
         std::process::abort();
     }
+    alive
 }

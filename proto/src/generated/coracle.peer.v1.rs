@@ -130,7 +130,7 @@ pub struct ClusterCommand {
     /// Matches answer to question.
     #[prost(uint64, tag = "1")]
     pub call: u64,
-    #[prost(oneof = "cluster_command::Kind", tags = "2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "cluster_command::Kind", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
     pub kind: ::core::option::Option<cluster_command::Kind>,
 }
 /// Nested message and enum types in `ClusterCommand`.
@@ -158,8 +158,14 @@ pub mod cluster_command {
         /// A coracle.v1.CreateKeyspaceRequest, for the meta group's leader.
         #[prost(bytes, tag = "8")]
         CreateKeyspace(::prost::bytes::Bytes),
+        /// Whether anybody is there. The answer is always done.
+        #[prost(message, tag = "9")]
+        Probe(super::Probe),
     }
 }
+/// Asks for nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Probe {}
 /// Gives a node its identity.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Adopt {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use coracle_proto::limits::HISTORY_DEFAULT;
 use coracle_proto::ring::equal_arcs;
 use coracle_proto::shard_map::{
-    DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME, META_SHARD, NodeId, ShardId,
+    DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME, META_SHARD, NodeId, ShardId, ShardMap,
 };
 use coracle_proto::{peer, v1};
 use peer::cluster_command::Kind;
@@ -25,6 +25,8 @@ use crate::placement::{Candidate, place};
 const SHARDS_DEFAULT: u32 = 16;
 /// Voters of a shard: survives one node.
 const REPLICAS_DEFAULT: u32 = 3;
+/// A node that a cluster is to be made with answers within this, or is left out.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// A node without cluster asks again after so long.
 const JOIN_INTERVAL: Duration = Duration::from_millis(300);
 
@@ -53,8 +55,15 @@ pub async fn gather(
             .map_err(|error| InitError::Failed(format!("the plan of an earlier init: {error}")))?,
         None if membership.identity().is_some() => return Err(InitError::Already),
         None => {
+            if let Some(host) = commands.hosts().first() {
+                let address = &host.peer_address;
+                return Err(InitError::Failed(format!(
+                    "{address}, one of the addresses in cluster.join, is in a cluster already: this node joins it by itself"
+                )));
+            }
             let nodes = first_nodes(commands, options.nodes, deadline).await?;
             let plan = first_map(nodes, &options, random);
+            ShardMap::from_proto(&plan).map_err(|error| InitError::Failed(error.to_string()))?;
             membership.keep_plan(&plan.encode_to_vec()).map_err(InitError::Failed)?;
             plan
         }
@@ -72,12 +81,24 @@ async fn first_nodes(
         let mut known = commands.strangers();
         known.sort_by(|a, b| a.peer_address.cmp(&b.peer_address));
         known.dedup_by(|a, b| a.peer_address == b.peer_address);
-        if known.len() >= wanted.max(1) as usize {
-            return Ok(known);
+        // One that greeted a moment ago and is gone would be in the plan for good.
+        let answers = known.iter().map(|node| is_there(commands, node));
+        let answers = futures_util::future::join_all(answers).await;
+        let there: Vec<_> = known.into_iter().zip(answers).filter(|(_, there)| *there).collect();
+        if there.len() >= wanted.max(1) as usize {
+            return Ok(there.into_iter().map(|(node, _)| node).collect());
         }
-        let what = format!("for {wanted} nodes: {} are known so far", known.len());
+        let what = format!("for {wanted} nodes: {} answer so far", there.len());
         pause(deadline, &what).await?;
     }
+}
+
+async fn is_there(commands: &dyn Commands, node: &peer::KnownNode) -> bool {
+    if node.peer_address == commands.own().peer_address {
+        return true;
+    }
+    let target = Target::Address(node.peer_address.clone());
+    commands.command(target, Kind::Probe(peer::Probe {}), PROBE_TIMEOUT).await.is_ok()
 }
 
 async fn adopt_all(
@@ -142,6 +163,8 @@ impl Cluster {
             let map = self.map.current();
             let formed = map.as_ref().is_some_and(|map| map.all_shards().all(|s| !s.forming));
             if let (true, Some(map)) = (formed, map) {
+                // Run again, it would take in whoever stands at the addresses of then.
+                self.membership.drop_plan();
                 return Ok((map.to_proto(), warnings(plan, &options)));
             }
             pause(deadline, "for the shards to be made").await?;
@@ -207,8 +230,7 @@ pub async fn join_when_alone(
 ) {
     while membership.identity().is_none() {
         let own = peer::KnownNode { node: 0, start_count: nonce, ..commands.own() };
-        let members = commands.known().into_iter().filter(|node| node.node != 0);
-        for member in members.collect::<Vec<_>>() {
+        for member in commands.hosts() {
             let kind = Kind::Join(peer::Join { from: Some(own.clone()) });
             let target = Target::Address(member.peer_address);
             let answer = commands.command(target, kind, COMMAND_TIMEOUT).await;

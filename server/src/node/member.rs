@@ -14,6 +14,7 @@ use coracle_proto::v1;
 use coracle_raft::host::{Host, Options};
 use coracle_raft::lease::Timing;
 use coracle_raft::observer::{self, Observer};
+use coracle_raft::transport::TransportError;
 use coracle_raft::types::NodeId;
 use coracle_storage::log::{Damage, Log};
 use coracle_storage::{Error, LogOptions, ReplicaId};
@@ -30,7 +31,7 @@ use crate::home::Own;
 use crate::metrics::{Metrics, Stage, Stages};
 use crate::peers::StampClock;
 use crate::records::Records;
-use crate::router::{self, Forwarder, RequestIds, Router};
+use crate::router::{self, ForwardError, Forwarder, RequestIds, Router};
 use crate::service::cluster::Keyspaces;
 use crate::transport::{Inbound, PeerTransport};
 
@@ -226,6 +227,7 @@ impl Inbound for Answers {
                     let error = shared.home.adopt(&adopt).err().unwrap_or_default();
                     peer::CommandDone { error, ..Default::default() }
                 }
+                (None, Kind::Probe(_)) => peer::CommandDone::default(),
                 (None, _) => peer::CommandDone {
                     error: "this node is still starting".to_owned(),
                     ..Default::default()
@@ -267,9 +269,15 @@ impl Forwarder for ForwardOverTransport {
         to: NodeId,
         body: Bytes,
         timeout: std::time::Duration,
-    ) -> BoxFuture<'static, Result<Bytes, String>> {
+    ) -> BoxFuture<'static, Result<Bytes, ForwardError>> {
         let answer = self.0.forward(to, body, timeout);
-        answer.map(|answer| answer.map_err(|error| error.to_string())).boxed()
+        let answer = answer.map(|answer| {
+            answer.map_err(|error| match error {
+                TransportError::NotSent(why) => ForwardError::NotSent(why),
+                other => ForwardError::Lost(other.to_string()),
+            })
+        });
+        answer.boxed()
     }
 }
 
@@ -325,6 +333,10 @@ impl Commands for CommandsOverTransport {
             known.push(own);
         }
         known
+    }
+
+    fn hosts(&self) -> Vec<KnownNode> {
+        self.0.hosts()
     }
 
     fn strangers(&self) -> Vec<KnownNode> {

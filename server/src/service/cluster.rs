@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use coracle_proto::entity::EntityRule;
 use coracle_proto::limits;
-use coracle_proto::reason::Fault;
+use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::shard_map::ShardMap;
 use coracle_proto::v1;
 use coracle_proto::v1::cluster_service_server::ClusterService;
@@ -134,6 +134,11 @@ fn timed(router: &Router, map: &ShardMap) -> v1::ShardMap {
 fn check(request: &v1::CreateKeyspaceRequest) -> Result<(), Fault> {
     limits::check_keyspace_name(&request.name)?;
     limits::check_history(request.history_ms)?;
+    let asked = request.has_history || request.history_ms > 0;
+    if asked && request.history_ms != limits::HISTORY_DEFAULT.as_millis() as u64 {
+        let message = "every keyspace keeps a history of 60 s so far; leave `history` out";
+        return Err(Fault::new(Reason::Unsupported, message));
+    }
     let rule = EntityRule::from_request(request.entity_rule.as_ref());
     rule.map(drop).map_err(|error| Fault::invalid("entity_rule", error.to_string()))
 }

@@ -20,7 +20,8 @@ pub(crate) const PROTOCOL: u32 = 1;
 const KNOWN_MAX: usize = 1024;
 /// Nodes that ride in one envelope; the rest follow in the next.
 const GOSSIP_MAX: usize = 256;
-/// A stranger that was not heard of for this long is gone. Strangers greet once a second.
+/// A stranger, or the member of a cluster that this node is not in yet, that was not heard of for
+/// this long is gone. They greet once a second.
 const STRANGER_MAX_AGE: Duration = Duration::from_secs(10);
 
 /// What a connection may carry.
@@ -63,6 +64,9 @@ pub(crate) struct Directory {
     nodes: BTreeMap<u64, Entry>,
     /// Nodes without an id, by peer address.
     strangers: BTreeMap<String, Stranger>,
+    /// While this node has no cluster: the members of one that it met, by peer address. It may ask
+    /// them to be let in; they are not its peers.
+    hosts: BTreeMap<String, (KnownNode, Instant)>,
     /// Ids are never reused, so a removed node stays out.
     forgotten: BTreeSet<u64>,
     version: u64,
@@ -76,6 +80,7 @@ impl Directory {
             own,
             nodes: BTreeMap::new(),
             strangers: BTreeMap::new(),
+            hosts: BTreeMap::new(),
             forgotten: BTreeSet::new(),
             version: 0,
         }
@@ -93,6 +98,7 @@ impl Directory {
         assert!(self.own.node == 0 || self.own.node == node.0, "a node never changes its id");
         self.cluster_id = cluster_id.to_owned();
         self.own.node = node.0;
+        self.hosts.clear();
     }
 
     pub(crate) fn version(&self) -> u64 {
@@ -113,6 +119,12 @@ impl Directory {
             .filter(|stranger| now - stranger.seen < STRANGER_MAX_AGE)
             .map(|stranger| stranger.known.clone())
             .collect()
+    }
+
+    /// Members of a cluster that were met a moment ago; none once this node is in one.
+    pub(crate) fn hosts(&self, now: Instant) -> Vec<KnownNode> {
+        let fresh = self.hosts.values().filter(|(_, seen)| now - *seen < STRANGER_MAX_AGE);
+        fresh.map(|(known, _)| known.clone()).collect()
     }
 
     pub(crate) fn forget(&mut self, node: NodeId) {
@@ -215,6 +227,15 @@ impl Directory {
     /// same lock; of a refused Hello only when the sender is of this cluster.
     pub(crate) fn learn_hello(&mut self, hello: &Hello, admitted: bool, now: Instant) -> News {
         let mut news = News::default();
+        if self.cluster_id.is_empty() && !hello.cluster_id.is_empty() && admitted {
+            self.hosts.retain(|_, (_, seen)| now - *seen < STRANGER_MAX_AGE);
+            for known in hello.from.iter().chain(&hello.known).filter(|known| known.node != 0) {
+                if self.hosts.len() < KNOWN_MAX {
+                    self.hosts.insert(known.peer_address.clone(), (known.clone(), now));
+                }
+            }
+            return news;
+        }
         let same_cluster = hello.cluster_id == self.cluster_id;
         if let Some(from) = &hello.from {
             if from.node == 0 && admitted {
@@ -452,12 +473,25 @@ mod tests {
     }
 
     #[test]
-    fn a_node_without_a_cluster_learns_no_members() {
+    fn a_node_without_a_cluster_knows_whom_to_ask_to_be_let_in() {
         let mut directory = directory(0);
         let mut from = hello(node(2, 5, 7), 0);
-        from.known = vec![node(3, 1, 8)];
+        from.known = vec![node(3, 1, 8), node(0, 1, 9)];
         assert_eq!(directory.judge(&from, 0).expect("a guest"), Standing::Guest);
-        let news = directory.learn_hello(&from, true, Instant::now());
-        assert!(news.changed.is_empty() && directory.nodes().next().is_none());
+        let met = Instant::now();
+        let news = directory.learn_hello(&from, true, met);
+        assert!(news.changed.is_empty() && directory.nodes().next().is_none(), "no peers");
+        let hosts = |directory: &Directory, at| {
+            directory.hosts(at).into_iter().map(|known| known.node).collect::<Vec<_>>()
+        };
+        assert_eq!(hosts(&directory, met), [2, 3]);
+        assert_eq!(hosts(&directory, met + STRANGER_MAX_AGE), []);
+        directory.learn_hello(&hello(node(4, 1, 9), 0), false, met);
+        assert_eq!(hosts(&directory, met), [2, 3], "not one that was refused");
+        directory.set_identity("c", NodeId(9));
+        assert_eq!(hosts(&directory, met), [], "it is in");
+        directory.learn_hello(&from, true, met);
+        assert_eq!(directory.nodes().count(), 2);
+        assert_eq!(hosts(&directory, met), []);
     }
 }

@@ -259,7 +259,7 @@ fn command_answer(kind: Option<Kind>) -> Answer {
 
 impl State {
     fn check(&self, bytes: usize, connection: Connection) -> Result<(), TransportError> {
-        let refuse = |why: String| Err(TransportError::Unreachable(why));
+        let refuse = |why: String| Err(TransportError::NotSent(why));
         match &self.phase {
             Phase::Fresh | Phase::Up => {}
             Phase::Down(why) => return refuse(why.to_string()),

@@ -172,6 +172,12 @@ impl PeerTransport {
         self.hub.directory(|directory| directory.strangers(Instant::now()))
     }
 
+    /// While this node has no cluster: members of one that greeted a moment ago, or of which one that
+    /// did tells.
+    pub fn hosts(&self) -> Vec<KnownNode> {
+        self.hub.directory(|directory| directory.hosts(Instant::now()))
+    }
+
     /// This node, as it introduces itself.
     pub fn own(&self) -> KnownNode {
         self.hub.directory(|directory| directory.own().clone())
@@ -251,7 +257,7 @@ impl PeerTransport {
     ) -> Result<Asked, TransportError> {
         match self.hub.peer(node) {
             Some(peer) => peer.lane(connection).ask(question, timeout),
-            None => Err(TransportError::Unreachable(format!("node {node} is not known here"))),
+            None => Err(TransportError::NotSent(format!("node {node} is not known here"))),
         }
     }
 }

@@ -25,7 +25,7 @@ use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportErro
 use coracle_server::admission::{Admission, Call};
 use coracle_server::map::{MapCache, MapSource};
 use coracle_server::metrics::{Build, Metrics};
-use coracle_server::router::{Forwarder, Parts, RequestIds, Router, WriteGate};
+use coracle_server::router::{ForwardError, Forwarder, Parts, RequestIds, Router, WriteGate};
 use coracle_storage::exec::{Exec, RealExec};
 use coracle_storage::fs::{Fs, RealFs};
 use coracle_storage::log::Log;
@@ -100,18 +100,19 @@ impl Forwarder for Wire {
         to: NodeId,
         body: Bytes,
         timeout: Duration,
-    ) -> BoxFuture<'static, Result<Bytes, String>> {
+    ) -> BoxFuture<'static, Result<Bytes, ForwardError>> {
         let (from, wires) = (self.from, self.wires.clone());
+        let lost = |why: String| ForwardError::Lost(why);
         Box::pin(async move {
             wires.forwards.fetch_add(1, Ordering::SeqCst);
             let router = wires.routers.lock().get(&to).cloned();
             let cut = wires.cut.load(Ordering::SeqCst);
-            let router = router.filter(|_| !cut).ok_or("no such wire")?;
+            let router = router.filter(|_| !cut).ok_or(ForwardError::Lost("no such wire".to_owned()))?;
             let served = tokio::time::timeout(timeout, router.serve_forwarded(from, body));
-            let answer = served.await.map_err(|_| "too late")??;
+            let answer = served.await.map_err(|_| lost("too late".to_owned()))?.map_err(lost)?;
             let lose = |left: usize| left.checked_sub(1);
             match wires.lose.fetch_update(Ordering::SeqCst, Ordering::SeqCst, lose) {
-                Ok(_) => Err("the answer was lost".to_owned()),
+                Ok(_) => Err(lost("the answer was lost".to_owned())),
                 Err(_) => Ok(answer),
             }
         })

@@ -217,7 +217,7 @@ pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
 
 pub(crate) fn unreachable(answer: Result<Bytes, TransportError>) -> String {
     match answer {
-        Err(TransportError::Unreachable(why)) => why,
+        Err(TransportError::Unreachable(why) | TransportError::NotSent(why)) => why,
         other => panic!("not unreachable: {other:?}"),
     }
 }

@@ -5,6 +5,7 @@ mod bad_input;
 mod commands;
 mod demo;
 mod faults;
+mod join;
 mod kill_all;
 mod python;
 mod stop;
