@@ -369,6 +369,8 @@ impl Fs for FaultyFs {
             return Err(not_found(path));
         }
         let dir = disk.need_dir(path)?;
+        // What was under way in it goes with it, and not into a later directory of its name.
+        disk.changes.retain(|(dir, _)| !dir.starts_with(path));
         disk.change(&dir, NameChange::Remove(path.to_path_buf()))
     }
 
@@ -390,6 +392,10 @@ impl Fs for FaultyFs {
             _ => {}
         }
         let dir = disk.need_dir(to)?;
+        for (dir, change) in disk.changes.iter_mut().filter(|(dir, _)| dir.starts_with(from)) {
+            *dir = names::moved(dir, from, to);
+            change.move_into(from, to);
+        }
         disk.change(&dir, NameChange::Rename(from.to_path_buf(), to.to_path_buf()))
     }
 

@@ -93,6 +93,30 @@ fn names_need_the_sync_of_their_directory() {
 }
 
 #[test]
+fn what_is_under_way_in_a_directory_never_appears_in_a_later_one_of_its_name() {
+    let mut kept = 0;
+    for seed in 0..64 {
+        let fs = FaultyFs::new(seed);
+        for dir in ["/old", "/new"] {
+            fs.create_dir_all(path(dir)).expect("a directory");
+            write_file_atomic(&fs, &path(dir).join("f"), dir.as_bytes()).expect("a healthy disk");
+        }
+        fs.sync_dir(path("/")).expect("a sync");
+        // Not synced: it may survive, where it was written.
+        fs.open(path("/old/late"), OpenMode::CreateNew).expect("created");
+        fs.rename(path("/old"), path("/gone")).expect("a rename");
+        fs.sync_dir(path("/")).expect("a sync");
+        fs.rename(path("/new"), path("/old")).expect("a rename");
+        fs.sync_dir(path("/")).expect("a sync");
+        let after = fs.crash(Loss::Subset);
+        assert_eq!(after.read_dir(path("/old")).expect("readable"), ["f"]);
+        assert_eq!(content(&after, "/old/f"), b"/new");
+        kept += after.read_dir(path("/gone")).expect("readable").len() - 1;
+    }
+    assert!(kept > 10, "{kept}");
+}
+
+#[test]
 fn a_crash_at_any_operation_leaves_an_atomic_write_old_or_new() {
     let mut seen = [0; 2];
     for seed in 0..100 {

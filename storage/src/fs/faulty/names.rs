@@ -27,6 +27,28 @@ pub(super) enum NameChange {
     Rename(PathBuf, PathBuf),
 }
 
+impl NameChange {
+    /// The same change, once the directory that it is in goes by another name: a change belongs to
+    /// its directory, and not to whatever takes the old name later.
+    pub(super) fn move_into(&mut self, from: &Path, to: &Path) {
+        match self {
+            NameChange::Put(path, _) | NameChange::Remove(path) => *path = moved(path, from, to),
+            NameChange::Rename(old, new) => {
+                (*old, *new) = (moved(old, from, to), moved(new, from, to));
+            }
+        }
+    }
+}
+
+/// Where `path`, at or below `from`, stands once that is called `to`.
+pub(super) fn moved(path: &Path, from: &Path, to: &Path) -> PathBuf {
+    match path.strip_prefix(from) {
+        Ok(rest) if rest.as_os_str().is_empty() => to.to_path_buf(),
+        Ok(rest) => to.join(rest),
+        Err(_) => path.to_path_buf(),
+    }
+}
+
 /// Makes second copies of files, so that two names of one file stay two names of one file.
 #[derive(Default)]
 pub(super) struct Copies(Vec<Copied>);
@@ -90,16 +112,14 @@ pub(super) fn apply_change(names: &mut Names, change: &NameChange) {
         }
         NameChange::Remove(path) => names.retain(|name, _| !name.starts_with(path)),
         NameChange::Rename(from, to) => {
-            let moved: Vec<PathBuf> =
+            let movers: Vec<PathBuf> =
                 names.keys().filter(|name| name.starts_with(from)).cloned().collect();
-            if !moved.is_empty() {
+            if !movers.is_empty() {
                 names.retain(|name, _| !name.starts_with(to));
             }
-            for name in moved {
+            for name in movers {
                 let node = names.remove(&name).expect("taken from the keys just now");
-                let rest = name.strip_prefix(from).expect("filtered by this prefix");
-                let new = if rest.as_os_str().is_empty() { to.clone() } else { to.join(rest) };
-                names.insert(new, node);
+                names.insert(moved(&name, from, to), node);
             }
         }
     }
