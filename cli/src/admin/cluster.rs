@@ -1,15 +1,21 @@
 //! `coracle init` and `coracle status`.
 
+use std::time::{Duration, Instant};
+
 use coracle_client::admin::Init;
+use coracle_client::{Error, Outcome};
 use serde::Serialize;
 
 use crate::args::{self, Global};
-use crate::context::{Environment, resolve};
+use crate::context::{Environment, TIMEOUT_DEFAULT, resolve};
 use crate::failure::{Exit, Failure};
 use crate::output::{Output, bytes};
 
 use super::Picture;
 use super::health::Health;
+
+/// Between two attempts to reach a server that is starting.
+const STARTING_PAUSE: Duration = Duration::from_millis(200);
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -25,7 +31,16 @@ pub async fn init(init: args::Init, global: &Global, output: &Output) -> Result<
     let target = resolve(global, &Environment::read())?;
     let client = target.client_lazy(global)?;
     let args::Init { nodes, shards, replicas } = init;
-    let made = client.admin().init(Init { shards, replicas, nodes }).await;
+    let until = Instant::now() + global.timeout.unwrap_or(TIMEOUT_DEFAULT);
+    let made = loop {
+        let made = client.admin().init(Init { shards, replicas, nodes }).await;
+        match &made {
+            Err(error) if is_starting(error) && Instant::now() < until => {
+                tokio::time::sleep(STARTING_PAUSE).await;
+            }
+            _ => break made,
+        }
+    };
     let made = made.map_err(|error| {
         let failure = Failure::call("make the cluster", &error);
         match error.reason() {
@@ -46,6 +61,11 @@ pub async fn init(init: args::Init, global: &Global, output: &Output) -> Result<
         let InitView { cluster_id, shards, replicas, .. } = &view;
         format!("cluster {cluster_id}: {shards} shards × {replicas} replicas. Next: coracle status")
     })
+}
+
+/// Nobody listens there yet: whoever starts servers runs `init` right behind.
+fn is_starting(error: &Error) -> bool {
+    error.reason() == Some("UNREACHABLE") && error.outcome() == Outcome::NotApplied
 }
 
 #[derive(Serialize)]
