@@ -327,13 +327,13 @@ impl Run<'_> {
 
     fn passed(&mut self, answered: Answered) -> Result<(), Failure> {
         self.flight.bytes -= answered.bytes;
-        match &answered.key {
-            Some(key) => drop(self.flight.keys.remove(key)),
-            None => self.done.skipped += 1,
+        if let Some(key) = &answered.key {
+            self.flight.keys.remove(key);
         }
         if self.failed {
             return Ok(());
         }
+        self.done.skipped += u64::from(answered.key.is_none());
         self.failed = answered.result.is_err();
         answered.result?;
         self.done.records += u64::from(answered.key.is_some());

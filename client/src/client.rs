@@ -23,7 +23,7 @@ use crate::net::{Net, RealNet};
 use crate::pipeline::{Pool, Tasks, WhenFull};
 use crate::request::{Batch, Delete, Get, Increment, MultiGet, Operation, Put, Target};
 use crate::scan::{KeyRange, Scan};
-use crate::session::Session;
+use crate::session::{Consistency, Session, SessionMark};
 
 /// How long a call may take, retries included: five failovers long.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -93,6 +93,23 @@ impl Client {
         Keyspace { target: Target { keyspace, ..self.default.target.clone() } }
     }
 
+    /// The same client, whose handles read like this where a call does not say otherwise.
+    pub fn with_consistency(&self, consistency: Consistency) -> Client {
+        Client { default: self.default.with_consistency(consistency) }
+    }
+
+    /// What this client has seen so far, over all its handles and keyspaces: another client that takes
+    /// it in reads, in its session, nothing older.
+    pub fn session_mark(&self) -> SessionMark {
+        self.default.target.driver.follower.session.mark()
+    }
+
+    /// Takes in what another client has seen. `InvalidArgument` when the mark is damaged.
+    pub fn take_in(&self, mark: &SessionMark) -> Result<(), Error> {
+        let taken = self.default.target.driver.follower.session.take_in(mark);
+        taken.map_err(|error| Error::invalid(error.to_string()))
+    }
+
     /// The operators' calls.
     pub fn admin(&self) -> Admin {
         Admin::new(self.default.target.driver.clone())
@@ -146,7 +163,13 @@ impl Keyspace {
         &self.target.keyspace
     }
 
-    /// Reads one key, linearizably. Gives `Option<Entry>`; [`Get::read`] says more.
+    /// The same keyspace, read like this where a call does not say otherwise.
+    pub fn with_consistency(&self, consistency: Consistency) -> Keyspace {
+        Keyspace { target: Target { consistency, ..self.target.clone() } }
+    }
+
+    /// Reads one key, linearizably unless said otherwise. Gives `Option<Entry>`; [`Get::read`] says
+    /// more.
     pub fn get(&self, key: impl Into<Bytes>) -> Get {
         Get::new(self.target.clone(), key.into())
     }
@@ -257,7 +280,9 @@ impl Builder {
         let follower = Follower::new(pool, session, self.seeds, attempt_timeout, random.next_u64());
         let driver = Arc::new(Driver::new(follower, self.settings, tasks));
         let keyspace = Arc::from(DEFAULT_KEYSPACE_NAME);
-        Ok(Client { default: Keyspace { target: Target { driver, keyspace, timeout: None } } })
+        let consistency = Consistency::default();
+        let target = Target { driver, keyspace, timeout: None, consistency };
+        Ok(Client { default: Keyspace { target } })
     }
 
     /// Makes the client and waits, as long as a call may take, until a node has given the map.

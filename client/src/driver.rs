@@ -22,7 +22,7 @@ use crate::follow::Follower;
 use crate::pipeline::{Pipeline, Reply, Tasks, WhenFull};
 use crate::retry::{AttemptInfo, Decision, Failure, Step, decide};
 use crate::route::{Leader, NoRoute, Route};
-use crate::session::OpenWrite;
+use crate::session::{Consistency, OpenWrite};
 use crate::topology::{NodeId, ShardId};
 
 /// A node that owes an answer and says nothing for this long, to anybody, counts as down: longer than
@@ -56,6 +56,8 @@ pub(crate) struct Call {
     pub(crate) operation: Operation,
     /// `None` for the client's own.
     pub(crate) timeout: Option<Duration>,
+    /// What a read asks for.
+    pub(crate) consistency: Consistency,
 }
 
 impl Driver {
@@ -140,6 +142,8 @@ struct Attempts<'a> {
     /// Whom the next attempt leaves out, as long as there is a choice and no other leader is known
     /// than then.
     avoid: Option<(NodeId, Leader)>,
+    /// Any replica may be asked: a first attempt at a read that is content with what one has seen.
+    anybody: bool,
     /// The map has been asked for again because it lacks the keyspace.
     looked_again: bool,
     /// The last attempt that had the time it needed: what it met says more than that a later one
@@ -164,6 +168,7 @@ impl<'a> Attempts<'a> {
             call.operation,
             Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)
         );
+        let call_is_local = call.consistency != Consistency::Linearizable;
         Attempts {
             deadline: now + call.timeout.unwrap_or(driver.settings.operation_timeout),
             driver,
@@ -177,6 +182,7 @@ impl<'a> Attempts<'a> {
             turn: (driver.follower.random() * f64::from(u16::MAX)) as usize,
             next: None,
             avoid: None,
+            anybody: !is_write && call_is_local,
             looked_again: false,
             telling: None,
         }
@@ -229,7 +235,11 @@ impl<'a> Attempts<'a> {
         let avoid = avoid.map(|(node, _)| node);
         let usable =
             |node| table.address(node).is_some_and(|address| follower.pool.is_usable(address));
-        let node = self.next.take().or_else(|| route.choose(self.turn, avoid, usable));
+        // One that is too far behind, or down, is not waited for a second time: the leader is asked.
+        let anybody = std::mem::take(&mut self.anybody);
+        let near = anybody.then(|| route.choose_any(self.turn, usable)).flatten();
+        let node =
+            near.or_else(|| self.next.take()).or_else(|| route.choose(self.turn, avoid, usable));
         let pipeline = node
             .and_then(|node| table.address(node))
             .and_then(|address| follower.pool.get(address));
@@ -341,12 +351,17 @@ impl<'a> Attempts<'a> {
                 lowest_unanswered: write.lowest_unanswered(),
             }
         });
+        let shard = route.shard;
         let route = Some(v1::Route { shard: route.shard.0, shard_epoch: route.epoch });
         let mut operation = self.call.operation.clone();
         match &mut operation {
-            Operation::Get(get) => get.route = route,
-            // Without a route of their own; the last two are between nodes.
-            Operation::BatchGet(_) | Operation::Scan(_) | Operation::FixVersion(_) => {}
+            Operation::Get(get) => {
+                get.route = route;
+                get.read = self.read_options(Some(shard));
+            }
+            // Without a route of its own; so are the next two, which are between nodes.
+            Operation::BatchGet(get) => get.read = self.read_options(None),
+            Operation::Scan(_) | Operation::FixVersion(_) => {}
             Operation::Put(put) => (put.route, put.request_id) = (route, id),
             Operation::Delete(delete) => (delete.route, delete.request_id) = (route, id),
             Operation::Write(write) => (write.route, write.request_id) = (route, id),
@@ -354,19 +369,43 @@ impl<'a> Attempts<'a> {
         operation
     }
 
-    /// Takes from an answer who leads and what time it is.
-    fn learn(&self, answer: &Answer) {
-        let served = match answer {
-            Answer::Get(response) => response.served.as_ref(),
-            Answer::Put(response) => response.served.as_ref(),
-            Answer::Delete(response) => response.served.as_ref(),
-            Answer::Write(response) => response.served.as_ref(),
-            Answer::BatchGet(response) => {
-                response.items.first().and_then(|item| item.served.as_ref())
+    /// `shard` is the only one that may answer; without it the node divides the keys by its own map.
+    fn read_options(&self, shard: Option<ShardId>) -> Option<v1::ReadOptions> {
+        let session = &self.driver.follower.session;
+        let (consistency, session) = match (self.call.consistency, shard) {
+            (Consistency::Linearizable, _) => return None,
+            (Consistency::Session, Some(shard)) => {
+                (v1::Consistency::Session, session.token_for(shard))
             }
-            Answer::Scan(_) | Answer::FixVersion(_) | Answer::Error(_) => None,
+            (Consistency::Session, None) => {
+                (v1::Consistency::Session, session.mark().as_bytes().clone())
+            }
+            (Consistency::Any, _) => (v1::Consistency::Any, bytes::Bytes::new()),
+        };
+        let consistency = consistency.into();
+        Some(v1::ReadOptions { consistency, session, ..Default::default() })
+    }
+
+    /// Takes from an answer who leads, what time it is, and what was seen.
+    fn learn(&self, answer: &Answer) {
+        let version = |entry: Option<&v1::Entry>| entry.map_or(0, |entry| entry.version);
+        let (served, version) = match answer {
+            Answer::Get(response) => (response.served.as_ref(), version(response.entry.as_ref())),
+            Answer::Put(response) => (response.served.as_ref(), response.version),
+            Answer::Delete(response) => (response.served.as_ref(), response.version),
+            Answer::Write(response) => (response.served.as_ref(), response.version),
+            Answer::BatchGet(response) => {
+                let session = &self.driver.follower.session;
+                for item in &response.items {
+                    let version = version(item.entry.as_ref());
+                    item.served.iter().for_each(|served| session.observe(served, version));
+                }
+                (response.items.first().and_then(|item| item.served.as_ref()), 0)
+            }
+            Answer::Scan(_) | Answer::FixVersion(_) | Answer::Error(_) => return,
         };
         let Some(served) = served else { return };
+        self.driver.follower.session.observe(served, version);
         self.driver.follower.session.saw_server_time(served.server_time_ms);
         if served.leader {
             let (shard, node) = (ShardId(served.shard), NodeId(served.node));

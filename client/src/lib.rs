@@ -27,5 +27,5 @@ pub use error::{Error, ErrorKind, Outcome};
 pub use pipeline::WhenFull;
 pub use request::Operation;
 pub use scan::{Page, Pages, ScanStream};
-pub use session::RequestId;
+pub use session::{Consistency, RequestId, SessionMark};
 pub use topology::{ClusterMap, EntityRule, NodeId, ShardId};

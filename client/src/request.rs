@@ -16,6 +16,7 @@ use futures_util::future::join_all;
 use crate::answer::{BatchOutcome, Cas, Counter, Entry, Read, Served, Version, Written};
 use crate::driver::{Call, Driver};
 use crate::error::{Error, ErrorKind};
+use crate::session::Consistency;
 
 /// What a builder becomes when it is awaited.
 pub type Pending<T> = Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>;
@@ -26,12 +27,13 @@ pub(crate) struct Target {
     pub(crate) driver: Arc<Driver>,
     pub(crate) keyspace: Arc<str>,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) consistency: Consistency,
 }
 
 impl Target {
     async fn call(self, key: Bytes, operation: Wire) -> Result<Answer, Error> {
-        let Target { driver, keyspace, timeout } = self;
-        driver.call(Call { keyspace, key, operation, timeout }).await
+        let Target { driver, keyspace, timeout, consistency } = self;
+        driver.call(Call { keyspace, key, operation, timeout, consistency }).await
     }
 
     fn name(&self) -> String {
@@ -54,6 +56,12 @@ impl Get {
     /// How long the call may take, retries included.
     pub fn timeout(mut self, timeout: Duration) -> Get {
         self.target.timeout = Some(timeout);
+        self
+    }
+
+    /// How fresh the answer must be, instead of what the handle says.
+    pub fn consistency(mut self, consistency: Consistency) -> Get {
+        self.target.consistency = consistency;
         self
     }
 
@@ -410,6 +418,12 @@ impl MultiGet {
     /// How long the call may take, retries included.
     pub fn timeout(mut self, timeout: Duration) -> MultiGet {
         self.target.timeout = Some(timeout);
+        self
+    }
+
+    /// How fresh the answers must be, instead of what the handle says.
+    pub fn consistency(mut self, consistency: Consistency) -> MultiGet {
+        self.target.consistency = consistency;
         self
     }
 

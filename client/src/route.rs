@@ -283,6 +283,17 @@ impl Leader {
 }
 
 impl Route {
+    /// Any replica that can be asked, each in its turn.
+    pub(crate) fn choose_any(
+        &self,
+        turn: usize,
+        usable: impl Fn(NodeId) -> bool,
+    ) -> Option<NodeId> {
+        let count = self.voters.len();
+        let in_turn = (0..count).map(|offset| self.voters[(turn % count + offset) % count]);
+        in_turn.into_iter().find(|node| usable(*node))
+    }
+
     /// The node to ask: the leader, else the voters in turn; not `avoid`, and only usable ones as
     /// long as there is a choice.
     pub(crate) fn choose(

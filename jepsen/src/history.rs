@@ -31,6 +31,8 @@ pub enum Kind {
 pub enum Action {
     /// Reads the key, linearizably.
     Get,
+    /// Reads the key, not behind what its client has seen.
+    SessionGet,
     /// Writes a value that no other operation writes.
     Put {
         /// The value.

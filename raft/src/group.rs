@@ -3,7 +3,7 @@
 //! Owns the replica's tasks and the answers to its peers' questions. Which groups there are is the
 //! host's business.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,15 +12,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_storage::log::Log;
 use coracle_storage::{Error, ReplicaId};
-use futures_util::StreamExt;
-use openraft::raft::{AppendEntriesRequest, StreamAppendResult};
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
+use crate::appends::Appends;
 use crate::clock::Circumstances;
 use crate::command::{Command, Request};
 use crate::descriptor::Descriptor;
@@ -38,10 +35,6 @@ use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState, StateMachine};
 use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
-
-/// Appends of one peer that may wait for this group: what its sender has in flight at most. A
-/// receiver never waits: beyond it the answer is "unreachable".
-const APPENDS_WAITING_MAX: usize = 64;
 
 /// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
 const FLUSH_MAX: Duration = Duration::from_secs(60);
@@ -63,20 +56,13 @@ pub struct Group {
     snapshots: Arc<Snapshots>,
     timing: Timing,
     embargo: Embargo,
-    sessions: Mutex<BTreeMap<NodeId, Session>>,
+    appends: Appends,
+    duties: Mutex<()>,
     environment: Arc<Environment>,
     live: PathBuf,
     initial: Descriptor,
     stop: CancellationToken,
 }
-
-/// One peer's stream of appends.
-struct Session {
-    id: u64,
-    appends: mpsc::Sender<(AppendEntriesRequest<TypeConfig>, AppendAnswer)>,
-}
-
-type AppendAnswer = oneshot::Sender<StreamAppendResult<TypeConfig>>;
 
 /// What a group is started with.
 pub(crate) struct Start {
@@ -124,6 +110,7 @@ impl Group {
         );
         let (reads, read) =
             Reads::new(raft.clone(), start.state.clone(), environment.clone(), stop.clone());
+        let appends = Appends::new(raft.clone(), environment.exec.clone(), stop.clone());
         let group = Arc::new(Self {
             shard: start.shard,
             replica: start.replica,
@@ -136,7 +123,8 @@ impl Group {
             snapshots,
             timing,
             embargo,
-            sessions: Mutex::default(),
+            appends,
+            duties: Mutex::default(),
             environment: environment.clone(),
             live: start.live,
             initial: start.initial,
@@ -316,7 +304,7 @@ impl Group {
         };
         match question {
             Question::Append { session, first, request } => {
-                self.append(from, session, first, request)
+                self.appends.take(from, session, first, request)
             }
             other => {
                 let group = self.clone();
@@ -376,35 +364,6 @@ impl Group {
             .map_err(|error| error.to_string())
     }
 
-    fn append(
-        self: &Arc<Self>,
-        from: NodeId,
-        id: u64,
-        first: bool,
-        request: AppendEntriesRequest<TypeConfig>,
-    ) -> Answering {
-        let mut sessions = self.sessions.lock();
-        if first {
-            let (appends, waiting) = mpsc::channel(APPENDS_WAITING_MAX);
-            let run = serve_session(self.raft.clone(), waiting, self.stop.clone());
-            self.environment.exec.spawn("appends", Box::pin(run));
-            sessions.insert(from, Session { id, appends });
-        }
-        let Some(session) = sessions.get(&from).filter(|session| session.id == id) else {
-            return failed("this stream of appends is over".to_owned());
-        };
-        let (answer, receiver) = oneshot::channel();
-        if session.appends.try_send((request, answer)).is_err() {
-            return failed("this replica takes no more appends at the moment".to_owned());
-        }
-        Box::pin(async move {
-            match receiver.await {
-                Ok(result) => Ok(Answer::Append(result).encode()),
-                Err(_) => Err(TransportError::Unreachable("the stream of appends ended".into())),
-            }
-        })
-    }
-
     /// A peer's connections broke. If it led this group, campaign as soon as the lease has passed,
     /// staggered by rank so that the first usually wins. Pre-vote stays on: with it, a cut between
     /// only two nodes deposes no healthy leader.
@@ -436,13 +395,20 @@ impl Group {
         );
     }
 
-    /// Called when the node's disk stalls, and when it is well again.
-    pub(crate) async fn follow_health(&self) {
-        // As it is now, not as it was when this was asked for: two of these may overtake each other.
+    /// What this replica may do at the moment: looked at and set in one step, because those who call
+    /// this may overtake each other. Returns whether the disk is well.
+    fn set_duties(&self) -> bool {
+        let _one = self.duties.lock();
         let healthy = self.environment.healthy();
         let config = self.raft.runtime_config();
         config.heartbeat(healthy);
         config.elect(healthy && !self.embargo.holds());
+        healthy
+    }
+
+    /// Called when the node's disk stalls, and when it is well again.
+    pub(crate) async fn follow_health(&self) {
+        let healthy = self.set_duties();
         if !healthy && self.status().state == Standing::Leader {
             let (status, fresh) = (self.status(), self.timing.heartbeat * 10);
             let target = crate::membership::transfer_target(&status, self.replica, None, fresh);
@@ -467,9 +433,9 @@ impl Group {
         use openraft::async_runtime::watch::WatchReceiver;
         let until = Instant::now() + FLUSH_MAX;
         loop {
-            // Again and again: openraft drops the wish while it still builds an earlier snapshot.
-            self.raft.trigger().snapshot().await.map_err(stopped)?;
             let built = async {
+                // Again and again: openraft drops the wish while it builds an earlier snapshot.
+                self.raft.trigger().snapshot().await.map_err(stopped)?;
                 while !reached(&progress.borrow_watched()) {
                     progress.changed().await.map_err(|_| GroupError::Stopped)?;
                 }
@@ -498,7 +464,7 @@ impl Group {
     /// Ends the replica's tasks and waits until its store is closed.
     pub(crate) async fn shutdown(&self) {
         self.stop.cancel();
-        self.sessions.lock().clear();
+        self.appends.clear();
         if let Err(error) = self.raft.shutdown().await {
             tracing::error!(shard = %self.shard, %error, "the group's core had failed");
         }
@@ -550,9 +516,7 @@ impl Group {
         let lift = async {
             if let Some(end) = embargo {
                 tokio::time::sleep_until(end).await;
-                if self.environment.healthy() {
-                    self.raft.runtime_config().elect(true);
-                }
+                self.set_duties();
             }
         };
         let describe = async {
@@ -598,32 +562,6 @@ async fn start_core(
     let raft = raft.map_err(|fatal| Error::invalid(format!("group {}: {fatal}", start.shard)))?;
     serving.store(true, Ordering::Release);
     Ok(raft)
-}
-
-/// Feeds one peer's appends to openraft in order, and hands the results to those who wait.
-async fn serve_session(
-    raft: Raft,
-    waiting: mpsc::Receiver<(AppendEntriesRequest<TypeConfig>, AppendAnswer)>,
-    stop: CancellationToken,
-) {
-    let answers: Arc<Mutex<VecDeque<AppendAnswer>>> = Arc::default();
-    let queue = answers.clone();
-    let requests = ReceiverStream::new(waiting).map(move |(request, answer)| {
-        queue.lock().push_back(answer);
-        request
-    });
-    let mut results = std::pin::pin!(raft.stream_append(requests));
-    loop {
-        let result = tokio::select! {
-            biased;
-            () = stop.cancelled() => return,
-            result = results.next() => result,
-        };
-        let Some(Ok(result)) = result else { return };
-        let answer = answers.lock().pop_front().expect("one answer waits for every request");
-        // The asking connection may have broken meanwhile.
-        let _ = answer.send(result);
-    }
 }
 
 fn config(timing: &Timing, may_elect: bool) -> Config {

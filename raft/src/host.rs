@@ -178,12 +178,7 @@ impl Host {
     async fn remove_unknown(&self, replica: ReplicaId, dir: PathBuf) -> Result<(), Error> {
         let engines = self.environment.engines.clone();
         let removed = blocking(&*self.environment.exec, move || {
-            let never_applied =
-                match ReplicaState::open(&*engines, &dir, OpenState { create: false }) {
-                    Ok(store) => store.applied_bytes().is_none(),
-                    Err(Error::Io { source, .. }) => source.kind() == ErrorKind::NotFound,
-                    Err(_) => false,
-                };
+            let never_applied = never_applied(&*engines, &dir);
             if never_applied {
                 tracing::info!(dir = %dir.display(), "removing a replica whose creation was cut short");
                 engines.destroy(&dir)?;
@@ -261,6 +256,10 @@ impl Host {
         let (engines, dir, home) =
             (self.environment.engines.clone(), live.clone(), initial.clone());
         let made = blocking(&*self.environment.exec, move || {
+            if !never_applied(&*engines, &dir) {
+                let why = format!("{}: the log has lost the replica of this state", dir.display());
+                return Err(Error::invalid(why));
+            }
             engines.destroy(&dir)?;
             let store = ReplicaState::open(&*engines, &dir, OpenState { create: true })?;
             write_home(&store, &home)?;
@@ -437,7 +436,8 @@ impl Host {
     /// entries, and lets the log free what is behind them. And flushes every replica now and then, so
     /// that compaction learns what has left the history.
     async fn bound_log(self: Arc<Self>) {
-        let mut flushed: BTreeMap<ReplicaId, Instant> = BTreeMap::new();
+        // When, and which segment was the oldest that it kept then.
+        let mut flushed: BTreeMap<ReplicaId, (Instant, u64)> = BTreeMap::new();
         loop {
             tokio::select! {
                 () = self.environment.stop.cancelled() => return,
@@ -448,18 +448,21 @@ impl Host {
                 group.check_store();
                 group.forget_idle_transfer();
             }
-            for oldest in self.environment.log.pinners() {
+            // One at a time: what its purge frees is seen at the next look.
+            for pin in self.environment.log.pinners() {
                 let bytes = self.environment.log.stats().bytes_on_disk;
                 if bytes <= self.log_bytes_target {
                     break;
                 }
-                // Flushed a moment ago: its purge is under way, or what it keeps is all there is. Then
-                // the next one may have something to give.
-                let lately = |at: &Instant| at.elapsed() < FLUSH_PAUSE;
-                if flushed.get(&oldest).is_some_and(lately) {
-                    continue;
+                let oldest = pin.replica;
+                let lately = flushed.get(&oldest).filter(|(at, _)| at.elapsed() < FLUSH_PAUSE);
+                match lately {
+                    // It had nothing to give: what it keeps is all there is. The next one may have.
+                    Some((_, segment)) if *segment == pin.oldest_segment => continue,
+                    Some(_) => break,
+                    None => {}
                 }
-                flushed.insert(oldest, Instant::now());
+                flushed.insert(oldest, (Instant::now(), pin.oldest_segment));
                 let Some(group) = groups.iter().find(|group| group.replica() == oldest) else {
                     tracing::error!(
                         replica = oldest.0,
@@ -470,19 +473,30 @@ impl Host {
                 // Far over the budget kept entries go too: who wants them takes a snapshot.
                 let keep = if bytes > 2 * self.log_bytes_target { 0 } else { KEPT_ENTRIES };
                 flush(group, keep).await;
+                break;
             }
             // One a second, so that they do not all write at once.
             let due = |group: &&Arc<Group>| {
                 let last = flushed.get(&group.replica());
                 group.unflushed_bytes() > 0
-                    && last.is_none_or(|last| last.elapsed() > FLUSH_INTERVAL)
+                    && last.is_none_or(|(last, _)| last.elapsed() > FLUSH_INTERVAL)
             };
             if let Some(group) = groups.iter().find(due) {
-                flushed.insert(group.replica(), Instant::now());
+                flushed.insert(group.replica(), (Instant::now(), 0));
                 flush(group, KEPT_ENTRIES).await;
             }
-            flushed.retain(|_, at| at.elapsed() <= FLUSH_INTERVAL);
+            flushed.retain(|_, (at, _)| at.elapsed() <= FLUSH_INTERVAL);
         }
+    }
+}
+
+/// Whether a directory is no store, or one to which nothing was ever applied. What cannot be seen may
+/// hold something.
+fn never_applied(engines: &dyn Engines, dir: &Path) -> bool {
+    match ReplicaState::open(engines, dir, OpenState { create: false }) {
+        Ok(store) => store.applied_bytes().is_none(),
+        Err(Error::Io { source, .. }) => source.kind() == ErrorKind::NotFound,
+        Err(_) => false,
     }
 }
 

@@ -12,8 +12,8 @@ pub mod observer;
 mod entry;
 mod message;
 pub mod transport;
-mod log_store;
 mod snapshot;
+mod log_store;
 pub mod state_machine;
 mod network;
 pub mod leadership;
@@ -23,6 +23,7 @@ pub mod health;
 mod environment;
 mod membership;
 mod proposer;
+mod appends;
 pub mod reader;
 pub mod group;
 pub mod host;
@@ -30,6 +31,7 @@ pub mod host;
 #[cfg(test)]
 mod conformance;
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "these run on a runtime and threads of their own")]
 mod safety;
 
 pub use wire::Malformed;

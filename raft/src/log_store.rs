@@ -163,10 +163,13 @@ impl RaftLogReader<TypeConfig> for LogStore {
         start: u64,
         end: u64,
     ) -> Result<Vec<Entry>, io::Error> {
-        if start >= end {
+        let range = self.bounds(&(start..end))?;
+        if range.start != start || range.is_empty() {
+            // Purged or cut off since it was asked for: this replica leads no more, and openraft is
+            // about to hear of it. Nothing is sent meanwhile.
             return Ok(Vec::new());
         }
-        self.read(start..end, READ_BYTES_MAX).await
+        self.read(range, READ_BYTES_MAX).await
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {

@@ -197,6 +197,7 @@ impl Task {
             while under_way.len() < ENTRIES_IN_FLIGHT_MAX {
                 log_has_room = self.environment.log_has_room();
                 if !log_has_room {
+                    self.refuse_unless_leading();
                     break;
                 }
                 match self.step().await {
@@ -281,6 +282,18 @@ impl Task {
         }))
     }
 
+    /// What waits for room waits in vain where another leads, and was certainly not proposed.
+    fn refuse_unless_leading(&self) {
+        let Err(error) = self.leads() else { return };
+        loop {
+            let items = self.take();
+            if items.is_empty() {
+                return;
+            }
+            items.into_iter().for_each(|item| refuse(item, &error));
+        }
+    }
+
     /// The next writes that fit one entry, or one item of another kind alone.
     fn take(&self) -> Vec<Item> {
         let mut queue = self.handle.queue.lock();
@@ -310,12 +323,7 @@ impl Task {
     /// The term in which this replica leads and may stamp: it has applied its term's first entry,
     /// so it knows every ceiling and version of the terms before.
     async fn ready(&mut self) -> Result<u64, GroupError> {
-        if !self.environment.healthy() {
-            // Entries would renew the followers' leases and pile up before the disk: leadership is
-            // to go where a disk works.
-            return Err(GroupError::NotLeader { leader: None });
-        }
-        let term = self.leadership.leads()?;
+        let term = self.leads()?;
         if self.state.applied().term < term {
             // Elected just now: the first entry is under way.
             self.state.wait_for_term(term, FIRST_ENTRY_WAIT).await;
@@ -333,6 +341,15 @@ impl Task {
         }
         self.clock.check()?;
         Ok(term)
+    }
+
+    fn leads(&self) -> Result<u64, GroupError> {
+        if !self.environment.healthy() {
+            // Entries would renew the followers' leases and pile up before the disk: leadership is
+            // to go where a disk works.
+            return Err(GroupError::NotLeader { leader: None });
+        }
+        self.leadership.leads()
     }
 
     fn now(&self) -> u64 {

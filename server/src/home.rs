@@ -2,7 +2,7 @@
 //!
 //! Owns the files `IDENTITY` (through `identity`), `PEERS`, `MAP` (the cached shard map, so that a
 //! cluster that starts anew routes before its meta group leads), `INIT` (the plan of an init that was
-//! begun here) and `SALT` (the number that keeps clients' bytes from passing for log records).
+//! begun here), `JOIN` (the number under which this node asks to be let in) and `SALT` (the number that keeps clients' bytes from passing for log records).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -148,6 +148,17 @@ impl Home {
         Ok(fresh)
     }
 
+    /// The number under which this node asks to be let in; `fresh` becomes it when it first asks. The
+    /// same after a restart, so that a cluster that has let it in already knows it again.
+    pub fn join_nonce(&self, fresh: u64) -> Result<u64, String> {
+        let kept = self.read("JOIN").and_then(|bytes| bytes.try_into().ok());
+        if let Some(kept) = kept {
+            return Ok(u64::from_be_bytes(kept));
+        }
+        self.write("JOIN", &fresh.to_be_bytes())?;
+        Ok(fresh)
+    }
+
     fn path(&self, name: &str) -> String {
         self.dir.join(name).display().to_string()
     }
@@ -210,6 +221,9 @@ impl Membership for Home {
     }
 
     fn drop_plan(&self) {
+        if !self.fs.exists(&self.dir.join("INIT")) {
+            return;
+        }
         if let Err(error) = self.fs.remove_file(&self.dir.join("INIT")) {
             tracing::warn!(%error, "the plan of a refused init was not removed");
         }

@@ -26,9 +26,20 @@ const LOCK: &str = "LOCK";
 pub const FORMAT: u32 = 1;
 
 /// What may lie in a directory that is not a node's yet: what an interrupted start leaves, the plan of
-/// an init that was begun here (it comes before the identity), and what `mkfs` puts into a mount point.
-const HARMLESS: [&str; 8] =
-    [LOCK, PROBE, "IDENTITY.new", "PEERS", "PEERS.new", "INIT", "INIT.new", "lost+found"];
+/// an init or the number of a join that were begun here (they come before the identity), and what
+/// `mkfs` puts into a mount point.
+const HARMLESS: [&str; 10] = [
+    LOCK,
+    PROBE,
+    "IDENTITY.new",
+    "PEERS",
+    "PEERS.new",
+    "INIT",
+    "INIT.new",
+    "JOIN",
+    "JOIN.new",
+    "lost+found",
+];
 
 /// Written and removed to see whether the directory takes files at all.
 const PROBE: &str = "PROBE";

@@ -185,7 +185,10 @@ impl Operator for Shared {
     ) -> Result<(v1::ShardMap, Vec<String>), InitError> {
         let _one = self.init.lock().await;
         // A map beyond its first epoch: the cluster stands, whatever plan is left.
-        if self.map.current().is_some_and(|map| map.epoch().0 > 1) {
+        if let Some(map) = self.map.current().filter(|map| map.epoch().0 > 1) {
+            if map.all_shards().all(|shard| !shard.forming) {
+                cluster::Membership::drop_plan(&*self.home);
+            }
             return Err(InitError::Already);
         }
         let random = {
@@ -473,9 +476,19 @@ impl Shared {
         self.parts.exec.spawn("alone", Box::pin(served));
         let (joining, stop) = (self.clone(), ended.clone());
         let join = async move {
-            let nonce = joining.draw("join nonce") | 1;
+            let fresh = joining.draw("join nonce") | 1;
+            let (home, (answer, kept)) = (joining.home.clone(), tokio::sync::oneshot::channel());
+            joining.parts.exec.blocking(Box::new(move || {
+                let _ = answer.send(home.join_nonce(fresh));
+            }));
             let commands = joining.commands();
-            cluster::join_when_alone(&*commands, &*joining.home, nonce, stop).await;
+            match kept.await {
+                Ok(Ok(nonce)) => {
+                    cluster::join_when_alone(&*commands, &*joining.home, nonce, stop).await;
+                }
+                Ok(Err(error)) => tracing::error!(error, "this node joins no cluster by itself"),
+                Err(_) => {}
+            }
         };
         self.parts.exec.spawn("join", Box::pin(join));
         let own = tokio::select! {

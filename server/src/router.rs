@@ -12,13 +12,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
-use coracle_proto::shard_map::{NodeId, ShardId, ShardMap};
+use coracle_proto::shard_map::{META_SHARD, NodeId, ShardId, ShardMap};
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_raft::clock::Clock;
 use coracle_raft::group::Group;
 use coracle_raft::host::Host;
+use coracle_raft::leadership::Standing;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, StreamExt};
 use prost::Message;
@@ -252,7 +253,8 @@ impl Router {
         steps: &mut Steps,
     ) -> Result<Answer, Fault> {
         limits::check_batch_get(&request.keys)?;
-        plan::freshness(request.read.as_ref())?;
+        // What is wrong with it is wrong for every shard.
+        plan::freshness(request.read.as_ref(), META_SHARD)?;
         for _ in 1..DIVISIONS_MAX {
             match self.batch_get_once(request, call, steps).await {
                 Err(fault) if fault.reason == Reason::StaleRoute && call.origin != Origin::Peer => {
@@ -349,6 +351,8 @@ impl Router {
         let silent = fault.reason == Reason::Unreachable || fault.reason == Reason::Draining;
         trail.avoid = fault.number(metadata::NODE).map(NodeId).filter(|_| silent);
         trail.follow = None;
+        // The replica here has not seen what the session has: the leader has.
+        trail.behind |= fault.reason == Reason::TooStale;
         let Some(leader) = fault::leader_of(fault) else {
             return false;
         };
@@ -405,8 +409,9 @@ impl Router {
         let (map, plan) = self.plan(operation, call).await?;
         let group = self.parts.host.group(plan.shard);
         let status = group.as_deref().map(Group::status);
+        let runs = status.as_ref().is_some_and(|status| status.state != Standing::Stopped);
         let whom = match map.shard(plan.shard) {
-            _ if plan.any_replica() && group.is_some() => Whom::Here,
+            _ if plan.any_replica() && runs && !trail.behind => Whom::Here,
             Some(shard) => whom(shard, self.parts.node, status.as_ref(), trail, number),
             None if status.as_ref().is_some_and(leads) => Whom::Here,
             None => Whom::Nobody,

@@ -383,6 +383,7 @@ impl State {
             leader: true,
             staleness_ms: 0,
             server_time_ms: 1_000_000 + self.counter,
+            judged_at: 0,
         })
     }
 

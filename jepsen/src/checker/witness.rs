@@ -23,6 +23,7 @@ const REAL_TIME: &str = "no operation stands before one that had completed when 
 const NEWEST: &str = "a read returns the newest write up to its place in the log";
 const FUTURE: &str = "no read returns what was not yet written";
 const CONDITION: &str = "a condition is judged against the version right before";
+const SESSION: &str = "a session read is not behind what its client has seen";
 const ABSENT: &str = "an absent key was deleted, or never written";
 
 /// What a history of registers breaks; nothing, if all is well. Violations come by key.
@@ -34,6 +35,34 @@ pub fn check(history: &History) -> Vec<Violation> {
     let mut found = Vec::new();
     for (key, operations) in keys {
         found.extend(Register::of(&key, &operations).check());
+    }
+    found.extend(check_sessions(&history.operations()));
+    found
+}
+
+/// A client does one thing after the other: what it was told of a shard's log before a session read
+/// must have been there.
+fn check_sessions(operations: &[Operation]) -> Vec<Violation> {
+    let mut found = Vec::new();
+    let mut seen: BTreeMap<(u32, u64), (u64, u64)> = BTreeMap::new();
+    for operation in operations {
+        let Outcome::Ok(
+            Answer::Read { at, .. } | Answer::Written { at, .. } | Answer::Mismatch { at, .. },
+        ) = &operation.outcome
+        else {
+            continue;
+        };
+        let newest = seen.entry((operation.client, at.shard)).or_insert((0, operation.call));
+        let (index, by) = *newest;
+        if operation.action == Action::SessionGet && at.index < index {
+            let why = format!(
+                "it was read up to entry {} of shard {}, entry {index} had been seen",
+                at.index, at.shard
+            );
+            let key = operation.key.clone();
+            found.push(Violation { rule: SESSION, key, why, calls: vec![by, operation.call] });
+        }
+        *newest = (*newest).max((at.index, operation.call));
     }
     found
 }
@@ -354,6 +383,10 @@ impl<'a> Register<'a> {
                 continue;
             }
             let (newest, by) = completed;
+            // A session read may be behind others; not behind its own client (see above).
+            if operation.action == Action::SessionGet {
+                continue;
+            }
             if version < newest || (is_write && version == newest) {
                 let verb = if is_write { "wrote" } else { "saw" };
                 let why = format!("it {verb} version {version}, {newest} had been answered before");
@@ -372,6 +405,6 @@ fn value(action: &Action) -> Option<&str> {
         Action::Put { value }
         | Action::PutIfAbsent { value }
         | Action::PutIfVersion { value, .. } => Some(value),
-        Action::Get | Action::Delete => None,
+        Action::Get | Action::SessionGet | Action::Delete => None,
     }
 }

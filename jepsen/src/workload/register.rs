@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use coracle_client::{Cas, Client, Entry, Error, Outcome, Served, Version};
+use coracle_client::{Cas, Client, Consistency, Entry, Error, Outcome, Served, Version};
 use coracle_storage::fs::faulty::Dice;
 use tokio::sync::watch;
 
@@ -82,7 +82,8 @@ impl Worker {
 
     fn draw_action(&mut self, key: &str) -> Action {
         match self.dice.below(20) {
-            0..=6 => Action::Get,
+            0..=4 => Action::Get,
+            5..=6 => Action::SessionGet,
             7..=12 => Action::Put { value: self.fresh_value() },
             13..=14 => Action::PutIfAbsent { value: self.fresh_value() },
             15..=17 => match self.versions.get(key).copied() {
@@ -139,8 +140,12 @@ impl Worker {
             }
         };
         Ok(match action {
-            Action::Get => {
-                let read = self.client.get(key).read().await?;
+            Action::Get | Action::SessionGet => {
+                let consistency = match action {
+                    Action::SessionGet => Consistency::Session,
+                    _ => Consistency::Linearizable,
+                };
+                let read = self.client.get(key).consistency(consistency).read().await?;
                 Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
             }
             Action::Put { value } => {
@@ -183,6 +188,7 @@ pub fn key_name(number: u64) -> String {
 fn verb(action: &Action) -> &'static str {
     match action {
         Action::Get => "get",
+        Action::SessionGet => "session-get",
         Action::Put { .. } => "put",
         Action::PutIfAbsent { .. } => "put-if-absent",
         Action::PutIfVersion { .. } => "put-if-version",

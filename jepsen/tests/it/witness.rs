@@ -374,3 +374,29 @@ fn a_history_is_read_back_as_it_was_written() {
     assert!(text.contains(r#""kind":"invoke""#) && text.contains(r#""do":"put""#), "{text}");
     assert_eq!(History::read(&mut &lines[..]).expect("it was just written"), script.history());
 }
+
+#[test]
+fn a_session_read_may_be_behind_others_but_not_behind_its_own_client() {
+    let script = Script::default();
+    script.put("a", 10, 1);
+    let other = |seen, index| {
+        let call = script.recorder.invoke(0, 2, "k", &Action::SessionGet);
+        script.end(call, read(seen, index));
+    };
+    script.put("b", 20, 2);
+    other(Some(("a", 10)), 1);
+    assert_eq!(script.rules(), Vec::<&str>::new(), "client 2 has not heard of b");
+    other(Some(("b", 20)), 2);
+    other(Some(("a", 10)), 1);
+    script.expect("not behind what its client has seen");
+}
+
+#[test]
+fn a_session_read_shows_the_newest_write_up_to_its_place() {
+    let script = Script::default();
+    script.put("a", 10, 1);
+    script.put("b", 20, 2);
+    let call = script.begin(Action::SessionGet);
+    script.end(call, read(Some(("a", 10)), 2));
+    script.expect("newest write up to its place");
+}

@@ -87,6 +87,10 @@ pub struct Served {
     /// The server's wall clock in milliseconds: the birth of the client's next writes.
     #[prost(uint64, tag = "7")]
     pub server_time_ms: u64,
+    /// Of a read: the version at which expiry was judged, 0 where nothing that was found can expire. A
+    /// later read of the session judges no earlier, so that what was gone stays gone.
+    #[prost(uint64, tag = "8")]
+    pub judged_at: u64,
 }
 /// A value with its version.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

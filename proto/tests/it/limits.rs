@@ -166,6 +166,7 @@ fn served() -> Option<v1::Served> {
         leader: true,
         staleness_ms: MOST,
         server_time_ms: MOST,
+        judged_at: MOST,
     })
 }
 

@@ -51,8 +51,17 @@ pub async fn gather(
     deadline: Instant,
 ) -> Result<v1::ShardMap, InitError> {
     let plan = match membership.plan() {
-        Some(plan) => v1::ShardMap::decode(plan)
-            .map_err(|error| InitError::Failed(format!("the plan of an earlier init: {error}")))?,
+        Some(plan) => {
+            let plan = v1::ShardMap::decode(plan).map_err(|error| {
+                InitError::Failed(format!("the plan of an earlier init: {error}"))
+            })?;
+            if membership.identity().is_some_and(|(cluster, _)| cluster != plan.cluster_id) {
+                // It has joined another cluster since.
+                membership.drop_plan();
+                return Err(InitError::Already);
+            }
+            plan
+        }
         None if membership.identity().is_some() => return Err(InitError::Already),
         None => {
             if let Some(host) = commands.hosts().first() {

@@ -5,7 +5,7 @@ use bytes::Bytes;
 use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
 use coracle_proto::shard_map::{Keyspace, KeyspaceId, SYSTEM_KEYSPACE, ShardId, ShardMap};
-use coracle_proto::token::SessionToken;
+use coracle_proto::token::{Need, SessionToken};
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_raft::command::{self, Change, Condition};
@@ -60,8 +60,11 @@ pub(crate) struct Lookup {
 pub(crate) enum Freshness {
     /// Whatever the replica at hand has.
     Any,
-    /// The newest state. Session and bounded reads get it too: stronger than asked for is allowed.
-    /// Expiry is judged no earlier than at this version, which the session has seen.
+    /// Whatever the replica at hand has once it has applied up to an index, which the session has
+    /// seen. Expiry is judged no earlier than at a version that it has seen.
+    Session { index: u64, judged_from: u64 },
+    /// The newest state. Bounded reads get it too: stronger than asked for is allowed. Expiry is
+    /// judged no earlier than at this version.
     Newest { judged_from: u64 },
     /// The state at a version.
     At(u64),
@@ -70,10 +73,8 @@ pub(crate) enum Freshness {
 impl Plan {
     /// True when any replica may answer.
     pub(crate) fn any_replica(&self) -> bool {
-        matches!(
-            &self.task,
-            Task::Get(lookup) | Task::BatchGet(lookup) if lookup.freshness == Freshness::Any
-        )
+        let (Task::Get(lookup) | Task::BatchGet(lookup)) = &self.task else { return false };
+        matches!(lookup.freshness, Freshness::Any | Freshness::Session { .. })
     }
 
     /// True when the caller named a shard whose map entry here does not hold the key: only the
@@ -112,8 +113,8 @@ pub(crate) fn plan(map: &ShardMap, operation: &Operation, origin: Origin) -> Res
         Operation::Get(request) => {
             limits::check_key(&request.key)?;
             let keyspace = keyspace(map, &request.keyspace, origin)?;
-            let freshness = freshness(request.read.as_ref())?;
             let at = locate(map, keyspace, &request.key, request.route.as_ref());
+            let freshness = freshness(request.read.as_ref(), at.shard)?;
             let keys = vec![(at.position.unwrap_or(0), request.key.clone())];
             Ok(at.plan(Task::Get(Lookup { keys, freshness })))
         }
@@ -173,8 +174,11 @@ fn fix_version(request: &v1::FixVersionRequest) -> Result<Plan, Fault> {
     Ok(Plan { shard, epoch, position: None, keyspace, task })
 }
 
-/// How fresh a read must be.
-pub(crate) fn freshness(read: Option<&v1::ReadOptions>) -> Result<Freshness, Fault> {
+/// How fresh a read of a shard must be.
+pub(crate) fn freshness(
+    read: Option<&v1::ReadOptions>,
+    shard: ShardId,
+) -> Result<Freshness, Fault> {
     limits::check_read(read)?;
     let Some(read) = read else {
         return Ok(Freshness::Newest { judged_from: 0 });
@@ -193,7 +197,13 @@ pub(crate) fn freshness(read: Option<&v1::ReadOptions>) -> Result<Freshness, Fau
         v1::Consistency::Session => {
             let token = SessionToken::decode(&read.session)
                 .map_err(|error| Fault::invalid("read.session", error.to_string()))?;
-            Freshness::Newest { judged_from: token.version() }
+            let judged_from = token.version();
+            match token.need(shard) {
+                Need::Nothing => Freshness::Session { index: 0, judged_from },
+                // What was committed at an index is final, so the index says it all.
+                Need::Applied(seen) => Freshness::Session { index: seen.index, judged_from },
+                Need::Linearizable => Freshness::Newest { judged_from },
+            }
         }
         v1::Consistency::Unspecified | v1::Consistency::Linearizable | v1::Consistency::Bounded => {
             Freshness::Newest { judged_from: 0 }
@@ -272,10 +282,10 @@ fn locate(map: &ShardMap, keyspace: &Keyspace, key: &[u8], route: Option<&v1::Ro
 fn batch_get(map: &ShardMap, request: &v1::BatchGetRequest, origin: Origin) -> Result<Plan, Fault> {
     limits::check_batch_get(&request.keys)?;
     let keyspace = keyspace(map, &request.keyspace, origin)?;
-    let freshness = freshness(request.read.as_ref())?;
     let first = request.keys.first();
     let first = first.ok_or_else(|| Fault::invalid("keys", "a batch of no keys has no shard"))?;
     let at = locate(map, keyspace, first, None);
+    let freshness = freshness(request.read.as_ref(), at.shard)?;
     let keys = request.keys.iter().map(|key| (map.position_of(keyspace, key).0, key.clone()));
     Ok(at.plan(Task::BatchGet(Lookup { keys: keys.collect(), freshness })))
 }

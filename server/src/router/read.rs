@@ -7,6 +7,7 @@
 //! V reaches may have been overwritten between the read and V; the read is made again, at V.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::limits;
@@ -14,6 +15,7 @@ use coracle_proto::reason::Fault;
 use coracle_raft::clock::HybridTime;
 use coracle_raft::error::GroupError;
 use coracle_raft::group::Group;
+use coracle_raft::leadership::Standing;
 use coracle_raft::state_machine::ReadState;
 use coracle_raft::types::Position;
 use coracle_storage::state::Versioned;
@@ -22,6 +24,10 @@ use tokio::time::Instant;
 use crate::fault::Refusal;
 use crate::router::plan::{Freshness, Lookup};
 
+/// How long a replica that does not lead may take to reach what a session has seen, before the leader
+/// is asked: a few heartbeats, by which it hears what is committed.
+const CATCH_UP_MAX: Duration = Duration::from_millis(250);
+
 /// What was found, and where in the group's order.
 pub(crate) struct Found {
     /// In the order of the keys; `None` where the key is absent.
@@ -29,6 +35,8 @@ pub(crate) struct Found {
     pub(crate) at: Position,
     /// The group clock in the view.
     pub(crate) clock: u64,
+    /// Of a read in a session: the version at which expiry was judged.
+    pub(crate) judged_at: u64,
 }
 
 /// What is asked of a view.
@@ -57,32 +65,66 @@ pub(crate) async fn look_up(
             found.judge(judged_at);
             Ok(found)
         }
+        Freshness::Session { index, judged_from } => {
+            let leads = group.status().state == Standing::Leader;
+            let until = if leads { deadline } else { deadline.min(Instant::now() + CATCH_UP_MAX) };
+            let local = question.clone();
+            let look = move |state: &ReadState| local.look(state, u64::MAX);
+            let mut found = group.read_local(index, until, look).await??;
+            // What the group's clock or the session has reached is past for everybody.
+            let past = found.clock.max(judged_from);
+            let surely_past = HybridTime::at_ms(now_ms).0.saturating_add(HybridTime::BOUND);
+            match found.first_expiry_after(past) {
+                // Only the leader can say whether it is gone, and make that hold for everybody.
+                Some(expiry) if expiry <= surely_past || now_ms == 0 => {
+                    if !leads {
+                        return Err(GroupError::TooStale.into());
+                    }
+                    newest(group, question, judged_from, deadline).await
+                }
+                _ => {
+                    found.judge(past);
+                    found.judged_at = past;
+                    Ok(found)
+                }
+            }
+        }
         Freshness::At(version) => {
             fix(group, Some(version), deadline).await?;
             let mut found = question.read_at(group, version, deadline).await?;
             found.judge(version);
+            found.judged_at = version;
             still_there(group, version, deadline).await?;
             Ok(found)
         }
-        Freshness::Newest { judged_from } => {
-            let newest = question.clone();
-            let look = move |state: &ReadState| newest.look(state, u64::MAX);
-            let mut found = group.read(deadline, look).await??;
-            let Some(expiry) = found.first_expiry() else {
-                found.judge(0);
-                return Ok(found);
-            };
-            let mut version = fix(group, None, deadline).await?;
-            if version < judged_from {
-                version = fix(group, Some(judged_from), deadline).await?;
-            }
-            if version >= expiry {
-                found = question.read_at(group, version, deadline).await?;
-            }
-            found.judge(version);
-            Ok(found)
-        }
+        Freshness::Newest { judged_from } => newest(group, question, judged_from, deadline).await,
     }
+}
+
+/// The newest state, by the leader. See the module.
+async fn newest(
+    group: &Group,
+    question: Question,
+    judged_from: u64,
+    deadline: Instant,
+) -> Result<Found, Refusal> {
+    let newest = question.clone();
+    let look = move |state: &ReadState| newest.look(state, u64::MAX);
+    let mut found = group.read(deadline, look).await??;
+    let Some(expiry) = found.first_expiry_after(0) else {
+        found.judge(0);
+        return Ok(found);
+    };
+    let mut version = fix(group, None, deadline).await?;
+    if version < judged_from {
+        version = fix(group, Some(judged_from), deadline).await?;
+    }
+    if version >= expiry {
+        found = question.read_at(group, version, deadline).await?;
+    }
+    found.judge(version);
+    found.judged_at = version;
+    Ok(found)
 }
 
 /// Fixes a version, within the deadline.
@@ -136,15 +178,15 @@ impl Question {
             limits::check_batch_get_answer(bytes).map_err(Fault::from)?;
             entries.push(found);
         }
-        Ok(Found { entries, at: state.position, clock: state.clock })
+        Ok(Found { entries, at: state.position, clock: state.clock, judged_at: 0 })
     }
 }
 
 impl Found {
-    /// The first version at which something that was found expires.
-    fn first_expiry(&self) -> Option<u64> {
+    /// The first version after `past` at which something that was found expires.
+    fn first_expiry_after(&self, past: u64) -> Option<u64> {
         let expiries = self.entries.iter().flatten().filter(|found| !found.tombstone);
-        expiries.map(|found| found.expires_at_version).filter(|expiry| *expiry != 0).min()
+        expiries.map(|found| found.expires_at_version).filter(|expiry| *expiry > past).min()
     }
 
     /// Drops what is deleted, or expired at the version.
@@ -164,13 +206,15 @@ mod tests {
     }
 
     fn found(entries: Vec<Option<Versioned>>) -> Found {
-        Found { entries, at: Position::default(), clock: 0 }
+        Found { entries, at: Position::default(), clock: 0, judged_at: 0 }
     }
 
     #[test]
     fn only_what_can_expire_asks_for_a_version() {
-        assert_eq!(found(vec![None, entry(0, false), entry(9, true)]).first_expiry(), None);
-        assert_eq!(found(vec![entry(9, false), entry(7, false)]).first_expiry(), Some(7));
+        let first = |entries, past| found(entries).first_expiry_after(past);
+        assert_eq!(first(vec![None, entry(0, false), entry(9, true)], 0), None);
+        assert_eq!(first(vec![entry(9, false), entry(7, false)], 0), Some(7));
+        assert_eq!(first(vec![entry(9, false), entry(7, false)], 7), Some(9));
     }
 
     #[test]

@@ -86,10 +86,13 @@ impl Router {
         deadline: Instant,
     ) -> Result<(Vec<Option<v1::Entry>>, v1::Served), Refusal> {
         let (began, now_ms) = (Instant::now(), self.now_ms());
-        let found = read::look_up(group, keyspace.0, epoch, lookup, now_ms, deadline).await?;
+        // A clock that strays judges no expiry: the group's own is behind at worst.
+        let judged_ms = self.parts.clock.check().map_or(0, |()| now_ms);
+        let found = read::look_up(group, keyspace.0, epoch, lookup, judged_ms, deadline).await?;
         self.stages.observe(Stage::Read, began.elapsed());
         let mut served = self.served(shard, found.at);
-        if lookup.freshness == Freshness::Any {
+        served.judged_at = found.judged_at;
+        if matches!(lookup.freshness, Freshness::Any | Freshness::Session { .. }) {
             served.leader = leads(&group.status());
             // Of what was acknowledged after the group clock, this replica may know nothing.
             let age_ms = now_ms.saturating_sub(HybridTime(found.clock).ms());
@@ -114,6 +117,7 @@ impl Router {
             leader: true,
             staleness_ms: 0,
             server_time_ms: self.now_ms(),
+            judged_at: 0,
         }
     }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Trail {
     pub(crate) avoid: Option<NodeId>,
     /// The highest term that a named leader had.
     pub(crate) term: u64,
+    /// The replica here is behind what the read asks for.
+    pub(crate) behind: bool,
 }
 
 /// Who serves a shard. Its replica here knows best; the map's hint stands where it is of a higher
@@ -141,11 +143,11 @@ mod tests {
 
     #[test]
     fn named_leader_is_followed_and_a_silent_one_avoided() {
-        let named = Trail { follow: Some(NodeId(3)), avoid: None, term: 7 };
+        let named = Trail { follow: Some(NodeId(3)), term: 7, ..Trail::default() };
         assert_eq!(asked(&shard(2, 4), None, &named), Whom::Node(NodeId(3)));
         let deposed = replica(Standing::Leader, 5, Some(1));
         assert_eq!(asked(&shard(1, 5), Some(deposed), &named), Whom::Node(NodeId(3)));
-        let silent = Trail { follow: None, avoid: Some(NodeId(2)), term: 0 };
+        let silent = Trail { avoid: Some(NodeId(2)), ..Trail::default() };
         assert_eq!(asked(&shard(2, 4), None, &silent), Whom::Node(NodeId(3)));
         let follows = replica(Standing::Follower, 4, Some(2));
         assert_eq!(asked(&shard(2, 4), Some(follows), &silent), Whom::Node(NodeId(3)));

@@ -107,7 +107,8 @@ impl Forwarder for Wire {
             wires.forwards.fetch_add(1, Ordering::SeqCst);
             let router = wires.routers.lock().get(&to).cloned();
             let cut = wires.cut.load(Ordering::SeqCst);
-            let router = router.filter(|_| !cut).ok_or(ForwardError::Lost("no such wire".to_owned()))?;
+            let router =
+                router.filter(|_| !cut).ok_or(ForwardError::Lost("no such wire".to_owned()))?;
             let served = tokio::time::timeout(timeout, router.serve_forwarded(from, body));
             let answer = served.await.map_err(|_| lost("too late".to_owned()))?.map_err(lost)?;
             let lose = |left: usize| left.checked_sub(1);

@@ -4,6 +4,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use coracle_proto::reason::{Outcome, Reason, metadata};
+use coracle_proto::shard_map::ShardId;
+use coracle_proto::token::{Seen, SessionToken};
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
@@ -323,6 +325,36 @@ async fn any_consistency_is_served_here_and_says_how_stale_it_may_be() {
     let served = found.served.unwrap();
     assert!(found.entry.is_some() && served.leader);
     assert!((500..10_000).contains(&served.staleness_ms), "{served:?}");
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn session_reads_wait_for_what_the_session_has_seen() {
+    let nodes = Nodes::start().await;
+    let key = key_on(1);
+    let put = nodes.one.put(put(&key, "v")).await.unwrap().served.unwrap();
+    let in_session = |index, version| {
+        let mut token = SessionToken::default();
+        token.observe(ShardId(put.shard), Seen { term: put.term, index }, version);
+        let (consistency, session) = (v1::Consistency::Session.into(), token.encode());
+        let read = v1::ReadOptions { consistency, session, ..Default::default() };
+        v1::GetRequest { read: Some(read), ..get(&key) }
+    };
+    let found = nodes.one.get(in_session(put.index, 7 << 60)).await.unwrap();
+    let served = found.served.unwrap();
+    assert!(found.entry.is_some() && served.index >= put.index);
+    assert_eq!(served.judged_at, 7 << 60, "no earlier than the session has seen");
+    let short = Call::client(Some(Duration::from_millis(300)));
+    let ahead = Operation::Get(in_session(put.index + 1_000, 0));
+    let fault = nodes.one.router.execute(ahead, &short).await.unwrap_err();
+    assert_eq!(fault.reason, Reason::TooStale, "{fault}");
+    let damaged = v1::ReadOptions {
+        consistency: v1::Consistency::Session.into(),
+        session: "not a token".into(),
+        ..Default::default()
+    };
+    let damaged = v1::GetRequest { read: Some(damaged), ..get(&key) };
+    assert_eq!(nodes.one.get(damaged).await.unwrap_err().reason, Reason::InvalidArgument);
     nodes.stop().await;
 }
 

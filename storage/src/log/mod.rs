@@ -7,8 +7,8 @@
 //!
 //! Bounds: whoever appends waits until [`Log::has_room`], that is until no more than
 //! `LogOptions::queue_bytes` wait. Raft takes a refused append for a broken log, so refusing
-//! (`Overloaded`, or `Full` when the disk is) is the last resort: at twice that for `append`, at
-//! three times for everything else, which is small and needed to get out of trouble. A refusal
+//! (`Overloaded`, or `Full` when the disk is) is the last resort: at sixteen times that for `append`,
+//! because many may find the same room at once, at twenty-four times for everything else, which is small and needed to get out of trouble. A refusal
 //! changes nothing.
 //!
 //! There is no idle timer: the mark that proves the last batch durable is written by the next
@@ -408,12 +408,12 @@ impl Log {
 
     /// The replicas whose entries keep segments, in the order in which to flush and purge them: who
     /// keeps the oldest first; of several, the one with most to give.
-    pub fn pinners(&self) -> Vec<ReplicaId> {
+    pub fn pinners(&self) -> Vec<Pin> {
         let mut pins: Vec<Pin> = self.shared.state.lock().pins().collect();
         pins.sort_by_key(|pin| {
             (pin.oldest_segment, std::cmp::Reverse(pin.live_bytes), pin.replica)
         });
-        pins.into_iter().map(|pin| pin.replica).collect()
+        pins
     }
 
     /// A write and a sync that carry nothing: shows that the disk is well, and marks the last batch
@@ -445,8 +445,8 @@ impl Log {
     ) {
         let queue_bytes = self.shared.options.queue_bytes;
         let bytes_max = match urgency {
-            Urgency::Append => (2 * queue_bytes).saturating_sub(bytes),
-            Urgency::Control => 3 * queue_bytes,
+            Urgency::Append => (16 * queue_bytes).saturating_sub(bytes),
+            Urgency::Control => 24 * queue_bytes,
         };
         let refused = {
             let mut state = self.shared.state.lock();

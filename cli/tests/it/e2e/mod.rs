@@ -8,6 +8,7 @@ mod faults;
 mod join;
 mod kill_all;
 mod python;
+mod session;
 mod stop;
 
 use std::future::Future;

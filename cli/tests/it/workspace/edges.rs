@@ -43,6 +43,10 @@ fn openraft_and_rocksdb_stay_in_one_crate() {
     );
 }
 
+/// Its script generates nothing: it asks whether `./x setup` has compiled RocksDB's fault-injecting
+/// environment, without which the tests that cut its power cannot be built.
+const ASKS_THE_SETUP: &str = "storage";
+
 #[test]
 fn our_crates_have_no_build_scripts() {
     expect_none(
@@ -128,6 +132,7 @@ fn build_scripts(packages: &[Package]) -> Vec<String> {
     packages
         .iter()
         .filter(|package| package.folder().is_some() && package.build_script)
+        .filter(|package| package.folder().is_some_and(|folder| folder != ASKS_THE_SETUP))
         .map(|package| format!("{} has a build script", package.name))
         .collect()
 }
