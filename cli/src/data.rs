@@ -2,17 +2,21 @@
 //! `export`).
 
 use std::io::Read;
+use std::path::Path;
 
 use bytes::Bytes;
-use coracle_client::{Cas, Entry, KeyValue, Keyspace, Version, Written};
+use coracle_client::{
+    Cas, Client, Consistency, Entry, KeyValue, Keyspace, SessionMark, Version, Written,
+};
 use futures_util::TryStreamExt;
 use serde::Serialize;
 
-use crate::args::{Addressing, Delete, Encoding, Format, Get, Global, Put, Scan};
+use crate::args::{Addressing, Delete, Encoding, Format, Freshness, Get, Global, Put, Scan};
 use crate::context::{Environment, Target, resolve};
 use crate::encoding::{self, Text};
 use crate::failure::{Exit, Failure};
 use crate::output::{Output, bytes};
+use crate::state;
 
 /// The longest value that is read from a file or a pipe: far beyond what a server takes, so that the
 /// server's limit is what people hear of, and not the whole of an endless pipe.
@@ -41,18 +45,40 @@ struct WrittenView {
     index: u64,
 }
 
-/// Where a command's keys live.
+/// Where a command's keys live, and the session that it goes on with.
 struct Place<'a> {
+    client: Client,
     keyspace: Keyspace,
     addressing: &'a Addressing,
+    session: Option<&'a Path>,
 }
 
 impl<'a> Place<'a> {
-    async fn new(global: &Global, addressing: &'a Addressing) -> Result<Place<'a>, Failure> {
+    async fn new(
+        global: &Global,
+        addressing: &'a Addressing,
+        session: Option<&'a Path>,
+    ) -> Result<Place<'a>, Failure> {
         let target = resolve(global, &Environment::read())?;
+        // Before anything is asked: a file that is no session's changes nothing.
+        let mark = session.map(state::load::<Text>).transpose()?.flatten();
         let client = target.client(global).await?;
+        if let (Some(mark), Some(path)) = (mark, session) {
+            let mark = mark.into_bytes().map(SessionMark::from_bytes);
+            let taken = mark.and_then(|mark| client.take_in(&mark).map_err(|e| e.to_string()));
+            taken.map_err(|error| {
+                Failure::failed(format!("{} is no session's: {error}", path.display()))
+                    .next("name another file, or remove it to begin anew")
+            })?;
+        }
         let keyspace = client.keyspace(keyspace_name(&target, addressing.keyspace.as_deref()));
-        Ok(Place { keyspace, addressing })
+        Ok(Place { client, keyspace, addressing, session })
+    }
+
+    /// Keeps what was seen, for the next command.
+    fn keep_session(&self) -> Result<(), Failure> {
+        let Some(path) = self.session else { return Ok(()) };
+        state::save(path, &Text::of(self.client.session_mark().as_bytes()))
     }
 
     fn bytes(&self, what: &str, text: &str) -> Result<Bytes, Failure> {
@@ -81,7 +107,7 @@ pub fn decode(addressing: &Addressing, what: &str, text: &str) -> Result<Bytes, 
 pub async fn put(put: Put, global: &Global, output: &Output) -> Result<(), Failure> {
     // Before anything is asked: a value that cannot be read writes nothing.
     let value = value(&put)?;
-    let place = Place::new(global, &put.addressing).await?;
+    let place = Place::new(global, &put.addressing, put.session.file.as_deref()).await?;
     let key = place.bytes("KEY", &put.key)?;
     let mut call = place.keyspace.put(key.clone(), value);
     if let Some(ttl) = put.ttl {
@@ -96,13 +122,14 @@ pub async fn put(put: Put, global: &Global, output: &Output) -> Result<(), Failu
     } else {
         call.await.map(Cas::Applied)
     };
+    place.keep_session()?;
     let what = format!("write {}", place.quoted(&key));
     report(&what, &key, outcome, "written", output)
 }
 
 /// `coracle delete`.
 pub async fn delete(delete: Delete, global: &Global, output: &Output) -> Result<(), Failure> {
-    let place = Place::new(global, &delete.addressing).await?;
+    let place = Place::new(global, &delete.addressing, delete.session.file.as_deref()).await?;
     let key = place.bytes("KEY", &delete.key)?;
     let call = place.keyspace.delete(key.clone());
     let outcome = if let Some(version) = delete.if_version {
@@ -112,15 +139,22 @@ pub async fn delete(delete: Delete, global: &Global, output: &Output) -> Result<
     } else {
         call.await.map(Cas::Applied)
     };
+    place.keep_session()?;
     let what = format!("delete {}", place.quoted(&key));
     report(&what, &key, outcome, "deleted", output)
 }
 
 /// `coracle get`.
 pub async fn get(get: Get, global: &Global, output: &Output) -> Result<(), Failure> {
-    let place = Place::new(global, &get.addressing).await?;
+    let place = Place::new(global, &get.addressing, get.session.file.as_deref()).await?;
     let key = place.bytes("KEY", &get.key)?;
-    let entry = place.keyspace.get(key.clone()).await;
+    let consistency = match (get.consistency, &get.session.file) {
+        (Some(Freshness::Session), _) | (None, Some(_)) => Consistency::Session,
+        (Some(Freshness::Any), _) => Consistency::Any,
+        (Some(Freshness::Linearizable), _) | (None, None) => Consistency::Linearizable,
+    };
+    let entry = place.keyspace.get(key.clone()).consistency(consistency).await;
+    place.keep_session()?;
     let entry =
         entry.map_err(|error| Failure::call(format!("read {}", place.quoted(&key)), &error))?;
     let Some(entry) = entry else {
@@ -146,7 +180,7 @@ pub async fn get(get: Get, global: &Global, output: &Output) -> Result<(), Failu
 
 /// `coracle scan`.
 pub async fn scan(scan: Scan, global: &Global, output: &Output) -> Result<(), Failure> {
-    let place = Place::new(global, &scan.addressing).await?;
+    let place = Place::new(global, &scan.addressing, None).await?;
     let prefix = place.bytes("--prefix", &scan.prefix)?;
     let start = place.bytes("--start", &scan.start)?;
     let end = scan.end.as_deref().map(|end| place.bytes("--end", end)).transpose()?;

@@ -1,5 +1,5 @@
 //! Owns exports: all keys with a prefix, at one version, to a file or a pipe, resumable. How a record is
-//! written is `import::record`, the remembered place `import::state`.
+//! written is `import::record`, the remembered place `state`.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Seek, SeekFrom, Write};
@@ -16,8 +16,9 @@ use crate::context::{Environment, resolve};
 use crate::data::{decode, keyspace_name};
 use crate::encoding;
 use crate::failure::Failure;
-use crate::import::{format_of, record, state};
+use crate::import::{format_of, record};
 use crate::output::{Output, Progress, bytes, count};
+use crate::state;
 
 /// How often the file is made durable and the place remembered.
 const SAVE_INTERVAL: Duration = Duration::from_secs(1);

@@ -5,7 +5,6 @@
 //! import misses nothing; it may write some records a second time, which changes nothing.
 
 pub mod record;
-pub mod state;
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -26,6 +25,7 @@ use crate::context::{Environment, resolve};
 use crate::data::keyspace_name;
 use crate::failure::{Exit, Failure};
 use crate::output::{Output, count};
+use crate::state;
 
 use record::{Lifetime, Position, Record, Records, Step};
 

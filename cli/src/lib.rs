@@ -7,6 +7,7 @@ pub mod encoding;
 pub mod output;
 pub mod server;
 pub mod context;
+pub mod state;
 pub mod data;
 pub mod import;
 pub mod export;

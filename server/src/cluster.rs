@@ -36,6 +36,9 @@ use crate::records::{Records, RecordsError};
 
 /// Making a replica syncs a few files.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a change that somebody waits for may take to reach the nodes; one that is down answers at
+/// once, one that hangs must not hold the caller up for long.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at what is to be made or sent.
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -265,7 +268,8 @@ impl Cluster {
             Ok(!validate_only)
         });
         match changed.await {
-            Ok(_) => {
+            Ok(snapshot) => {
+                self.publish(&snapshot.map).await;
                 let body = created.expect("set by the change that was taken").encode_to_vec();
                 peer::CommandDone { body: body.into(), ..Default::default() }
             }
@@ -312,7 +316,7 @@ impl Cluster {
             }
             self.make_replicas(&snapshot.map).await;
             self.refresh_addresses(&snapshot.map).await;
-            self.tell_map(&snapshot.map).await;
+            self.tell_map(&snapshot.map, RECONCILE_INTERVAL).await;
         }
     }
 
@@ -405,9 +409,18 @@ impl Cluster {
         }
     }
 
+    /// Lets every node that answers know the map at once: whoever asks one of them next finds there what
+    /// was just changed. Those that do not answer hear of it when they are back.
+    async fn publish(&self, map: &v1::ShardMap) {
+        if let Err(error) = self.map.update_from_proto(map) {
+            tracing::error!(%error, "the cluster's map is not one");
+        }
+        self.tell_map(map, PUBLISH_TIMEOUT).await;
+    }
+
     /// Sends the map to every node that has not acknowledged this epoch since it started: one that was
     /// told just before it stopped may not have kept it.
-    async fn tell_map(&self, map: &v1::ShardMap) {
+    async fn tell_map(&self, map: &v1::ShardMap, within: Duration) {
         let own = self.membership.identity().map(|(_, node)| node.0);
         let known = self.commands.known().into_iter();
         let starts: BTreeMap<u64, u64> = known.map(|node| (node.node, node.start_count)).collect();
@@ -420,7 +433,7 @@ impl Cluster {
         let bytes = Bytes::from(map.encode_to_vec());
         let tell = behind.into_iter().map(|(id, start)| {
             let kind = Kind::Map(bytes.clone());
-            let asked = self.commands.command(Target::Node(NodeId(id)), kind, RECONCILE_INTERVAL);
+            let asked = self.commands.command(Target::Node(NodeId(id)), kind, within);
             async move {
                 if asked.await.is_ok_and(|done| done.error.is_empty()) {
                     self.told.lock().insert(id, (start, map.epoch));

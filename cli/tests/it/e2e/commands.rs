@@ -28,6 +28,19 @@ async fn keys_go_in_and_come_out() {
     bench.expect(&["delete", "hello", "--if-value", "again"], 0).await;
     bench.expect(&["get", "hello"], 3).await;
 
+    // A session goes from command to command, and whoever serves it has seen what it has.
+    let session = bench.home.path().join("session").display().to_string();
+    for round in 0..6 {
+        let value = round.to_string();
+        bench.expect(&["put", "seen", &value, "--session-file", &session], 0).await;
+        let (found, _) = bench.expect(&["get", "seen", "--session-file", &session], 0).await;
+        assert_eq!(found, value);
+    }
+    bench.expect(&["get", "seen", "--consistency", "any"], 0).await;
+    std::fs::write(&session, "{\"utf8\":\"x\"}").unwrap();
+    let (_, err) = bench.expect(&["get", "seen", "--session-file", &session], 1).await;
+    assert!(err.contains("no session's") && err.contains("begin anew"), "{err}");
+
     let piped = bench.run_with(&["put", "bin/\\x00", "-", "--encoding", "escape"], b"\xff\n").await;
     assert!(piped.status.success(), "{piped:?}");
     let raw = bench.run_with(&["get", "62696e2f00", "--encoding", "hex"], b"").await;

@@ -1,5 +1,5 @@
-//! Owns the file that says how far an import or export has come: read, checked against what is asked
-//! now, replaced at once. Does not move anything itself.
+//! Owns small files that a command keeps for its next run (how far an import has come, what a session
+//! has seen): read, and replaced at once. Does not know what is in them.
 
 use std::fs::{self, File};
 use std::io::Write;
