@@ -12,11 +12,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use coracle_proto::limits::{PIPELINE_FRAME_BYTES, PIPELINE_IN_FLIGHT_MAX};
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response;
-use coracle_proto::v1::{PipelineRequest, PipelineResponse};
+use coracle_proto::v1::{PipelineRequest, PipelineRequests, PipelineResponse};
 use futures_util::Stream;
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -239,7 +241,9 @@ async fn carry(shared: &Arc<Shared>, stream: u64) -> Status {
     };
     loop {
         match answers.message().await {
-            Ok(Some(answer)) => shared.deliver(answer),
+            Ok(Some(together)) => {
+                together.responses.into_iter().for_each(|answer| shared.deliver(answer));
+            }
             Ok(None) => return Status::unavailable("the node ended the pipeline"),
             Err(status) => return status,
         }
@@ -293,20 +297,27 @@ struct Outgoing {
 }
 
 impl Stream for Outgoing {
-    type Item = PipelineRequest;
+    type Item = PipelineRequests;
 
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<PipelineRequest>> {
+    fn poll_next(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<PipelineRequests>> {
         let mut state = self.shared.state.lock();
         if state.stream != Some(self.stream) {
             return Poll::Ready(None);
         }
-        match state.queued.pop_first() {
-            Some((_, request)) => Poll::Ready(Some(request)),
-            None => {
-                state.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
+        let (mut requests, mut bytes) = (Vec::new(), 0);
+        while bytes < PIPELINE_FRAME_BYTES && requests.len() < PIPELINE_IN_FLIGHT_MAX {
+            let Some((_, request)) = state.queued.pop_first() else { break };
+            bytes += request.encoded_len();
+            requests.push(request);
         }
+        if requests.is_empty() {
+            state.waker = Some(context.waker().clone());
+            return Poll::Pending;
+        }
+        Poll::Ready(Some(PipelineRequests { requests }))
     }
 }
 
@@ -314,13 +325,14 @@ impl Stream for Outgoing {
 mod tests {
     use super::*;
     use crate::net::RealNet;
+    use coracle_proto::v1::PutRequest;
     use futures_util::StreamExt;
 
-    fn pipeline() -> Arc<Pipeline> {
+    fn pipeline(slots: usize) -> Arc<Pipeline> {
         let dialer = Dialer::new(Arc::new(RealNet), "test", Duration::from_millis(250));
         let tasks = Tasks { tracker: TaskTracker::new(), stop: CancellationToken::new() };
         let connection = dialer.dial("localhost:1").expect("an address");
-        let pipeline = Arc::new(Pipeline::new(connection, 2, &tasks));
+        let pipeline = Arc::new(Pipeline::new(connection, slots, &tasks));
         // A stream that the test itself polls.
         pipeline.shared.state.lock().stream = Some(1);
         pipeline
@@ -331,13 +343,35 @@ mod tests {
         pipeline.submit(slot, Operation::Get(Default::default()), Duration::from_secs(1))
     }
 
+    async fn next_ids(outgoing: &mut Outgoing) -> Vec<u64> {
+        let together = outgoing.next().await.expect("the stream is open");
+        together.requests.iter().map(|request| request.id).collect()
+    }
+
+    #[tokio::test]
+    async fn what_waits_leaves_together_but_for_what_is_large() {
+        let pipeline = pipeline(3);
+        let mut outgoing = Outgoing { shared: pipeline.shared.clone(), stream: 1 };
+        let put = |bytes: usize| {
+            let value = vec![0; bytes].into();
+            Operation::Put(PutRequest { value, ..Default::default() })
+        };
+        let mut tickets = Vec::new();
+        for bytes in [1, PIPELINE_FRAME_BYTES, 1] {
+            let slot = pipeline.slot(WhenFull::Refuse).await.expect("room");
+            tickets.push(pipeline.submit(slot, put(bytes), Duration::from_secs(1)));
+        }
+        assert_eq!(next_ids(&mut outgoing).await, [tickets[0].id, tickets[1].id]);
+        assert_eq!(next_ids(&mut outgoing).await, [tickets[2].id]);
+    }
+
     #[tokio::test]
     async fn a_break_tells_what_had_left() {
-        let pipeline = pipeline();
+        let pipeline = pipeline(2);
         let mut first = submit(&pipeline).await;
-        let mut second = submit(&pipeline).await;
         let mut outgoing = Outgoing { shared: pipeline.shared.clone(), stream: 1 };
-        assert_eq!(outgoing.next().await.map(|request| request.id), Some(first.id));
+        assert_eq!(next_ids(&mut outgoing).await, [first.id]);
+        let mut second = submit(&pipeline).await;
         pipeline.shared.broke(1, Status::unavailable("cut"));
         assert!(matches!(first.answer().await, Reply::Broken { left: true, .. }));
         assert!(matches!(second.answer().await, Reply::Broken { left: false, .. }));
@@ -348,19 +382,19 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_withdrawn_before_it_left_never_leaves() {
-        let pipeline = pipeline();
+        let pipeline = pipeline(2);
         let first = submit(&pipeline).await;
         let second = submit(&pipeline).await;
         assert!(!first.withdraw());
         let mut outgoing = Outgoing { shared: pipeline.shared.clone(), stream: 1 };
-        assert_eq!(outgoing.next().await.map(|request| request.id), Some(second.id));
+        assert_eq!(next_ids(&mut outgoing).await, [second.id]);
         assert!(second.withdraw());
         assert_eq!(pipeline.counts(), (0, 0), "nothing is kept for calls that gave up");
     }
 
     #[tokio::test]
     async fn places_in_flight_are_bounded_and_come_back() {
-        let pipeline = pipeline();
+        let pipeline = pipeline(2);
         let first = submit(&pipeline).await;
         let _second = submit(&pipeline).await;
         assert!(pipeline.slot(WhenFull::Refuse).await.is_none());

@@ -90,6 +90,10 @@ pub const HISTORY_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 /// the stream until it has answered.
 pub const PIPELINE_IN_FLIGHT_MAX: usize = 1_024;
 
+/// A pipeline's message that holds so many bytes takes no further operation or answer: what waits
+/// together shares the cost of a message, but a large one would hold up the first behind the last.
+pub const PIPELINE_FRAME_BYTES: usize = 256 * KIB;
+
 /// Nodes that a request may pass after the one that it entered: more than one would let stale maps
 /// send it in circles. Beyond: `NOT_LEADER` or `STALE_ROUTE` goes back to the caller.
 pub const FORWARD_HOPS_MAX: usize = 1;
@@ -98,8 +102,9 @@ pub const FORWARD_HOPS_MAX: usize = 1;
 /// version, expiry, `Served`.
 const PART_OVERHEAD_BYTES: usize = 192;
 
-/// What the wire adds to one message: route, request id, tokens, tags.
-const MESSAGE_OVERHEAD_BYTES: usize = 64 * KIB + SESSION_TOKEN_BYTES_MAX;
+/// What the wire adds to one message: route, request id, tokens, tags, and on a pipeline the
+/// operations before the largest.
+const MESSAGE_OVERHEAD_BYTES: usize = 64 * KIB + SESSION_TOKEN_BYTES_MAX + PIPELINE_FRAME_BYTES;
 
 /// The largest encoded message, derived from the limits above, for both ends of every gRPC
 /// connection (tonic's own limit of 4 MiB would refuse a full batch). Beyond: the connection's

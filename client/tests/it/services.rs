@@ -34,7 +34,7 @@ fn only_pipelined() -> Status {
 #[async_trait]
 impl KvService for Node {
     type ScanStream = Boxed<v1::ScanResponse>;
-    type PipelineStream = Boxed<v1::PipelineResponse>;
+    type PipelineStream = Boxed<v1::PipelineResponses>;
 
     async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
         Err(only_pipelined())
@@ -114,26 +114,28 @@ impl KvService for Node {
 
     async fn pipeline(
         &self,
-        request: Request<Streaming<v1::PipelineRequest>>,
+        request: Request<Streaming<v1::PipelineRequests>>,
     ) -> Result<Response<Self::PipelineStream>, Status> {
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(64);
         let node = self.clone();
         tokio::spawn(async move {
-            while let Ok(Some(request)) = requests.message().await {
-                let (node, answers) = (node.clone(), answers.clone());
-                tokio::spawn(async move {
-                    let id = request.id;
-                    let result = node.cluster.serve(node.id, request).await;
-                    if result.is_some() {
-                        let answer = v1::PipelineResponse { id, result };
-                        // The client may have gone.
-                        let _ = answers.send(Ok(answer)).await;
-                    } else {
-                        // Keeps the stream open, as a node that is still at it does.
-                        std::future::pending::<()>().await;
-                    }
-                });
+            while let Ok(Some(together)) = requests.message().await {
+                for request in together.requests {
+                    let (node, answers) = (node.clone(), answers.clone());
+                    tokio::spawn(async move {
+                        let id = request.id;
+                        let result = node.cluster.serve(node.id, request).await;
+                        if result.is_some() {
+                            let responses = vec![v1::PipelineResponse { id, result }];
+                            // The client may have gone.
+                            let _ = answers.send(Ok(v1::PipelineResponses { responses })).await;
+                        } else {
+                            // Keeps the stream open, as a node that is still at it does.
+                            std::future::pending::<()>().await;
+                        }
+                    });
+                }
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))

@@ -405,6 +405,20 @@ pub struct ScanResponse {
     #[prost(message, optional, tag = "5")]
     pub served: ::core::option::Option<Served>,
 }
+/// Operations that leave together; nothing else connects them.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PipelineRequests {
+    /// At most 1,024; no more are added to a message that holds 256 KiB.
+    #[prost(message, repeated, tag = "1")]
+    pub requests: ::prost::alloc::vec::Vec<PipelineRequest>,
+}
+/// Answers that were there together, in any order.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PipelineResponses {
+    /// See PipelineRequests.
+    #[prost(message, repeated, tag = "1")]
+    pub responses: ::prost::alloc::vec::Vec<PipelineResponse>,
+}
 /// One operation on a pipeline.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PipelineRequest {
@@ -803,11 +817,12 @@ pub mod kv_service_client {
             self.inner.server_streaming(req, path, codec).await
         }
         /// Many operations on one stream, answered as they finish, in any order: the client's fast path.
+        /// What waits together travels in one message, both ways.
         pub async fn pipeline(
             &mut self,
-            request: impl tonic::IntoStreamingRequest<Message = super::PipelineRequest>,
+            request: impl tonic::IntoStreamingRequest<Message = super::PipelineRequests>,
         ) -> std::result::Result<
-            tonic::Response<tonic::codec::Streaming<super::PipelineResponse>>,
+            tonic::Response<tonic::codec::Streaming<super::PipelineResponses>>,
             tonic::Status,
         > {
             self.inner
@@ -883,14 +898,15 @@ pub mod kv_service_server {
         ) -> std::result::Result<tonic::Response<Self::ScanStream>, tonic::Status>;
         /// Server streaming response type for the Pipeline method.
         type PipelineStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<super::PipelineResponse, tonic::Status>,
+                Item = std::result::Result<super::PipelineResponses, tonic::Status>,
             >
             + std::marker::Send
             + 'static;
         /// Many operations on one stream, answered as they finish, in any order: the client's fast path.
+        /// What waits together travels in one message, both ways.
         async fn pipeline(
             &self,
-            request: tonic::Request<tonic::Streaming<super::PipelineRequest>>,
+            request: tonic::Request<tonic::Streaming<super::PipelineRequests>>,
         ) -> std::result::Result<tonic::Response<Self::PipelineStream>, tonic::Status>;
     }
     /// Reads and writes of keys. Errors carry google.rpc.ErrorInfo with domain "coracle" and a reason
@@ -1240,9 +1256,9 @@ pub mod kv_service_server {
                     struct PipelineSvc<T: KvService>(pub Arc<T>);
                     impl<
                         T: KvService,
-                    > tonic::server::StreamingService<super::PipelineRequest>
+                    > tonic::server::StreamingService<super::PipelineRequests>
                     for PipelineSvc<T> {
-                        type Response = super::PipelineResponse;
+                        type Response = super::PipelineResponses;
                         type ResponseStream = T::PipelineStream;
                         type Future = BoxFuture<
                             tonic::Response<Self::ResponseStream>,
@@ -1251,7 +1267,7 @@ pub mod kv_service_server {
                         fn call(
                             &mut self,
                             request: tonic::Request<
-                                tonic::Streaming<super::PipelineRequest>,
+                                tonic::Streaming<super::PipelineRequests>,
                             >,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);

@@ -148,13 +148,25 @@ fn assert_fits(name: &str, message: &impl Message) {
     assert!(len <= MESSAGE_BYTES_MAX, "{name}: {len} of {MESSAGE_BYTES_MAX}");
 }
 
+/// On a pipeline, behind as much as a message takes before it takes no more.
 fn assert_ask_fits(name: &str, operation: v1::pipeline_request::Operation) {
-    let operation = Some(operation);
-    assert_fits(name, &v1::PipelineRequest { id: MOST, timeout_ms: MOST, operation });
+    let key = vec![0; PIPELINE_FRAME_BYTES].into();
+    let before = v1::GetRequest { key, ..Default::default() };
+    let before = Some(v1::pipeline_request::Operation::Get(before));
+    let request = |operation| v1::PipelineRequest { id: MOST, timeout_ms: MOST, operation };
+    let requests = vec![request(before), request(Some(operation))];
+    assert_fits(name, &v1::PipelineRequests { requests });
 }
 
+/// See [`assert_ask_fits`].
 fn assert_answer_fits(name: &str, result: v1::pipeline_response::Result) {
-    assert_fits(name, &v1::PipelineResponse { id: MOST, result: Some(result) });
+    let value = vec![0; PIPELINE_FRAME_BYTES].into();
+    let entry = Some(v1::Entry { value, ..Default::default() });
+    let before = v1::GetResponse { entry, served: served() };
+    let before = v1::pipeline_response::Result::Get(before);
+    let response = |result| v1::PipelineResponse { id: MOST, result: Some(result) };
+    let responses = vec![response(before), response(result)];
+    assert_fits(name, &v1::PipelineResponses { responses });
 }
 
 fn served() -> Option<v1::Served> {

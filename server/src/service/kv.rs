@@ -78,7 +78,7 @@ impl Kv {
 #[tonic::async_trait]
 impl KvService for Kv {
     type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Status>>;
-    type PipelineStream = BoxStream<'static, Result<v1::PipelineResponse, Status>>;
+    type PipelineStream = BoxStream<'static, Result<v1::PipelineResponses, Status>>;
 
     async fn get(
         &self,
@@ -151,7 +151,7 @@ impl KvService for Kv {
 
     async fn pipeline(
         &self,
-        request: Request<Streaming<v1::PipelineRequest>>,
+        request: Request<Streaming<v1::PipelineRequests>>,
     ) -> Result<Response<Self::PipelineStream>, Status> {
         let call = Call::from_metadata(request.metadata())?;
         let answers = pipeline::answers(self.clone(), request.into_inner(), call);

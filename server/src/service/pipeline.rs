@@ -4,11 +4,16 @@
 //! Back-pressure runs both ways: while as many operations are unanswered as may be, no more are read;
 //! while the caller does not take its answers, none are made beyond those under way. A finished
 //! answer counts in the node's budget until the stream takes it.
+//!
+//! Answers that are there together travel in one message.
 
-use coracle_proto::limits::PIPELINE_IN_FLIGHT_MAX;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use coracle_proto::limits::{PIPELINE_FRAME_BYTES, PIPELINE_IN_FLIGHT_MAX};
 use coracle_proto::reason::Fault;
 use coracle_proto::v1;
-use futures_util::stream::{BoxStream, Stream, StreamExt};
+use futures_util::stream::{self, BoxStream, Fuse, Stream, StreamExt};
 use prost::Message;
 use tonic::Status;
 
@@ -20,19 +25,44 @@ use crate::service::kv::Kv;
 /// drains, and everything that was taken on is answered.
 pub(crate) fn answers(
     kv: Kv,
-    requests: impl Stream<Item = Result<v1::PipelineRequest, Status>> + Send + 'static,
+    requests: impl Stream<Item = Result<v1::PipelineRequests, Status>> + Send + 'static,
     call: Call,
-) -> BoxStream<'static, Result<v1::PipelineResponse, Status>> {
+) -> BoxStream<'static, Result<v1::PipelineResponses, Status>> {
     let draining = kv.router().admission().draining().clone().cancelled_owned();
-    requests
+    let answers = requests
         .take_until(draining)
         // A broken stream has no more to say; what it has asked for is still served.
         .take_while(|request| std::future::ready(request.is_ok()))
         .filter_map(|request| std::future::ready(request.ok()))
+        .flat_map(|together| stream::iter(together.requests))
         .map(move |request| answer(kv.clone(), request, call))
-        .buffer_unordered(PIPELINE_IN_FLIGHT_MAX)
-        .map(Ok)
-        .boxed()
+        .buffer_unordered(PIPELINE_IN_FLIGHT_MAX);
+    Together { answers: answers.boxed().fuse() }.map(Ok).boxed()
+}
+
+/// Puts into one message what is there, up to [`PIPELINE_FRAME_BYTES`]; waits for nothing.
+struct Together<S> {
+    answers: Fuse<S>,
+}
+
+impl<S: Stream<Item = v1::PipelineResponse> + Unpin> Stream for Together<S> {
+    type Item = v1::PipelineResponses;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let (mut responses, mut bytes) = (Vec::new(), 0);
+        while bytes < PIPELINE_FRAME_BYTES && responses.len() < PIPELINE_IN_FLIGHT_MAX {
+            match self.answers.poll_next_unpin(context) {
+                Poll::Ready(Some(response)) => {
+                    bytes += response.encoded_len();
+                    responses.push(response);
+                }
+                Poll::Ready(None) if responses.is_empty() => return Poll::Ready(None),
+                Poll::Pending if responses.is_empty() => return Poll::Pending,
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        Poll::Ready(Some(v1::PipelineResponses { responses }))
+    }
 }
 
 async fn answer(kv: Kv, request: v1::PipelineRequest, call: Call) -> v1::PipelineResponse {
