@@ -37,6 +37,14 @@ async fn keys_go_in_and_come_out() {
         assert_eq!(found, value);
     }
     bench.expect(&["get", "seen", "--consistency", "any"], 0).await;
+    let bounded = ["get", "seen", "--consistency", "bounded"];
+    let (_, err) = bench.expect(&bounded, 2).await;
+    assert!(err.contains("--max-staleness"), "{err}");
+    let (_, err) = bench.expect(&["get", "seen", "--max-staleness", "1s"], 2).await;
+    assert!(err.contains("--consistency bounded"), "{err}");
+    // The last write is older than the bound by then, or the leader serves it.
+    let (found, _) = bench.expect(&[&bounded[..], &["--max-staleness", "1ms"]].concat(), 0).await;
+    assert_eq!(found, "5");
     std::fs::write(&session, "{\"utf8\":\"x\"}").unwrap();
     let (_, err) = bench.expect(&["get", "seen", "--session-file", &session], 1).await;
     assert!(err.contains("no session's") && err.contains("begin anew"), "{err}");
