@@ -1,5 +1,6 @@
 //! Figures from real processes. Owns the load that they share and how figures are summed up.
 
+pub mod exactly_once;
 pub mod failover;
 pub mod load;
 pub mod saturation;
