@@ -37,16 +37,16 @@ const SETTINGS: &[&str] = &[
     "observability.log_filter=warn",
 ];
 
-/// What a cluster is started with.
+/// How a cluster is made.
 #[derive(Clone, Debug, Default)]
 pub struct Setup {
     /// The server's program; `None` for the one beside this.
     pub program: Option<PathBuf>,
     /// How many nodes.
     pub nodes: usize,
-    /// How many shards; 0 for the server's own choice.
+    /// How many shards; 0 for the default.
     pub shards: u32,
-    /// More settings, `section.name=value`, which win over the harness's own.
+    /// What the nodes are told besides, `key=value` each.
     pub settings: Vec<String>,
 }
 
@@ -81,11 +81,11 @@ impl Cluster {
     /// Starts nodes and makes a cluster of them; returns when every shard is led.
     pub async fn start(program: Option<&Path>, nodes: usize) -> Result<Cluster, String> {
         let program = program.map(Path::to_owned);
-        Cluster::start_with(Setup { program, nodes, ..Setup::default() }).await
+        Cluster::start_as(Setup { program, nodes, ..Setup::default() }).await
     }
 
-    /// The same, with settings.
-    pub async fn start_with(setup: Setup) -> Result<Cluster, String> {
+    /// The same, with more to say about it.
+    pub async fn start_as(setup: Setup) -> Result<Cluster, String> {
         let Setup { program, nodes, shards, settings } = setup;
         let program = match program {
             Some(program) => program,
@@ -171,7 +171,7 @@ impl Cluster {
         &self.nodes[at].address
     }
 
-    /// All of them.
+    /// Where clients reach the nodes.
     pub fn addresses(&self) -> Vec<String> {
         self.nodes.iter().map(|node| node.address.clone()).collect()
     }
@@ -186,8 +186,8 @@ impl Cluster {
         &self.nodes[at].dir
     }
 
-    /// A node's process; `None` while it does not run.
-    pub fn process_id(&self, at: usize) -> Option<u32> {
+    /// A node's process, while it runs.
+    pub fn pid(&self, at: usize) -> Option<u32> {
         self.nodes[at].child.as_ref().map(Child::id)
     }
 

@@ -107,7 +107,7 @@ async fn one_run(plan: &Plan) -> Result<bool, String> {
     let ids = if plan.fresh_ids { "a fresh request id on every attempt" } else { "request ids" };
     println!("seed {}: {} increments with {ids}", plan.seed, plan.increments);
     let setup = Setup { program: plan.program.clone(), nodes: plan.nodes, ..Setup::default() };
-    let mut cluster = Cluster::start_with(setup).await?;
+    let mut cluster = Cluster::start_as(setup).await?;
     let share = |count: u64| (MARGIN * count as f64 / plan.increments as f64).min(0.5);
     let mix = Mix { drop: share(plan.drops), duplicate: share(plan.duplicates) };
     let proxies = Proxies::start(&cluster.addresses(), mix, plan.seed).await?;
