@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use coracle_storage::log::testing::run_history;
 use coracle_storage::options::Sabotage;
 
-use crate::measure::{exactly_once, failover, saturation};
+use crate::measure::{exactly_once, failover, reclaim, saturation};
 use crate::simulation::{self, Options};
 use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
@@ -49,6 +49,8 @@ pub enum Command {
     Saturation(Saturation),
     /// Real processes: increments by many clients, lost answers, doubled requests, leaders that change
     ExactlyOnce(ExactlyOnce),
+    /// Real processes: what expired or is overwritten leaves the disk, and never comes back
+    Reclaim(Reclaim),
 }
 
 /// See [`Command::Sim`].
@@ -226,6 +228,46 @@ impl ExactlyOnce {
     }
 }
 
+/// See [`Command::Reclaim`].
+#[derive(Debug, clap::Args)]
+pub struct Reclaim {
+    /// Keys that expire; as much again in versions that are overwritten
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub keys: u32,
+    /// The keys' time to live, in seconds: longer than it takes to write and read them all
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    pub ttl: u64,
+    /// The keyspace's history, in seconds
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    pub history: u64,
+    /// At most so many percent of the bytes may be left
+    #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
+    pub left_max: f64,
+    /// How many shards
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub shards: u32,
+    /// What values are drawn from
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub seed: u64,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+impl Reclaim {
+    fn plan(self) -> reclaim::Plan {
+        reclaim::Plan {
+            program: self.program,
+            shards: self.shards,
+            keys: self.keys,
+            ttl: Duration::from_secs(self.ttl),
+            history: Duration::from_secs(self.history),
+            left_max: self.left_max,
+            seed: self.seed,
+        }
+    }
+}
+
 /// Runs a command.
 pub fn run(args: Args) -> ExitCode {
     let held = match args.command {
@@ -252,6 +294,7 @@ pub fn run(args: Args) -> ExitCode {
             lasts: Duration::from_secs_f64(asked.minutes * 60.0),
         }),
         Command::ExactlyOnce(asked) => exactly_once::run(&asked.plan()),
+        Command::Reclaim(asked) => reclaim::run(&asked.plan()),
     };
     match held {
         Ok(true) => ExitCode::SUCCESS,

@@ -3,6 +3,8 @@
 pub mod exactly_once;
 pub mod failover;
 pub mod load;
+pub mod reclaim;
+mod reclaim_keys;
 pub mod saturation;
 
 use std::time::Duration;

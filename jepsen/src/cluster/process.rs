@@ -206,6 +206,28 @@ impl Cluster {
         leaders
     }
 
+    /// Hands the leadership of every shard to one node.
+    pub async fn lead_all(&self, at: usize) -> Result<(), String> {
+        let (deadline, to) = (Instant::now() + START_DEADLINE, self.status(at).await?.node.id);
+        loop {
+            let leaders = self.leaders().await;
+            let others =
+                leaders.iter().filter(|(_, leads)| leads.at != at).map(|(shard, _)| *shard);
+            let others: Vec<ShardId> = others.collect();
+            if !leaders.is_empty() && others.is_empty() {
+                return Ok(());
+            }
+            let mut last = None;
+            for shard in others {
+                last = self.client.admin().transfer_leader(shard, Some(to)).await.err().or(last);
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("n{} does not lead everything: {last:?}", at + 1));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     /// Waits until each of these shards is led in a later term than then.
     pub async fn wait_succeeded(&self, before: &BTreeMap<ShardId, Leads>) -> Result<(), String> {
         let deadline = Instant::now() + START_DEADLINE;

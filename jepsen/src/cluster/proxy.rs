@@ -206,6 +206,17 @@ impl Shared {
     }
 }
 
+/// Has a node rewrite a shard's replica without what nobody can read any more.
+pub async fn compact(address: &str, shard: u64) -> Result<(), String> {
+    let mut node = Grpc::new(dial(address)?);
+    node.ready().await.map_err(|error| format!("{address}: {error}"))?;
+    let path = PathAndQuery::from_static("/coracle.v1.AdminService/CompactShard");
+    // A message whose first field is the shard.
+    let request = Request::new(Bytes::from(shard.encode_to_vec()));
+    let done = node.unary(request, path, Raw).await;
+    done.map(drop).map_err(|status| format!("compact shard {shard} on {address}: {status}"))
+}
+
 fn is_write(request: &Bytes) -> bool {
     let request = v1::PipelineRequest::decode(request.clone());
     let operation = request.ok().and_then(|request| request.operation);
