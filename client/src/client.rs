@@ -19,7 +19,7 @@ use crate::connection::Dialer;
 use crate::driver::{Driver, Settings};
 use crate::error::Error;
 use crate::follow::Follower;
-use crate::net::{Net, RealNet};
+use crate::net::{AddressMap, MappedNet, Net, RealNet};
 use crate::pipeline::{Pool, Tasks, WhenFull};
 use crate::request::{Batch, Delete, Get, Increment, MultiGet, Operation, Put, Target};
 use crate::scan::{KeyRange, Scan};
@@ -60,6 +60,7 @@ pub struct Builder {
     connect_timeout: Duration,
     in_flight_max: usize,
     net: Arc<dyn Net>,
+    address_map: Option<Arc<dyn AddressMap>>,
     seed: Option<u64>,
 }
 
@@ -79,10 +80,12 @@ impl Client {
                 operation_timeout: OPERATION_TIMEOUT,
                 attempt_timeout: ATTEMPT_TIMEOUT,
                 when_full: WhenFull::Wait,
+                fresh_request_ids: false,
             },
             connect_timeout: CONNECT_TIMEOUT,
             in_flight_max: PIPELINE_IN_FLIGHT_MAX,
             net: Arc::new(RealNet),
+            address_map: None,
             seed: None,
         }
     }
@@ -255,6 +258,24 @@ impl Builder {
         self
     }
 
+    /// Where nodes are reached from here, when that is not at the addresses that they tell others:
+    /// behind NAT, port forwarding or a tunnel. A table, or a function, from a node's address to the
+    /// one to dial; it is asked for every connection, those to the seeds included. What it does not
+    /// know is dialled as it is. Errors and maps go on naming nodes by their own addresses.
+    pub fn address_map(mut self, map: impl AddressMap) -> Builder {
+        self.address_map = Some(Arc::new(map));
+        self
+    }
+
+    /// Breaks the client on purpose: every attempt of a write carries a request id of its own, so that
+    /// a retry may be applied a second time. Only for harnesses, which show with it that their faults
+    /// would be seen.
+    #[doc(hidden)]
+    pub fn unsafe_fresh_request_ids_for_tests(mut self) -> Builder {
+        self.settings.fresh_request_ids = true;
+        self
+    }
+
     /// Makes all random choices follow from this, for simulations. The client's id is one of them:
     /// two clients of one cluster must never have the same seed, else the cluster takes the writes
     /// of one for retries of the other's.
@@ -274,7 +295,11 @@ impl Builder {
         // 0 stands for no client on the wire.
         let session = Arc::new(Session::new(random.next_u64().max(1)));
         let tasks = Tasks { tracker: TaskTracker::new(), stop: CancellationToken::new() };
-        let dialer = Dialer::new(self.net, &self.name, self.connect_timeout);
+        let net = match self.address_map {
+            Some(map) => Arc::new(MappedNet { net: self.net, map }),
+            None => self.net,
+        };
+        let dialer = Dialer::new(net, &self.name, self.connect_timeout);
         let pool = Pool::new(dialer, self.in_flight_max, tasks.clone());
         let attempt_timeout = self.settings.attempt_timeout;
         let follower = Follower::new(pool, session, self.seeds, attempt_timeout, random.next_u64());

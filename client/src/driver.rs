@@ -45,6 +45,8 @@ pub(crate) struct Settings {
     pub(crate) operation_timeout: Duration,
     pub(crate) attempt_timeout: Duration,
     pub(crate) when_full: WhenFull,
+    /// See `Builder::unsafe_fresh_request_ids_for_tests`.
+    pub(crate) fresh_request_ids: bool,
 }
 
 /// One logical call.
@@ -341,6 +343,9 @@ impl<'a> Attempts<'a> {
     /// The operation as this attempt sends it: with the route that it relies on, and the write's
     /// request id.
     fn operation(&mut self, route: &Route) -> Operation {
+        if self.driver.settings.fresh_request_ids {
+            self.write = None;
+        }
         if self.is_write && self.write.is_none() {
             self.write = Some(self.driver.follower.session.open());
         }

@@ -1,9 +1,11 @@
-//! Owns the seam to the network: how a connection to a node is opened. Everything that the client
-//! sends passes here, so that a simulation can hand in a network of its own. Does not know gRPC,
-//! and does not decide when to connect (see `connection`).
+//! Owns the seam to the network: how a connection to a node is opened, and at which address. All that
+//! the client sends passes here, so that a simulation can hand in a network of its own. Does not know
+//! gRPC, and does not decide when to connect (see `connection`).
 
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -36,5 +38,45 @@ impl Net for RealNet {
             stream.set_nodelay(true)?;
             Ok(Box::new(stream) as Box<dyn Stream>)
         })
+    }
+}
+
+/// Where a node can be reached from here, when that is not the address it tells others: behind NAT,
+/// port forwarding or a tunnel. A table from one address to the other, or a function.
+pub trait AddressMap: Send + Sync + 'static {
+    /// The `host:port` to dial for a node that goes by `address`; `None` where that is the same.
+    fn dial_instead(&self, address: &str) -> Option<String>;
+}
+
+impl<F: Fn(&str) -> Option<String> + Send + Sync + 'static> AddressMap for F {
+    fn dial_instead(&self, address: &str) -> Option<String> {
+        self(address)
+    }
+}
+
+impl AddressMap for BTreeMap<String, String> {
+    fn dial_instead(&self, address: &str) -> Option<String> {
+        self.get(address).cloned()
+    }
+}
+
+impl AddressMap for HashMap<String, String> {
+    fn dial_instead(&self, address: &str) -> Option<String> {
+        self.get(address).cloned()
+    }
+}
+
+/// A network in which some nodes are reached elsewhere.
+pub(crate) struct MappedNet {
+    pub(crate) net: Arc<dyn Net>,
+    pub(crate) map: Arc<dyn AddressMap>,
+}
+
+impl Net for MappedNet {
+    fn connect(&self, address: &str) -> Connecting {
+        match self.map.dial_instead(address) {
+            Some(instead) => self.net.connect(&instead),
+            None => self.net.connect(address),
+        }
     }
 }

@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use coracle_storage::log::testing::run_history;
 use coracle_storage::options::Sabotage;
 
-use crate::measure::{failover, saturation};
+use crate::measure::{exactly_once, failover, reclaim, saturation};
 use crate::simulation::{self, Options};
 use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
@@ -47,6 +47,10 @@ pub enum Command {
     Failover(Failover),
     /// Real processes: as much load as goes, and no election
     Saturation(Saturation),
+    /// Real processes: increments by many clients, lost answers, doubled requests, leaders that change
+    ExactlyOnce(ExactlyOnce),
+    /// Real processes: what expired or is overwritten leaves the disk, and never comes back
+    Reclaim(Reclaim),
 }
 
 /// See [`Command::Sim`].
@@ -163,6 +167,107 @@ pub struct Saturation {
     pub program: Option<PathBuf>,
 }
 
+/// See [`Command::ExactlyOnce`].
+#[derive(Debug, clap::Args)]
+pub struct ExactlyOnce {
+    /// How many increments (default: 1,000,000; with --fresh-ids 50,000)
+    #[arg(long, value_name = "N")]
+    pub increments: Option<u64>,
+    /// Clients, each with an id and connections of its own
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub clients: u64,
+    /// Increments that each client has under way
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub in_flight: u64,
+    /// Counters
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub counters: usize,
+    /// At least so many changes of leaders, by kills and transfers in turn
+    #[arg(long, value_name = "N", default_value_t = 12)]
+    pub changes: u64,
+    /// At least so many answers dropped on the way back
+    #[arg(long, value_name = "N", default_value_t = 1_000)]
+    pub drops: u64,
+    /// At least so many requests sent twice
+    #[arg(long, value_name = "N", default_value_t = 1_000)]
+    pub duplicates: u64,
+    /// The control: a fresh request id on every attempt; it holds when the sum drifts in every run
+    #[arg(long)]
+    pub fresh_ids: bool,
+    /// How many runs (default: 1; with --fresh-ids 3)
+    #[arg(long, value_name = "N")]
+    pub runs: Option<u64>,
+    /// What faults, counters and victims are drawn from
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub seed: u64,
+    /// How many nodes
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub nodes: usize,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+impl ExactlyOnce {
+    fn plan(self) -> exactly_once::Plan {
+        let (increments, runs) = if self.fresh_ids { (50_000, 3) } else { (1_000_000, 1) };
+        exactly_once::Plan {
+            program: self.program,
+            nodes: self.nodes,
+            clients: self.clients,
+            in_flight: self.in_flight,
+            counters: self.counters,
+            increments: self.increments.unwrap_or(increments),
+            changes: self.changes,
+            drops: self.drops,
+            duplicates: self.duplicates,
+            fresh_ids: self.fresh_ids,
+            runs: self.runs.unwrap_or(runs),
+            seed: self.seed,
+        }
+    }
+}
+
+/// See [`Command::Reclaim`].
+#[derive(Debug, clap::Args)]
+pub struct Reclaim {
+    /// Keys that expire; as much again in versions that are overwritten
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub keys: u32,
+    /// The keys' time to live, in seconds: longer than it takes to write and read them all
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    pub ttl: u64,
+    /// The keyspace's history, in seconds
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    pub history: u64,
+    /// At most so many percent of the bytes may be left
+    #[arg(long, value_name = "PERCENT", default_value_t = 10.0)]
+    pub left_max: f64,
+    /// How many shards
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub shards: u32,
+    /// What values are drawn from
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub seed: u64,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+impl Reclaim {
+    fn plan(self) -> reclaim::Plan {
+        reclaim::Plan {
+            program: self.program,
+            shards: self.shards,
+            keys: self.keys,
+            ttl: Duration::from_secs(self.ttl),
+            history: Duration::from_secs(self.history),
+            left_max: self.left_max,
+            seed: self.seed,
+        }
+    }
+}
+
 /// Runs a command.
 pub fn run(args: Args) -> ExitCode {
     let held = match args.command {
@@ -188,6 +293,8 @@ pub fn run(args: Args) -> ExitCode {
             writers: asked.writers,
             lasts: Duration::from_secs_f64(asked.minutes * 60.0),
         }),
+        Command::ExactlyOnce(asked) => exactly_once::run(&asked.plan()),
+        Command::Reclaim(asked) => reclaim::run(&asked.plan()),
     };
     match held {
         Ok(true) => ExitCode::SUCCESS,

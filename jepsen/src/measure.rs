@@ -1,7 +1,10 @@
 //! Figures from real processes. Owns the load that they share and how figures are summed up.
 
+pub mod exactly_once;
 pub mod failover;
 pub mod load;
+pub mod reclaim;
+mod reclaim_keys;
 pub mod saturation;
 
 use std::time::Duration;

@@ -1,6 +1,7 @@
 //! A cluster of real processes on this machine: the server's own program, real sockets, real syncs, in
 //! a scratch directory. Owns the processes and what is done to them. Does not know what for.
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -9,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use coracle_client::admin::{Init, NodeStatus};
-use coracle_client::{Client, NodeId};
+use coracle_client::{Client, NodeId, ShardId};
 use rand::RngExt;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -36,6 +37,19 @@ const SETTINGS: &[&str] = &[
     "observability.log_filter=warn",
 ];
 
+/// How a cluster is made.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// The server's program; `None` for the one beside this.
+    pub program: Option<PathBuf>,
+    /// How many nodes.
+    pub nodes: usize,
+    /// How many shards; 0 for the default.
+    pub shards: u32,
+    /// What the nodes are told besides, `key=value` each.
+    pub settings: Vec<String>,
+}
+
 /// The processes. Dropping it kills them and removes what they wrote.
 pub struct Cluster {
     nodes: Vec<Process>,
@@ -44,19 +58,37 @@ pub struct Cluster {
     _scratch: TempDir,
 }
 
+/// Who leads a shard. Ordered by term.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Leads {
+    /// In which term.
+    pub term: u64,
+    /// Which process.
+    pub at: usize,
+}
+
 struct Process {
     program: PathBuf,
     args: Vec<String>,
+    dir: PathBuf,
     log: PathBuf,
     address: String,
+    http: String,
     child: Option<Child>,
 }
 
 impl Cluster {
     /// Starts nodes and makes a cluster of them; returns when every shard is led.
     pub async fn start(program: Option<&Path>, nodes: usize) -> Result<Cluster, String> {
+        let program = program.map(Path::to_owned);
+        Cluster::start_as(Setup { program, nodes, ..Setup::default() }).await
+    }
+
+    /// The same, with more to say about it.
+    pub async fn start_as(setup: Setup) -> Result<Cluster, String> {
+        let Setup { program, nodes, shards, settings } = setup;
         let program = match program {
-            Some(program) => program.to_owned(),
+            Some(program) => program,
             None => beside()?,
         };
         let scratch = tempfile::Builder::new().prefix("coracle-jepsen-").tempdir();
@@ -79,11 +111,14 @@ impl Cluster {
                 format!("--exit-with-parent={}", std::process::id()),
             ];
             args.extend(SETTINGS.iter().map(|setting| format!("--set={setting}")));
+            args.extend(settings.iter().map(|setting| format!("--set={setting}")));
             Process {
                 program: program.clone(),
                 args,
                 log: dir.with_extension("log"),
+                dir,
                 address: clients[at].to_string(),
+                http: https[at].to_string(),
                 child: None,
             }
         };
@@ -94,11 +129,11 @@ impl Cluster {
             .connect_lazy()
             .map_err(|error| error.to_string())?;
         let mut cluster = Cluster { nodes, client, _scratch: scratch };
-        cluster.form().await?;
+        cluster.form(shards).await?;
         Ok(cluster)
     }
 
-    async fn form(&mut self) -> Result<(), String> {
+    async fn form(&mut self, shards: u32) -> Result<(), String> {
         let deadline = Instant::now() + START_DEADLINE;
         for at in 0..self.nodes.len() {
             self.nodes[at].start()?;
@@ -107,7 +142,7 @@ impl Cluster {
             self.wait_for(at, deadline, |_| true).await?;
         }
         let nodes = self.nodes.len() as u32;
-        let init = Init { nodes, shards: 0, replicas: nodes.min(3) };
+        let init = Init { nodes, shards, replicas: nodes.min(3) };
         let made = self.client.admin().init(init).await;
         made.map_err(|error| format!("init: {error}"))?;
         for at in 0..self.nodes.len() {
@@ -129,6 +164,86 @@ impl Cluster {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.nodes.is_empty()
+    }
+
+    /// A node's address for clients.
+    pub fn address(&self, at: usize) -> &str {
+        &self.nodes[at].address
+    }
+
+    /// Where clients reach the nodes.
+    pub fn addresses(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.address.clone()).collect()
+    }
+
+    /// A node's address for metrics.
+    pub fn http(&self, at: usize) -> &str {
+        &self.nodes[at].http
+    }
+
+    /// A node's data directory.
+    pub fn dir(&self, at: usize) -> &Path {
+        &self.nodes[at].dir
+    }
+
+    /// A node's process, while it runs.
+    pub fn pid(&self, at: usize) -> Option<u32> {
+        self.nodes[at].child.as_ref().map(Child::id)
+    }
+
+    /// Who leads each shard, in which term, as the nodes that run say of themselves.
+    pub async fn leaders(&self) -> BTreeMap<ShardId, Leads> {
+        let mut leaders = BTreeMap::new();
+        for at in (0..self.nodes.len()).filter(|at| self.nodes[*at].child.is_some()) {
+            // Who does not answer leads nothing that matters.
+            let groups = self.status(at).await.map(|status| status.groups).unwrap_or_default();
+            for group in groups.iter().filter(|group| group.role == "leader") {
+                let leads = Leads { term: group.term, at };
+                let known = leaders.entry(group.shard).or_insert(leads);
+                *known = leads.max(*known);
+            }
+        }
+        leaders
+    }
+
+    /// Hands the leadership of every shard to one node.
+    pub async fn lead_all(&self, at: usize) -> Result<(), String> {
+        let (deadline, to) = (Instant::now() + START_DEADLINE, self.status(at).await?.node.id);
+        loop {
+            let leaders = self.leaders().await;
+            let others =
+                leaders.iter().filter(|(_, leads)| leads.at != at).map(|(shard, _)| *shard);
+            let others: Vec<ShardId> = others.collect();
+            if !leaders.is_empty() && others.is_empty() {
+                return Ok(());
+            }
+            let mut last = None;
+            for shard in others {
+                last = self.client.admin().transfer_leader(shard, Some(to)).await.err().or(last);
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("n{} does not lead everything: {last:?}", at + 1));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// Waits until each of these shards is led in a later term than then.
+    pub async fn wait_succeeded(&self, before: &BTreeMap<ShardId, Leads>) -> Result<(), String> {
+        let deadline = Instant::now() + START_DEADLINE;
+        loop {
+            let now = self.leaders().await;
+            let succeeded = |shard: &ShardId, then: &Leads| {
+                now.get(shard).is_some_and(|leads| leads.term > then.term)
+            };
+            if before.iter().all(|(shard, then)| succeeded(shard, then)) {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("some shard has no new leader: {before:?}, now {now:?}"));
+            }
+            tokio::time::sleep(POLL).await;
+        }
     }
 
     /// A node's own view of itself.
@@ -207,7 +322,7 @@ impl Cluster {
 
     /// Elections so far, of all groups: the sum of their terms.
     pub async fn terms(&self) -> Result<u64, String> {
-        let mut terms = std::collections::BTreeMap::new();
+        let mut terms = BTreeMap::new();
         for at in 0..self.nodes.len() {
             for group in self.status(at).await?.groups {
                 let term = terms.entry(group.shard).or_insert(0);

@@ -85,6 +85,76 @@ fn the_gate_sees_each_kind_of_break() {
     }
 }
 
+/// What would break a peer of another version, in a `.proto` file, and what the gate says.
+#[test]
+fn a_proto_file_that_takes_something_back_does_not_pass() {
+    let kv = PUBLIC[0];
+    for (what, file, from, to) in [
+        ("a changed number", kv, "RequestId request_id = 6;", "RequestId request_id = 60;"),
+        ("two that change places", kv, "bytes key = 1;\n  // Its", "bytes key = 7;\n  // Its"),
+        ("a changed type", kv, "uint64 ttl_ms = 4;", "uint32 ttl_ms = 4;"),
+        ("a zigzag that is lost", kv, "sint64 by = 1;", "int64 by = 1;"),
+        ("a changed name", kv, "uint64 at_version = 4;", "uint64 version = 4;"),
+        ("a field that is gone", kv, "uint64 staleness_ms = 6;", ""),
+        ("one of many", kv, "repeated bytes keys = 2;", "bytes keys = 2;"),
+        ("a number that is told from 0", kv, "uint64 limit = 5;", "optional uint64 limit = 5;"),
+        ("a renumbered value", kv, "CONSISTENCY_ANY = 4;", "CONSISTENCY_ANY = 5;"),
+        ("a renamed value", kv, "CONSISTENCY_ANY = 4;", "CONSISTENCY_NONE = 4;"),
+        ("a method that is gone", kv, "rpc Get(GetRequest) returns (GetResponse);", ""),
+        ("another answer", kv, "returns (GetResponse)", "returns (PutResponse)"),
+        ("no stream back", kv, "returns (stream ScanResponse)", "returns (ScanResponse)"),
+        ("no stream there", kv, "Pipeline(stream Pipe", "Pipeline(Pipe"),
+        ("a renamed service", kv, "service KvService", "service KeyService"),
+        ("a renamed package", PEER, "package coracle.peer.v1;", "package coracle.peer.v2;"),
+    ] {
+        let broken = broken_by(file, from, to, listing(&compile(&[file])));
+        assert!(!broken.is_empty(), "{what} passes");
+    }
+}
+
+/// A number that was given back must not be taken for something else.
+#[test]
+fn what_is_reserved_stays_reserved() {
+    let (file, from) = (PUBLIC[0], "message CheckOperation {}");
+    let with = |to| listing(&edited(file, from, to));
+    let promised = with("message CheckOperation { reserved 3, 5 to 6; reserved \"old\"; }");
+    let broken = |to| broken_promises(&promised, &with(to)).len();
+    assert_eq!(broken("message CheckOperation { reserved 3 to 6; reserved \"old\"; }"), 0);
+    assert_eq!(broken("message CheckOperation { reserved 3, 5; reserved \"old\"; }"), 1);
+    assert_eq!(broken("message CheckOperation { reserved 3, 5 to 6; }"), 1);
+    assert_eq!(broken("message CheckOperation { uint64 new = 5; }"), 4);
+}
+
+#[test]
+fn a_packed_field_stays_packed() {
+    let (file, from) = (PUBLIC[0], "message CheckOperation {}");
+    let promised =
+        listing(&edited(file, from, "message CheckOperation { repeated uint64 a = 1; }"));
+    let to = "message CheckOperation { repeated uint64 a = 1 [packed = false]; }";
+    assert_eq!(broken_by(file, from, to, promised).len(), 1);
+}
+
+fn broken_by(file: &str, from: &str, to: &str, promised: BTreeMap<String, String>) -> Vec<String> {
+    broken_promises(&promised, &listing(&edited(file, from, to)))
+}
+
+/// A file with one place changed, beside the others as they are. What nobody uses any more is no
+/// matter of the compiler's; what does not compile at all would not pass either.
+fn edited(file: &str, from: &str, to: &str) -> FileDescriptorSet {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    for name in PUBLIC.iter().chain([&PEER]) {
+        let path = dir.path().join(name);
+        fs::create_dir_all(path.parent().expect("in a directory")).expect("a directory");
+        let mut text = fs::read_to_string(crate_dir().join("proto").join(name)).expect("there");
+        if *name == file {
+            assert!(text.contains(from), "{from:?} is not in {file}");
+            text = text.replacen(from, to, 1);
+        }
+        fs::write(path, text).expect("the directory is writable");
+    }
+    compile_in(dir.path(), &[file])
+}
+
 fn crate_dir() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
@@ -100,7 +170,11 @@ fn write_if_changed(path: &Path, bytes: &[u8]) {
 }
 
 fn compile(files: &[&str]) -> FileDescriptorSet {
-    protox::compile(files, [crate_dir().join("proto")]).expect("the .proto files compile")
+    compile_in(&crate_dir().join("proto"), files)
+}
+
+fn compile_in(dir: &Path, files: &[&str]) -> FileDescriptorSet {
+    protox::compile(files, [dir]).expect("the .proto files compile")
 }
 
 /// Comments would make the descriptor three times as large and change it with every line moved.
@@ -134,7 +208,8 @@ fn generate() -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// Everything that a peer of another version relies on: one line a field, enum value and RPC.
+/// Everything that a peer of another version relies on: one line a field, enum value, RPC, and number
+/// or name that is reserved for ever.
 fn listing(set: &FileDescriptorSet) -> BTreeMap<String, String> {
     let mut lines = BTreeMap::new();
     for file in &set.file {
@@ -170,6 +245,13 @@ fn list_message(scope: &str, message: &DescriptorProto, lines: &mut BTreeMap<Str
     for field in &message.field {
         lines.insert(format!("field {name} {}", field.number()), describe(message, field));
     }
+    for range in &message.reserved_range {
+        // The end of a message's range is the first number beyond it.
+        list_reserved(&name, range.start(), range.end() - 1, lines);
+    }
+    for reserved in &message.reserved_name {
+        lines.insert(format!("reserved {name} {reserved}"), "name".into());
+    }
     for nested in &message.nested_type {
         list_message(&name, nested, lines);
     }
@@ -179,13 +261,28 @@ fn list_message(scope: &str, message: &DescriptorProto, lines: &mut BTreeMap<Str
 }
 
 fn list_enum(scope: &str, enumeration: &EnumDescriptorProto, lines: &mut BTreeMap<String, String>) {
+    let name = format!("{scope}.{}", enumeration.name());
+    for range in &enumeration.reserved_range {
+        list_reserved(&name, range.start(), range.end(), lines);
+    }
+    for reserved in &enumeration.reserved_name {
+        lines.insert(format!("reserved {name} {reserved}"), "name".into());
+    }
     for value in &enumeration.value {
         let key = format!("value {scope}.{} {}", enumeration.name(), value.number());
         lines.insert(key, value.name().to_owned());
     }
 }
 
-/// `[repeated|optional] type name [oneof x]`.
+/// A range that grows takes nothing back, so a line a number.
+fn list_reserved(name: &str, first: i32, last: i32, lines: &mut BTreeMap<String, String>) {
+    assert!(last - first < 1_000, "reserve single numbers, not the rest of {name}");
+    for number in first..=last {
+        lines.insert(format!("reserved {name} {number}"), "number".into());
+    }
+}
+
+/// `[repeated|optional] type name [oneof x] [not packed]`.
 fn describe(message: &DescriptorProto, field: &FieldDescriptorProto) -> String {
     let kind = match field.r#type() {
         Type::Message | Type::Enum => field.type_name().to_owned(),
@@ -202,7 +299,11 @@ fn describe(message: &DescriptorProto, field: &FieldDescriptorProto) -> String {
         }
         _ => String::new(),
     };
-    format!("{label}{kind} {}{group}", field.name())
+    let packed = match field.options.as_ref().and_then(|options| options.packed) {
+        Some(false) => " not packed",
+        _ => "",
+    };
+    format!("{label}{kind} {}{group}{packed}", field.name())
 }
 
 fn read_baseline(path: &Path) -> BTreeMap<String, String> {

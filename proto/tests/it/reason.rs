@@ -99,6 +99,37 @@ fn codes_and_meanings_as_published() {
     assert_eq!(table, expected);
 }
 
+/// So do the names of the facts beside a reason.
+#[test]
+fn facts_go_by_the_names_as_published() {
+    use metadata::*;
+    let names = [
+        OUTCOME,
+        SHARD,
+        EPOCH,
+        MAP_EPOCH,
+        LEADER_NODE,
+        LEADER_ADDR,
+        LEADER_TERM,
+        NODE,
+        KEYSPACE,
+        LIMIT,
+        MAX,
+        GOT,
+        FIELD,
+        LAG_MS,
+        OLDEST_VERSION,
+        FLOOR,
+        SERVER_TIME_MS,
+        FILE,
+        OFFSET,
+        RECEIVED,
+    ];
+    let published = "outcome shard epoch map_epoch leader_node leader_addr leader_term node keyspace \
+                     limit max got field lag_ms oldest_version floor server_time_ms file offset received";
+    assert_eq!(names.join(" "), published);
+}
+
 #[test]
 fn foreign_statuses_claim_nothing_about_a_write() {
     let cases = [
