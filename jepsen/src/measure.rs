@@ -2,7 +2,11 @@
 
 pub mod failover;
 pub mod load;
+pub mod memory;
 pub mod saturation;
+pub mod scan_load;
+pub mod scan_reader;
+pub mod scan;
 
 use std::time::Duration;
 

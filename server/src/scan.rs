@@ -10,8 +10,10 @@
 //! changed since, all are asked again, at the same version, and the scan goes on behind the last key
 //! that was handed out: nothing is missing and nothing comes twice.
 //!
-//! Not here: a pin that keeps the version readable for longer than the history. A scan that takes
-//! longer ends with `VERSION_GONE`.
+//! **Slow readers.** A scan works only on a page that somebody waits for, and only then is it a request
+//! in flight. What it has read ahead counts in the node's budget, and is dropped when nobody asks for
+//! long ([`Scan::rest`]): it is read again behind the last key that was handed out. Nothing of the store,
+//! no iterator and no view, outlives a page; so a scan pins no file and no log.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,24 +21,26 @@ use std::time::Duration;
 use coracle_proto::limits::{self, SCAN_PAGE_BYTES, SCAN_PAGE_ENTRIES};
 use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::ring;
-use coracle_proto::shard_map::SYSTEM_KEYSPACE;
+use coracle_proto::shard_map::{KeyspaceId, SYSTEM_KEYSPACE};
 use coracle_proto::token::ScanToken;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use crate::admission::{Call, Permit};
+use crate::admission::{Call, Charge, Seat};
 use crate::fault;
 use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, open_keyspace};
 
 mod merge;
+mod pages;
 
 use merge::{Merge, OutOfOrder};
+pub use pages::{Pages, Pins, REST_AFTER, open};
 
-/// What one scan reads ahead over all its shards. Many shards get smaller pages, down to
-/// [`PAGE_BYTES_MIN`].
-const AHEAD_BYTES: usize = 8 << 20;
+/// Keys and values that one scan reads ahead over all its shards; half of it more where pages meet.
+/// Many shards get smaller pages, down to [`PAGE_BYTES_MIN`].
+const AHEAD_BYTES: usize = 4 << 20;
 /// Shards that one scan asks at a time.
 const ASKED_AT_A_TIME: usize = 32;
 /// How often a scan lays its lanes out anew before one page. Beyond: the last fault; its token still
@@ -50,13 +54,16 @@ pub struct Scan {
     router: Arc<Router>,
     request: v1::ScanRequest,
     call: Call,
+    keyspace: KeyspaceId,
+    history: Duration,
     /// Where the scan stands: behind the last page handed out.
     token: ScanToken,
     shape: Shape,
     page_bytes: usize,
-    permit: Permit,
-    charged: usize,
+    /// What the lanes hold.
+    ahead: Charge,
     done: bool,
+    _seat: Seat,
 }
 
 enum Shape {
@@ -95,9 +102,9 @@ impl Scan {
             let named = request.only_shard.is_some_and(|route| route.shard != 0);
             // The cluster's own records are one entity by definition, outside the ring.
             let one = named || keyspace.id == SYSTEM_KEYSPACE || spec.entity(keyspace).is_some();
-            Ok((one, spec))
+            Ok((one, spec, keyspace.id, Duration::from_millis(keyspace.history_ms)))
         };
-        let (one, spec) = match plan() {
+        let (one, spec, keyspace, history) = match plan() {
             Err(Fault { reason: Reason::UnknownKeyspace, .. }) => {
                 router.refresh(call.deadline).await;
                 plan()?
@@ -108,7 +115,9 @@ impl Scan {
             0 => SCAN_PAGE_BYTES,
             asked => asked.clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES),
         };
-        let permit = router.admission().admit(page_bytes as u64, call.origin)?;
+        // A node that takes nothing new on takes no scan on either.
+        router.admission().admit(0, call.origin)?;
+        let (seat, ahead) = (router.admission().open_scan()?, router.admission().hold(0));
         Ok(Scan {
             done: spec.is_over(),
             token: spec.token().clone(),
@@ -116,9 +125,11 @@ impl Scan {
             router,
             request,
             call,
+            keyspace,
+            history,
             page_bytes,
-            permit,
-            charged: 0,
+            ahead,
+            _seat: seat,
         })
     }
 
@@ -129,12 +140,39 @@ impl Scan {
             return Ok(None);
         }
         let call = self.call.next_page();
-        let page = match self.shape {
-            Shape::One => self.page_of_one(&call).await,
-            Shape::All(_) => self.page_of_all(&call).await,
-        };
+        let page = self.admitted_page(&call).await;
         self.done = page.as_ref().map_or(true, |page| page.done);
+        if self.done {
+            self.rest();
+        }
         page.map(Some)
+    }
+
+    /// Drops what was read ahead, and gives its charge back. The next page reads it again.
+    pub fn rest(&mut self) {
+        if let Shape::All(lanes) = &mut self.shape {
+            *lanes = None;
+        }
+        self.ahead.set(0).expect("holding less is always allowed");
+    }
+
+    /// The version at which all is read, once it is known.
+    pub fn version(&self) -> Option<u64> {
+        (self.token.version > 0).then_some(self.token.version)
+    }
+
+    /// Whether its version is pinned when it takes long: a scan of one entity never is.
+    fn pinnable(&self) -> bool {
+        matches!(self.shape, Shape::All(_))
+    }
+
+    async fn admitted_page(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
+        let room = self.page_bytes as u64;
+        let _permit = self.router.admission().admit(room, call.origin)?;
+        match self.shape {
+            Shape::One => self.page_of_one(call).await,
+            Shape::All(_) => self.page_of_all(call).await,
+        }
     }
 
     async fn page_of_one(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
@@ -179,11 +217,7 @@ impl Scan {
         // Handed out are whole keys of the merge; what it still holds is behind the token.
         while lanes.merge.starved() {
             lanes.feed(&self.router, &self.request, call).await?;
-            let ahead = lanes.merge.bytes();
-            if ahead > self.charged {
-                self.permit.charge((ahead - self.charged) as u64)?;
-                self.charged = ahead;
-            }
+            self.ahead.set(lanes.merge.held_bytes() as u64)?;
         }
         let most = self.token.remaining.and_then(|left| usize::try_from(left).ok());
         let most = most.map_or(SCAN_PAGE_ENTRIES, |left| left.min(SCAN_PAGE_ENTRIES));
@@ -196,6 +230,7 @@ impl Scan {
             bytes += entry_bytes(&entry);
             entries.push(entry);
         }
+        self.ahead.set(lanes.merge.held_bytes() as u64)?;
         if let Some(last) = entries.last() {
             self.token = self.token.advance(last.key.clone(), entries.len() as u64);
         }

@@ -36,6 +36,19 @@ const SETTINGS: &[&str] = &[
     "observability.log_filter=warn",
 ];
 
+/// How a cluster is made.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The server's program; `None` for the one beside this.
+    pub program: Option<PathBuf>,
+    /// How many nodes.
+    pub nodes: usize,
+    /// How many shards; 0 for the default.
+    pub shards: u32,
+    /// What the nodes are told besides, `key=value` each.
+    pub settings: Vec<String>,
+}
+
 /// The processes. Dropping it kills them and removes what they wrote.
 pub struct Cluster {
     nodes: Vec<Process>,
@@ -55,8 +68,15 @@ struct Process {
 impl Cluster {
     /// Starts nodes and makes a cluster of them; returns when every shard is led.
     pub async fn start(program: Option<&Path>, nodes: usize) -> Result<Cluster, String> {
+        let program = program.map(Path::to_owned);
+        Cluster::start_as(Setup { program, nodes, shards: 0, settings: Vec::new() }).await
+    }
+
+    /// The same, with more to say about it.
+    pub async fn start_as(setup: Setup) -> Result<Cluster, String> {
+        let Setup { program, nodes, shards, settings } = setup;
         let program = match program {
-            Some(program) => program.to_owned(),
+            Some(program) => program,
             None => beside()?,
         };
         let scratch = tempfile::Builder::new().prefix("coracle-jepsen-").tempdir();
@@ -78,7 +98,9 @@ impl Cluster {
                 "--log-format=text".to_owned(),
                 format!("--exit-with-parent={}", std::process::id()),
             ];
-            args.extend(SETTINGS.iter().map(|setting| format!("--set={setting}")));
+            let settings = settings.iter().map(String::as_str);
+            let settings = SETTINGS.iter().copied().chain(settings);
+            args.extend(settings.map(|setting| format!("--set={setting}")));
             Process {
                 program: program.clone(),
                 args,
@@ -94,11 +116,11 @@ impl Cluster {
             .connect_lazy()
             .map_err(|error| error.to_string())?;
         let mut cluster = Cluster { nodes, client, _scratch: scratch };
-        cluster.form().await?;
+        cluster.form(shards).await?;
         Ok(cluster)
     }
 
-    async fn form(&mut self) -> Result<(), String> {
+    async fn form(&mut self, shards: u32) -> Result<(), String> {
         let deadline = Instant::now() + START_DEADLINE;
         for at in 0..self.nodes.len() {
             self.nodes[at].start()?;
@@ -107,7 +129,7 @@ impl Cluster {
             self.wait_for(at, deadline, |_| true).await?;
         }
         let nodes = self.nodes.len() as u32;
-        let init = Init { nodes, shards: 0, replicas: nodes.min(3) };
+        let init = Init { nodes, shards, replicas: nodes.min(3) };
         let made = self.client.admin().init(init).await;
         made.map_err(|error| format!("init: {error}"))?;
         for at in 0..self.nodes.len() {
@@ -119,6 +141,16 @@ impl Cluster {
     /// A client of all nodes.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Where clients reach the nodes.
+    pub fn addresses(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.address.clone()).collect()
+    }
+
+    /// A node's process, while it runs.
+    pub fn pid(&self, at: usize) -> Option<u32> {
+        self.nodes[at].child.as_ref().map(Child::id)
     }
 
     /// How many nodes.

@@ -1,16 +1,23 @@
-//! Scans over four shards on two nodes: order, bounds, one version, resuming, long runs of deleted keys.
+//! Scans over four shards on two nodes: order, bounds, one version, resuming, long runs of deleted keys,
+//! readers that stop.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::reason::{Fault, Reason};
+use coracle_proto::shard_map::KeyspaceId;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_server::admission::Call;
-use coracle_server::scan::Scan;
+use coracle_server::scan::{self, Pages, Pins, Scan};
+use coracle_storage::exec::RealExec;
+use futures_util::future::{BoxFuture, ready};
+use parking_lot::Mutex;
 
-use crate::service_nodes::{Node, Nodes, key_on, put, shard_of};
+use crate::service_nodes::{Node, Nodes, key_on, put, shard_of, until};
 
 /// All pages of a scan.
 async fn pages(node: &Node, request: v1::ScanRequest) -> Result<Vec<v1::ScanResponse>, Fault> {
@@ -240,5 +247,147 @@ async fn token_of_another_scan_is_refused() {
     let last = found.last().unwrap().resume_token.clone();
     let over = v1::ScanRequest { resume_token: last, ..scan() };
     assert!(keys(&pages(&nodes.one, over).await.unwrap()).is_empty());
+    nodes.stop().await;
+}
+
+/// A scan as a client's stream reads it.
+async fn open(
+    node: &Node,
+    exec: &RealExec,
+    request: v1::ScanRequest,
+    pins: Option<Arc<dyn Pins>>,
+) -> Result<Pages, Fault> {
+    let scan = Scan::begin(node.router.clone(), request, Call::client(None)).await?;
+    Ok(scan::open(scan, exec, pins))
+}
+
+fn exec() -> RealExec {
+    RealExec::new(tokio::runtime::Handle::current(), 1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reader_that_stops_holds_nothing_and_then_gets_exactly_the_rest() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    let all = fill(&nodes.one, 400).await;
+    let admission = nodes.two.router.admission().clone();
+    for reverse in [false, true] {
+        let request = v1::ScanRequest { reverse, ..scan() };
+        let mut reader = open(&nodes.two, &exec, request, None).await.unwrap();
+        let mut found = vec![reader.next().await.unwrap().unwrap()];
+        let (requests, ahead) = admission.in_flight();
+        assert_eq!((requests, admission.scans_open()), (0, 1), "no request between two pages");
+        assert!(ahead > 64 << 10, "{ahead} bytes were read ahead");
+        until(|| admission.in_flight() == (0, 0)).await;
+        // The next pages are read anew: at the version of the first.
+        nodes.one.put(put("k0200x", "late")).await.unwrap();
+        nodes.one.put(put("k0300", "changed")).await.unwrap();
+        while let Some(page) = reader.next().await.unwrap() {
+            found.push(page);
+            if found.len() == 3 {
+                until(|| admission.in_flight() == (0, 0)).await;
+            }
+        }
+        let mut expected: Vec<_> = all.keys().cloned().collect();
+        if reverse {
+            expected.insert(201, "k0200x".into());
+            expected.reverse();
+        }
+        assert!(found.len() > 4, "{} pages", found.len());
+        assert_eq!(keys(&found), expected);
+        assert!(found.iter().all(|page| page.version == found[0].version));
+        until(|| admission.scans_open() == 0).await;
+        assert_eq!(admission.in_flight(), (0, 0));
+    }
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn open_scans_are_bounded_and_a_reader_that_goes_makes_room() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    fill(&nodes.one, 40).await;
+    let admission = nodes.one.router.admission().clone();
+    let mut readers = Vec::new();
+    for _ in 0..admission.scans_max() {
+        let mut reader = open(&nodes.one, &exec, scan(), None).await.unwrap();
+        readers.push(async move { reader.next().await.map(|page| (reader, page)) });
+    }
+    let beyond = open(&nodes.one, &exec, scan(), None).await.err().unwrap();
+    assert_eq!((beyond.reason, beyond.retry_after_ms), (Reason::Overloaded, 100));
+    assert!(beyond.message.contains("open scans"), "{beyond}");
+    drop(readers.pop());
+    until(|| admission.scans_open() < admission.scans_max()).await;
+    let found = open(&nodes.one, &exec, scan(), None).await.unwrap().next().await.unwrap();
+    assert_eq!(keys(&found.into_iter().collect::<Vec<_>>()).len(), 40);
+    drop(readers);
+    until(|| admission.scans_open() == 0).await;
+    nodes.draining_is_told_to_readers(&exec).await;
+}
+
+impl Nodes {
+    async fn draining_is_told_to_readers(self, exec: &RealExec) {
+        fill(&self.one, 400).await;
+        let mut reader = open(&self.one, exec, scan(), None).await.unwrap();
+        reader.next().await.unwrap().unwrap();
+        self.one.draining.cancel();
+        assert_eq!(reader.next().await.unwrap_err().reason, Reason::Draining);
+        assert!(reader.next().await.unwrap().is_none(), "it has ended");
+        self.stop().await;
+    }
+}
+
+/// Writes down what is pinned. The first pin fails.
+#[derive(Default)]
+struct PinsNoted(Mutex<Vec<(&'static str, KeyspaceId, u64)>>);
+
+impl Pins for PinsNoted {
+    fn pin(
+        &self,
+        keyspace: KeyspaceId,
+        version: u64,
+    ) -> BoxFuture<'static, Result<Duration, Fault>> {
+        let mut noted = self.0.lock();
+        noted.push(("pin", keyspace, version));
+        let failed = Err(Fault::new(Reason::NoQuorum, "an election"));
+        let hour = Ok(Duration::from_secs(3_600));
+        Box::pin(ready(if noted.len() == 1 { failed } else { hour }))
+    }
+
+    fn unpin(&self, keyspace: KeyspaceId, version: u64) -> BoxFuture<'static, ()> {
+        self.0.lock().push(("unpin", keyspace, version));
+        Box::pin(ready(()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn version_is_pinned_after_half_of_the_history_though_nobody_reads() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    fill(&nodes.one, 200).await;
+    let noted = Arc::new(PinsNoted::default());
+    let pins = || Some(noted.clone() as Arc<dyn Pins>);
+    let mut reader = open(&nodes.one, &exec, scan(), pins()).await.unwrap();
+    let first = reader.next().await.unwrap().unwrap();
+    while reader.next().await.unwrap().is_some() {}
+    assert!(noted.0.lock().is_empty(), "a scan that ends in time pins nothing");
+    // Resumed when half of the 60 seconds have passed.
+    nodes.clock.advance(Duration::from_secs(40));
+    let late = v1::ScanRequest { resume_token: first.resume_token, ..scan() };
+    let mut reader = open(&nodes.one, &exec, late, pins()).await.unwrap();
+    assert_eq!(reader.next().await.unwrap().unwrap().version, first.version);
+    until(|| noted.0.lock().len() == 2).await;
+    let default = KeyspaceId(1);
+    assert_eq!(*noted.0.lock(), [("pin", default, first.version); 2], "the first has failed");
+    drop(reader);
+    until(|| noted.0.lock().len() == 3).await;
+    assert_eq!(noted.0.lock()[2], ("unpin", default, first.version));
+    // One entity's scan has one shard's pages, and never pins.
+    let row = v1::ScanRequest { keyspace: "rows".into(), prefix: "r/".into(), ..scan() };
+    nodes.one.put(v1::PutRequest { keyspace: "rows".into(), ..put("r/1", "v") }).await.unwrap();
+    let mut reader = open(&nodes.one, &exec, row.clone(), pins()).await.unwrap();
+    let page = reader.next().await.unwrap().unwrap();
+    nodes.clock.advance(Duration::from_secs(40));
+    let row = v1::ScanRequest { resume_token: page.resume_token, ..row };
+    let mut reader = open(&nodes.one, &exec, row, pins()).await.unwrap();
+    let _ = reader.next().await.unwrap();
+    assert_eq!(noted.0.lock().len(), 3);
     nodes.stop().await;
 }
