@@ -21,7 +21,7 @@ use std::time::Duration;
 use coracle_proto::limits::{self, SCAN_PAGE_BYTES, SCAN_PAGE_ENTRIES};
 use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::ring;
-use coracle_proto::shard_map::{KeyspaceId, SYSTEM_KEYSPACE};
+use coracle_proto::shard_map::SYSTEM_KEYSPACE;
 use coracle_proto::token::ScanToken;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
@@ -36,7 +36,7 @@ mod merge;
 mod pages;
 
 use merge::{Merge, OutOfOrder};
-pub use pages::{Pages, Pins, REST_AFTER, open};
+pub use pages::{NewPins, Pages, Pins, REST_AFTER, open};
 
 /// Keys and values that one scan reads ahead over all its shards; half of it more where pages meet.
 /// Many shards get smaller pages, down to [`PAGE_BYTES_MIN`].
@@ -54,8 +54,6 @@ pub struct Scan {
     router: Arc<Router>,
     request: v1::ScanRequest,
     call: Call,
-    keyspace: KeyspaceId,
-    history: Duration,
     /// Where the scan stands: behind the last page handed out.
     token: ScanToken,
     shape: Shape,
@@ -102,9 +100,9 @@ impl Scan {
             let named = request.only_shard.is_some_and(|route| route.shard != 0);
             // The cluster's own records are one entity by definition, outside the ring.
             let one = named || keyspace.id == SYSTEM_KEYSPACE || spec.entity(keyspace).is_some();
-            Ok((one, spec, keyspace.id, Duration::from_millis(keyspace.history_ms)))
+            Ok((one, spec))
         };
-        let (one, spec, keyspace, history) = match plan() {
+        let (one, spec) = match plan() {
             Err(Fault { reason: Reason::UnknownKeyspace, .. }) => {
                 router.refresh(call.deadline).await;
                 plan()?
@@ -125,8 +123,6 @@ impl Scan {
             router,
             request,
             call,
-            keyspace,
-            history,
             page_bytes,
             ahead,
             _seat: seat,

@@ -2,9 +2,10 @@
 //! a reader that stops for a while. Owns the phases, their bounds and what is printed. Whether a scan is
 //! right, `checker::scans` says.
 //!
-//! **Memory.** A server's is what it has above the most of the idle time before the first phase: writers at
-//! work, nobody scanning, and all of the keyspace read once before, so that the block cache and the
-//! allocator's first fill are not taken for the scan's. A killed server is held against the same.
+//! **Memory.** A server's is what it has above the most of an idle time before: writers at work, nobody
+//! scanning, and all of the keyspace read once before, so that the block cache and the allocator's first
+//! fill are not taken for the scan's. Before the scan with failovers the same number of servers is killed
+//! without one: what a recovery takes is not the scan's either.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +27,8 @@ const SERVER_BYTES_MAX: u64 = 64 << 20;
 const IDLE: Duration = Duration::from_secs(10);
 /// How long a scan with failovers takes at least: within the history, so that it needs no pin.
 const PACED: Duration = Duration::from_secs(40);
+/// Between two kills without a scan: as with one.
+const BETWEEN_KILLS: Duration = Duration::from_secs(8);
 /// A killed server is away for so long.
 const DOWN: Duration = Duration::from_secs(1);
 /// Progress of a scan is looked at so often.
@@ -88,11 +91,16 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     let seeds = rig.cluster.addresses().join(",");
     let manners = Manners { seeds, ..Manners::default() };
     rig.scan("warm-up", &manners, 0).await?;
-    rig.rest().await;
+    rig.rest(0).await?;
     rig.scan("plain", &manners, 0).await?;
+    rig.rest(plan.kills).await?;
     let per_second = plan.keys / PACED.as_secs();
     rig.scan("failovers", &Manners { per_second, ..manners.clone() }, plan.kills).await?;
     let (stop_after, stop_for) = (plan.keys / 2, plan.pause);
+    // The servers have begun anew.
+    rig.idle.clear();
+    rig.scan("second warm-up", &manners, 0).await?;
+    rig.rest(0).await?;
     rig.scan("stopped reader", &Manners { stop_after, stop_for, ..manners }, 0).await?;
     let (acknowledged, unknown) = rig.book.ledger().counts();
     println!("{acknowledged} writes acknowledged, {unknown} of unknown outcome");
@@ -117,15 +125,21 @@ struct Rig {
 }
 
 impl Rig {
-    /// Writers alone.
-    async fn rest(&mut self) {
+    /// Writers alone, and servers that are killed.
+    async fn rest(&mut self, kills: u32) -> Result<(), String> {
         let writers = self.writers();
         self.watch.take();
         tokio::time::sleep(IDLE).await;
+        for kill in 0..kills {
+            self.fail_over(kill as usize % self.cluster.len()).await?;
+            tokio::time::sleep(BETWEEN_KILLS).await;
+        }
         writers.stop().await;
         self.idle = self.watch.take().into_values().collect();
         let idle = self.idle.iter().map(|bytes| mib(*bytes));
-        println!("idle servers: {}", idle.collect::<Vec<_>>().join(", "));
+        let idle = idle.collect::<Vec<_>>().join(", ");
+        println!("idle servers, {kills} of them killed: {idle}");
+        Ok(())
     }
 
     fn writers(&mut self) -> Writers {

@@ -1,39 +1,46 @@
 //! Owns the task behind a scan that a client reads as a stream: it makes a page when the reader asks for
 //! one, drops what was read ahead when the reader stops, and keeps the version pinned meanwhile. A
 //! stream that nobody polls runs nothing: hence a task. Does not read or merge (see [`Scan`]), and
-//! does not know how a version is pinned (see [`Pins`]).
+//! does not know when and how a version is pinned (see [`Pins`]).
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_proto::reason::{Fault, Outcome, Reason};
-use coracle_proto::shard_map::KeyspaceId;
+use coracle_proto::shard_map::Shard;
 use coracle_proto::v1;
-use coracle_raft::clock::HybridTime;
 use coracle_storage::Exec;
 use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Scan;
+use crate::admission::Call;
+use crate::router::Router;
 
 /// How long a reader may stop before its scan drops what it has read ahead: longer than the way to any
 /// client and back, so that a reader that works is never made to wait for the shards again.
 pub const REST_AFTER: Duration = Duration::from_secs(1);
-/// After a pin that failed: an election is over by then.
-const PIN_PAUSE: Duration = Duration::from_secs(1);
+/// How often a scan looks whether its version must be pinned; a small part of any history.
+const PIN_LOOK: Duration = Duration::from_secs(1);
+/// How long pinning may take; a shard that elects a leader is asked again at the next look.
+const PIN_MAX: Duration = Duration::from_secs(5);
 
-/// Keeps a version readable for longer than its keyspace's history, on all shards.
-pub trait Pins: Send + Sync + 'static {
-    /// Pins a version, or pins it anew. Says after how long it must be pinned again.
-    fn pin(
-        &self,
-        keyspace: KeyspaceId,
+/// What one scan holds of its version on the shards.
+pub trait Pins: Send {
+    /// Pins a version of a keyspace on shards, if it is time to: asked again and again for as long as
+    /// the scan goes on. `STALE_ROUTE` when the shards are others by now.
+    fn keep<'a>(
+        &'a mut self,
+        router: &'a Arc<Router>,
+        shards: &'a [v1::Route],
+        keyspace: &'a str,
         version: u64,
-    ) -> BoxFuture<'static, Result<Duration, Fault>>;
-
-    /// Gives the pin up: nobody reads at the version any more.
-    fn unpin(&self, keyspace: KeyspaceId, version: u64) -> BoxFuture<'static, ()>;
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<(), Fault>>;
 }
+
+/// Pins of a scan that holds none yet.
+pub type NewPins = Arc<dyn Fn() -> Box<dyn Pins> + Send + Sync>;
 
 type Paged = Result<Option<v1::ScanResponse>, Fault>;
 
@@ -45,7 +52,7 @@ pub struct Pages {
 
 /// Starts the task of a scan. Without `pins` it ends with `VERSION_GONE` when it outlives its keyspace's
 /// history.
-pub fn open(scan: Scan, exec: &dyn Exec, pins: Option<Arc<dyn Pins>>) -> Pages {
+pub fn open(scan: Scan, exec: &dyn Exec, pins: Option<NewPins>) -> Pages {
     let (asks, asked) = mpsc::channel(1);
     exec.spawn("scan", Box::pin(run(scan, asked, pins)));
     Pages { asks, over: false }
@@ -74,27 +81,16 @@ fn is_last(page: &Paged) -> bool {
     !matches!(page, Ok(Some(page)) if !page.done)
 }
 
-async fn run(
-    scan: Scan,
-    asked: mpsc::Receiver<oneshot::Sender<Paged>>,
-    pins: Option<Arc<dyn Pins>>,
-) {
+async fn run(scan: Scan, asked: mpsc::Receiver<oneshot::Sender<Paged>>, pins: Option<NewPins>) {
+    let versions = watch::Sender::new(None);
     let Some(pins) = pins.filter(|_| scan.pinnable()) else {
-        return serve(scan, asked, watch::Sender::new(None)).await;
+        return serve(scan, asked, versions).await;
     };
-    let (keyspace, versions) = (scan.keyspace, watch::Sender::new(None));
-    let mut pinner = Pinner {
-        pins: pins.clone(),
-        scan: (keyspace, scan.history, scan.router.clone()),
-        versions: versions.subscribe(),
-        tried: None,
-    };
+    let (router, keyspace) = (scan.router.clone(), scan.request.keyspace.clone());
+    let pinned = keep_pinned(router, keyspace, versions.subscribe(), pins);
     tokio::select! {
         () = serve(scan, asked, versions) => {}
-        () = pinner.keep() => {}
-    }
-    if let Some(version) = pinner.tried {
-        pins.unpin(keyspace, version).await;
+        () = pinned => {}
     }
 }
 
@@ -126,32 +122,29 @@ async fn serve(
     }
 }
 
-/// Keeps the version of a scan pinned.
-struct Pinner {
-    pins: Arc<dyn Pins>,
-    scan: (KeyspaceId, Duration, Arc<crate::router::Router>),
+/// Keeps the version of a scan pinned on all shards, once it is known. Never ends: a scan whose version
+/// is gone hears of it with its next page.
+async fn keep_pinned(
+    router: Arc<Router>,
+    keyspace: String,
     versions: watch::Receiver<Option<u64>>,
-    /// What may be pinned by now.
-    tried: Option<u64>,
-}
-
-impl Pinner {
-    /// Pins as soon as half of the history has passed since the version, so that a scan that ends in
-    /// time writes nothing; a scan that is resumed late pins at once. Never ends.
-    async fn keep(&mut self) {
-        let (keyspace, history, router) = self.scan.clone();
-        let Ok(Some(version)) = self.versions.wait_for(Option::is_some).await.map(|v| *v) else {
-            return std::future::pending().await;
+    new: NewPins,
+) {
+    let mut pins = new();
+    loop {
+        tokio::time::sleep(PIN_LOOK).await;
+        let version = *versions.borrow();
+        let (Some(version), Ok(map)) = (version, router.current_map()) else { continue };
+        let route = |shard: &Shard| v1::Route { shard: shard.id.0, shard_epoch: shard.epoch.0 };
+        let shards: Vec<v1::Route> = map.shards().iter().map(route).collect();
+        let call = Call::own(PIN_MAX);
+        let Err(fault) = pins.keep(&router, &shards, &keyspace, version, &call).await else {
+            continue;
         };
-        let age_ms = router.now_ms().saturating_sub(HybridTime(version).ms());
-        let mut wait = (history / 2).saturating_sub(Duration::from_millis(age_ms));
-        loop {
-            tokio::time::sleep(wait).await;
-            self.tried = Some(version);
-            wait = self.pins.pin(keyspace, version).await.unwrap_or_else(|fault| {
-                tracing::debug!(version, %fault, "a scan's version could not be pinned");
-                PIN_PAUSE
-            });
+        tracing::debug!(version, %fault, "a scan's version could not be pinned");
+        if fault.reason == Reason::StaleRoute {
+            router.refresh(call.deadline).await;
+            pins = new();
         }
     }
 }

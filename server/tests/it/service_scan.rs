@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use coracle_proto::reason::{Fault, Reason};
-use coracle_proto::shard_map::KeyspaceId;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_server::admission::Call;
-use coracle_server::scan::{self, Pages, Pins, Scan};
+use coracle_server::router::Router;
+use coracle_server::scan::{self, NewPins, Pages, Pins, Scan};
 use coracle_storage::exec::RealExec;
 use futures_util::future::{BoxFuture, ready};
 use parking_lot::Mutex;
@@ -255,7 +255,7 @@ async fn open(
     node: &Node,
     exec: &RealExec,
     request: v1::ScanRequest,
-    pins: Option<Arc<dyn Pins>>,
+    pins: Option<NewPins>,
 ) -> Result<Pages, Fault> {
     let scan = Scan::begin(node.router.clone(), request, Call::client(None)).await?;
     Ok(scan::open(scan, exec, pins))
@@ -335,59 +335,58 @@ impl Nodes {
     }
 }
 
-/// Writes down what is pinned. The first pin fails.
+/// Writes down what is kept. The first time, the shards are others by then.
 #[derive(Default)]
-struct PinsNoted(Mutex<Vec<(&'static str, KeyspaceId, u64)>>);
+struct Noted {
+    made: usize,
+    kept: Vec<(Vec<u64>, String, u64)>,
+}
+
+struct PinsNoted(Arc<Mutex<Noted>>);
 
 impl Pins for PinsNoted {
-    fn pin(
-        &self,
-        keyspace: KeyspaceId,
+    fn keep<'a>(
+        &'a mut self,
+        _: &'a Arc<Router>,
+        shards: &'a [v1::Route],
+        keyspace: &'a str,
         version: u64,
-    ) -> BoxFuture<'static, Result<Duration, Fault>> {
+        _: &'a Call,
+    ) -> BoxFuture<'a, Result<(), Fault>> {
+        let shards = shards.iter().map(|route| route.shard).collect();
         let mut noted = self.0.lock();
-        noted.push(("pin", keyspace, version));
-        let failed = Err(Fault::new(Reason::NoQuorum, "an election"));
-        let hour = Ok(Duration::from_secs(3_600));
-        Box::pin(ready(if noted.len() == 1 { failed } else { hour }))
-    }
-
-    fn unpin(&self, keyspace: KeyspaceId, version: u64) -> BoxFuture<'static, ()> {
-        self.0.lock().push(("unpin", keyspace, version));
-        Box::pin(ready(()))
+        noted.kept.push((shards, keyspace.to_owned(), version));
+        let stale = Err(Fault::new(Reason::StaleRoute, "a split"));
+        Box::pin(ready(if noted.kept.len() == 1 { stale } else { Ok(()) }))
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn version_is_pinned_after_half_of_the_history_though_nobody_reads() {
+async fn version_is_kept_on_all_shards_though_nobody_reads_until_the_reader_goes() {
     let (nodes, exec) = (Nodes::start().await, exec());
     fill(&nodes.one, 200).await;
-    let noted = Arc::new(PinsNoted::default());
-    let pins = || Some(noted.clone() as Arc<dyn Pins>);
-    let mut reader = open(&nodes.one, &exec, scan(), pins()).await.unwrap();
+    let noted = Arc::new(Mutex::new(Noted::default()));
+    let of_pins = noted.clone();
+    let new: NewPins = Arc::new(move || {
+        of_pins.lock().made += 1;
+        Box::new(PinsNoted(of_pins.clone()))
+    });
+    let mut reader = open(&nodes.one, &exec, scan(), Some(new.clone())).await.unwrap();
     let first = reader.next().await.unwrap().unwrap();
-    while reader.next().await.unwrap().is_some() {}
-    assert!(noted.0.lock().is_empty(), "a scan that ends in time pins nothing");
-    // Resumed when half of the 60 seconds have passed.
-    nodes.clock.advance(Duration::from_secs(40));
-    let late = v1::ScanRequest { resume_token: first.resume_token, ..scan() };
-    let mut reader = open(&nodes.one, &exec, late, pins()).await.unwrap();
-    assert_eq!(reader.next().await.unwrap().unwrap().version, first.version);
-    until(|| noted.0.lock().len() == 2).await;
-    let default = KeyspaceId(1);
-    assert_eq!(*noted.0.lock(), [("pin", default, first.version); 2], "the first has failed");
+    let asked = nodes.one.source.asked.load(Ordering::SeqCst);
+    until(|| noted.lock().kept.len() == 3).await;
+    let kept = (vec![1, 2, 3, 4], String::new(), first.version);
+    assert!(noted.lock().kept.iter().all(|it| *it == kept), "{:?}", noted.lock().kept);
+    assert_eq!(noted.lock().made, 2, "begun anew when the shards have changed");
+    assert!(nodes.one.source.asked.load(Ordering::SeqCst) > asked, "by a newer map");
+    let mine = Arc::strong_count(&new);
     drop(reader);
-    until(|| noted.0.lock().len() == 3).await;
-    assert_eq!(noted.0.lock()[2], ("unpin", default, first.version));
+    until(|| Arc::strong_count(&new) < mine).await;
     // One entity's scan has one shard's pages, and never pins.
     let row = v1::ScanRequest { keyspace: "rows".into(), prefix: "r/".into(), ..scan() };
-    nodes.one.put(v1::PutRequest { keyspace: "rows".into(), ..put("r/1", "v") }).await.unwrap();
-    let mut reader = open(&nodes.one, &exec, row.clone(), pins()).await.unwrap();
-    let page = reader.next().await.unwrap().unwrap();
-    nodes.clock.advance(Duration::from_secs(40));
-    let row = v1::ScanRequest { resume_token: page.resume_token, ..row };
-    let mut reader = open(&nodes.one, &exec, row, pins()).await.unwrap();
-    let _ = reader.next().await.unwrap();
-    assert_eq!(noted.0.lock().len(), 3);
+    let mine = Arc::strong_count(&new);
+    let mut reader = open(&nodes.one, &exec, row, Some(new.clone())).await.unwrap();
+    until(|| Arc::strong_count(&new) == mine).await;
+    assert!(reader.next().await.unwrap().unwrap().done);
     nodes.stop().await;
 }
