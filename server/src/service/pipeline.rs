@@ -238,8 +238,10 @@ mod tests {
             unread.lock().push(finished());
             tokio::time::advance(STOPPED_MAX).await;
             assert!((&mut nobody).now_or_never().is_none(), "it takes some");
-            assert!(caller.next().await.is_some_and(|answer| answer.is_ok()));
+            let taken = caller.next().await.expect("not the end").expect("answers");
+            assert_eq!(taken.responses.len(), 2, "what is there travels together");
         }
+        unread.lock().push(finished());
         let gave_up = tokio::time::timeout(3 * STOPPED_MAX, &mut nobody).await;
         gave_up.expect("nothing was taken any more");
         unread.lock().give_up(Fault::new(Reason::OutcomeUnknown, "nobody took them"));

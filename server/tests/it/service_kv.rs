@@ -274,9 +274,9 @@ async fn pipeline_whose_answers_nobody_takes_ends_its_requests_and_counts_the_an
         let operation = Some(Operation::Get(get(&key)));
         v1::PipelineRequest { id, timeout_ms: 5_000, operation }
     };
-    let requests = stream::iter(1..=COUNT).map(operation);
-    let mut answers = kv.pipeline(requests).await.unwrap().into_inner();
-    let first = answers.message().await.unwrap().unwrap();
+    let requests = v1::PipelineRequests { requests: (1..=COUNT).map(operation).collect() };
+    let mut answers = kv.pipeline(stream::iter([requests])).await.unwrap().into_inner();
+    let mut found = answers.message().await.unwrap().unwrap().responses;
     let admission = nodes.one.router.admission().clone();
     let served =
         format!("coracle_requests_total{{method=\"Get\",code=\"OK\",reason=\"\"}} {COUNT}");
@@ -284,11 +284,11 @@ async fn pipeline_whose_answers_nobody_takes_ends_its_requests_and_counts_the_an
     until(|| admission.in_flight().0 == 0).await;
     let held = admission.in_flight().1;
     assert!(held > (COUNT - 20) * (100 << 10), "{held} bytes wait for their caller");
-    let mut ids = vec![first.id];
-    while let Some(answer) = answers.message().await.unwrap() {
-        assert!(matches!(answer.result, Some(Answer::Get(_))), "{answer:?}");
-        ids.push(answer.id);
+    while let Some(together) = answers.message().await.unwrap() {
+        found.extend(together.responses);
     }
+    assert!(found.iter().all(|answer| matches!(answer.result, Some(Answer::Get(_)))));
+    let mut ids: Vec<u64> = found.iter().map(|answer| answer.id).collect();
     ids.sort_unstable();
     assert!(ids.into_iter().eq(1..=COUNT));
     until(|| admission.in_flight() == (0, 0)).await;
