@@ -39,8 +39,9 @@ use merge::{Merge, OutOfOrder};
 pub use pages::{NewPins, Pages, Pins, REST_AFTER, open};
 
 /// Keys and values that one scan reads ahead over all its shards; half of it more where pages meet.
-/// Many shards get smaller pages, down to [`PAGE_BYTES_MIN`].
-const AHEAD_BYTES: usize = 4 << 20;
+/// With small entries it takes twice that in memory, and as much again on its way. Many shards get
+/// smaller pages, down to [`PAGE_BYTES_MIN`].
+const AHEAD_BYTES: usize = 2 << 20;
 /// Shards that one scan asks at a time.
 const ASKED_AT_A_TIME: usize = 32;
 /// How often a scan lays its lanes out anew before one page. Beyond: the last fault; its token still

@@ -90,7 +90,9 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     println!("{} keys over {} shards, written in {filled:.0} s", plan.keys, plan.shards);
     let seeds = rig.cluster.addresses().join(",");
     let manners = Manners { seeds, ..Manners::default() };
-    rig.scan("warm-up", &manners, 0).await?;
+    for warm_up in ["warm-up", "again"] {
+        rig.scan(warm_up, &manners, 0).await?;
+    }
     rig.rest(0).await?;
     rig.scan("plain", &manners, 0).await?;
     rig.rest(plan.kills).await?;
@@ -99,7 +101,9 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     let (stop_after, stop_for) = (plan.keys / 2, plan.pause);
     // The servers have begun anew.
     rig.idle.clear();
-    rig.scan("second warm-up", &manners, 0).await?;
+    for warm_up in ["warm-up of the new processes", "again"] {
+        rig.scan(warm_up, &manners, 0).await?;
+    }
     rig.rest(0).await?;
     rig.scan("stopped reader", &Manners { stop_after, stop_for, ..manners }, 0).await?;
     let (acknowledged, unknown) = rig.book.ledger().counts();
