@@ -1,4 +1,4 @@
-//! Owns one gRPC channel per node and what is known of the node's health: whether it answers, and
+//! Owns the gRPC channels to each node, one for calls and one for scans, and what is known of the node's health: whether it answers, and
 //! since when it does not. Does not choose nodes (see `route`) or carry operations (see
 //! `pipeline`).
 
@@ -44,6 +44,11 @@ const PING_TIMEOUT: Duration = Duration::from_secs(1);
 const STREAM_WINDOW: u32 = 4 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
+/// The same of scans: what one may hold here is half of the pages that a node may hold for it, and
+/// sixteen readers may stop before others on their connection have to wait.
+const SCAN_WINDOW: u32 = 2 << 20;
+const SCANS_WINDOW: u32 = 32 << 20;
+
 /// Opens connections.
 pub(crate) struct Dialer {
     net: Arc<dyn Net>,
@@ -51,10 +56,13 @@ pub(crate) struct Dialer {
     connect_timeout: Duration,
 }
 
-/// One node at one address. The channel connects when it is first used, and again after a break.
+/// One node at one address. A channel connects when it is first used, and again after a break.
 pub(crate) struct Connection {
     address: String,
     channel: Channel,
+    /// A connection of their own: streams whose reader has stopped fill the window of theirs, and would
+    /// hold up every call.
+    scans: Channel,
     health: Mutex<Health>,
     went_down: Notify,
 }
@@ -94,13 +102,17 @@ impl Dialer {
             .connect_timeout(self.connect_timeout)
             .http2_keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW);
-        let connector = Connector { net: self.net.clone(), address: address.to_owned() };
+            .keep_alive_while_idle(true);
+        let channel = |stream_window, connection_window| {
+            let connector = Connector { net: self.net.clone(), address: address.to_owned() };
+            let endpoint = endpoint.clone().initial_stream_window_size(stream_window);
+            let endpoint = endpoint.initial_connection_window_size(connection_window);
+            endpoint.connect_with_connector_lazy(connector)
+        };
         Some(Connection {
             address: address.to_owned(),
-            channel: endpoint.connect_with_connector_lazy(connector),
+            channel: channel(STREAM_WINDOW, CONNECTION_WINDOW),
+            scans: channel(SCAN_WINDOW, SCANS_WINDOW),
             health: Mutex::new(Health { failures: 0, down_until: None, heard_at: None }),
             went_down: Notify::new(),
         })
@@ -116,6 +128,10 @@ impl Connection {
         KvServiceClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    pub(crate) fn scans(&self) -> KvServiceClient<Channel> {
+        KvServiceClient::new(self.scans.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     pub(crate) fn cluster(&self) -> ClusterServiceClient<Channel> {

@@ -65,7 +65,7 @@ pub struct Scan {
     is_empty: bool,
 }
 
-/// Consecutive entries of a scan.
+/// Consecutive entries of a scan. They share one buffer: copy what is kept for long.
 #[derive(Clone, Debug)]
 pub struct Page {
     /// In the order of the scan. May be empty, also before the end.
@@ -258,11 +258,14 @@ impl Pager {
     /// Waits for one page, on the stream that is open or on a new one.
     async fn attempt(&mut self, until: Instant) -> Result<Page, Fault> {
         let started = Instant::now();
-        if self.open.is_none() {
-            let pipeline = self.choose()?;
-            // Whatever goes wrong from here on, goes wrong at this node.
+        // Whatever goes wrong from here on, goes wrong at the node that is asked: also at one that was
+        // well when it gave the page before, and whose stream broke while the reader was away.
+        if let Some((pipeline, _)) = &self.open {
             self.avoid = Some(pipeline.connection().address().to_owned());
-            let mut client = pipeline.connection().kv();
+        } else {
+            let pipeline = self.choose()?;
+            self.avoid = Some(pipeline.connection().address().to_owned());
+            let mut client = pipeline.connection().scans();
             let answer = match timeout_at(until, client.scan(self.request.clone())).await {
                 Ok(answer) => answer.map_err(|status| failed(&pipeline, &status)),
                 Err(_) => Err(silent(&pipeline, started)),

@@ -1,5 +1,6 @@
 //! The judges of histories. Owns what they return; each judge has a file of its own.
 
+pub mod scans;
 pub mod witness;
 
 use std::fmt;

@@ -9,7 +9,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use coracle_storage::log::testing::run_history;
 use coracle_storage::options::Sabotage;
 
-use crate::measure::{exactly_once, failover, reclaim, saturation};
+use crate::measure::scan_reader::Manners;
+use crate::measure::{exactly_once, failover, reclaim, saturation, scan};
 use crate::simulation::{self, Options};
 use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
@@ -51,6 +52,11 @@ pub enum Command {
     ExactlyOnce(ExactlyOnce),
     /// Real processes: what expired or is overwritten leaves the disk, and never comes back
     Reclaim(Reclaim),
+    /// Real processes: scans of everything while it is written, with failovers, with a reader that stops
+    Scan(Scan),
+    /// One scan, told line by line to whoever started this process
+    #[command(hide = true)]
+    ScanReader(ScanReader),
 }
 
 /// See [`Command::Sim`].
@@ -254,6 +260,32 @@ pub struct Reclaim {
     pub program: Option<PathBuf>,
 }
 
+/// See [`Command::Scan`].
+#[derive(Debug, clap::Args)]
+pub struct Scan {
+    /// Keys of 16 bytes, each with a value of 100
+    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
+    pub keys: u64,
+    /// How many shards
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub shards: u32,
+    /// How many nodes
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub nodes: usize,
+    /// Writes a second while it is scanned
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub rate: u32,
+    /// Servers that are killed during a scan, one after the other
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub kills: u32,
+    /// How long a reader stops, in seconds: longer than the history of 60 needs pins
+    #[arg(long, value_name = "N", default_value_t = 90)]
+    pub pause: u64,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
 impl Reclaim {
     fn plan(self) -> reclaim::Plan {
         reclaim::Plan {
@@ -266,6 +298,23 @@ impl Reclaim {
             seed: self.seed,
         }
     }
+}
+
+/// See [`Command::ScanReader`].
+#[derive(Debug, clap::Args)]
+pub struct ScanReader {
+    /// Nodes to begin with
+    #[arg(long)]
+    pub seeds: String,
+    /// Entries a second; 0 is as fast as they come
+    #[arg(long)]
+    pub per_second: u64,
+    /// Stops once after so many entries; 0 is never
+    #[arg(long)]
+    pub stop_after: u64,
+    /// For so long
+    #[arg(long)]
+    pub stop_ms: u64,
 }
 
 /// Runs a command.
@@ -295,6 +344,21 @@ pub fn run(args: Args) -> ExitCode {
         }),
         Command::ExactlyOnce(asked) => exactly_once::run(&asked.plan()),
         Command::Reclaim(asked) => reclaim::run(&asked.plan()),
+        Command::Scan(asked) => scan::run(&scan::Plan {
+            program: asked.program,
+            nodes: asked.nodes,
+            shards: asked.shards,
+            keys: asked.keys,
+            rate: asked.rate,
+            kills: asked.kills,
+            pause: Duration::from_secs(asked.pause),
+        }),
+        Command::ScanReader(asked) => scan::read(&Manners {
+            seeds: asked.seeds,
+            per_second: asked.per_second,
+            stop_after: asked.stop_after,
+            stop_for: Duration::from_millis(asked.stop_ms),
+        }),
     };
     match held {
         Ok(true) => ExitCode::SUCCESS,

@@ -5,7 +5,11 @@ pub mod failover;
 pub mod load;
 pub mod reclaim;
 mod reclaim_keys;
+pub mod memory;
 pub mod saturation;
+pub mod scan_load;
+pub mod scan_reader;
+pub mod scan;
 
 use std::time::Duration;
 

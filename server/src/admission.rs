@@ -1,11 +1,12 @@
-//! Owns what a node takes on: requests and bytes in flight, and each request's deadline. Does not
-//! queue: beyond a limit the answer is `OVERLOADED` at once, and the caller's back-off is the queue.
+//! Owns what a node takes on: requests and bytes in flight, open scans, and each request's deadline.
+//! Does not queue: beyond a limit the answer is `OVERLOADED` at once, and the caller's back-off is the
+//! queue.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use coracle_proto::limits;
+use coracle_proto::limits::{self, SCAN_PAGE_BYTES};
 use coracle_proto::reason::{Fault, Reason};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,13 @@ const RETRY_AFTER: Duration = Duration::from_millis(100);
 /// tonic drops a request at its `grpc-timeout` and says `CANCELLED`, which tells nothing of a write.
 /// So ours ends earlier by this, or by a tenth of the timeout where that is less.
 const ANSWER_MARGIN: Duration = Duration::from_millis(20);
+/// Scans that a node has open for clients at a time, whether they are read or not: each has a task and a
+/// stream. Beyond: `OVERLOADED`.
+const SCANS_OPEN_MAX: usize = 256;
+/// What an open scan pins when its reader has stopped: a page in the connection's buffer, and one
+/// behind it. All of them together may pin half of the byte budget; a node with a small budget
+/// therefore has fewer open.
+const SCAN_PINNED_BYTES: u64 = 2 * SCAN_PAGE_BYTES as u64;
 /// The header of callers that follow leaders by themselves, and of tests.
 pub const NO_FORWARD: &str = "coracle-no-forward";
 
@@ -118,12 +126,14 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 
 /// Counts what the node works on.
 ///
-/// Invariant: the counters are the sums over all permits that are alive.
+/// Invariant: the counters are the sums over all permits, charges and seats that are alive.
 pub struct Admission {
     requests_max: usize,
     bytes_max: u64,
+    scans_max: usize,
     requests: AtomicUsize,
     bytes: AtomicU64,
+    scans: AtomicUsize,
     draining: CancellationToken,
 }
 
@@ -131,8 +141,16 @@ impl Admission {
     /// Limits of a node (`limits.requests_in_flight`, `limits.request_bytes_in_flight`), and the
     /// signal from which on it takes nothing new.
     pub fn new(requests_max: usize, bytes_max: u64, draining: CancellationToken) -> Arc<Admission> {
-        let (requests, bytes) = (AtomicUsize::new(0), AtomicU64::new(0));
-        Arc::new(Admission { requests_max, bytes_max, requests, bytes, draining })
+        let affordable = usize::try_from(bytes_max / 2 / SCAN_PINNED_BYTES).unwrap_or(usize::MAX);
+        Arc::new(Admission {
+            requests_max,
+            bytes_max,
+            scans_max: affordable.clamp(1, SCANS_OPEN_MAX),
+            requests: AtomicUsize::new(0),
+            bytes: AtomicU64::new(0),
+            scans: AtomicUsize::new(0),
+            draining,
+        })
     }
 
     /// Takes a request of so many bytes on, until the permit is dropped. A draining node takes what
@@ -143,16 +161,42 @@ impl Admission {
         }
         if self.requests.fetch_add(1, Ordering::AcqRel) >= self.requests_max {
             self.requests.fetch_sub(1, Ordering::AcqRel);
-            return Err(overloaded("requests_in_flight"));
+            return Err(overloaded("limits.requests_in_flight"));
         }
-        let mut permit = Permit { admission: self.clone(), bytes: 0 };
+        let mut permit = Permit { charge: self.hold(0) };
         permit.charge(bytes)?;
         Ok(permit)
+    }
+
+    /// Takes a place among the open scans, until the seat is dropped.
+    pub fn open_scan(self: &Arc<Self>) -> Result<Seat, Fault> {
+        if self.scans.fetch_add(1, Ordering::AcqRel) >= self.scans_max {
+            self.scans.fetch_sub(1, Ordering::AcqRel);
+            return Err(overloaded(&format!("{} open scans", self.scans_max)));
+        }
+        Ok(Seat { admission: self.clone() })
+    }
+
+    /// Counts bytes that are held already, whatever the limit: what they go over it, new requests do
+    /// not get.
+    pub fn hold(self: &Arc<Self>, bytes: u64) -> Charge {
+        self.bytes.fetch_add(bytes, Ordering::AcqRel);
+        Charge { admission: self.clone(), bytes }
     }
 
     /// Requests and bytes being worked on.
     pub fn in_flight(&self) -> (usize, u64) {
         (self.requests.load(Ordering::Acquire), self.bytes.load(Ordering::Acquire))
+    }
+
+    /// Scans that are open.
+    pub fn scans_open(&self) -> usize {
+        self.scans.load(Ordering::Acquire)
+    }
+
+    /// How many may be.
+    pub fn scans_max(&self) -> usize {
+        self.scans_max
     }
 
     /// Cancelled when the node begins to shut down: streams end then.
@@ -161,33 +205,71 @@ impl Admission {
     }
 }
 
-/// One request being worked on; dropping it makes room.
-pub struct Permit {
+/// Bytes that are held; dropping it gives them back.
+pub struct Charge {
     admission: Arc<Admission>,
     bytes: u64,
 }
 
-impl Permit {
-    /// Adds bytes to the request: what its answer holds, what a scan reads ahead.
-    pub fn charge(&mut self, bytes: u64) -> Result<(), Fault> {
+impl Charge {
+    /// So many bytes are held from now on; fewer than before always may be.
+    pub fn set(&mut self, bytes: u64) -> Result<(), Fault> {
+        let Some(more) = bytes.checked_sub(self.bytes) else {
+            self.admission.bytes.fetch_sub(self.bytes - bytes, Ordering::AcqRel);
+            self.bytes = bytes;
+            return Ok(());
+        };
         let max = self.admission.bytes_max;
-        let add = |held: u64| held.checked_add(bytes).filter(|sum| *sum <= max);
+        let add = |held: u64| held.checked_add(more).filter(|sum| more == 0 || *sum <= max);
         let charged = self.admission.bytes.fetch_update(Ordering::AcqRel, Ordering::Acquire, add);
-        charged.map_err(|_| overloaded("request_bytes_in_flight"))?;
-        self.bytes += bytes;
+        charged.map_err(|_| overloaded("limits.request_bytes_in_flight"))?;
+        self.bytes = bytes;
         Ok(())
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.admission.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+    }
+}
+
+/// One request being worked on; dropping it makes room.
+pub struct Permit {
+    charge: Charge,
+}
+
+impl Permit {
+    /// Adds bytes to the request: what its answer holds.
+    pub fn charge(&mut self, bytes: u64) -> Result<(), Fault> {
+        self.charge.set(self.charge.bytes.saturating_add(bytes))
+    }
+
+    /// Ends the request; its answer, of so many bytes, is held until it is taken.
+    pub fn end(self, answer_bytes: u64) -> Charge {
+        self.charge.admission.hold(answer_bytes)
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
-        self.admission.requests.fetch_sub(1, Ordering::AcqRel);
+        self.charge.admission.requests.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A place among the open scans.
+pub struct Seat {
+    admission: Arc<Admission>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.admission.scans.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
 fn overloaded(limit: &str) -> Fault {
-    let message = format!("this node is at its limit (limits.{limit})");
+    let message = format!("this node is at its limit ({limit})");
     Fault::new(Reason::Overloaded, message).with_retry_after(RETRY_AFTER)
 }
 
@@ -257,8 +339,35 @@ mod tests {
         assert_eq!(admission.in_flight(), (1, 100));
         drop(first);
         assert_eq!(admission.in_flight(), (0, 0));
+        let answer = admission.admit(30, Origin::Client).unwrap().end(7);
+        assert_eq!(admission.in_flight(), (0, 7));
+        let mut held = admission.hold(200);
+        assert_eq!(admission.in_flight(), (0, 207), "what is there is counted, whatever the limit");
+        assert!(admission.admit(0, Origin::Client).is_ok() && held.set(201).is_err());
+        held.set(90).unwrap();
+        assert!(held.set(94).is_err() && held.set(93).is_ok());
+        drop((held, answer));
+        assert_eq!(admission.in_flight(), (0, 0));
         draining.cancel();
         assert_eq!(admission.admit(0, Origin::Client).err().unwrap().reason, Reason::Draining);
         assert!(admission.admit(0, Origin::Peer).is_ok());
+    }
+
+    #[test]
+    fn open_scans_are_bounded_by_number_and_by_the_byte_budget() {
+        let open = |bytes_max| {
+            let admission = Admission::new(9, bytes_max, CancellationToken::new());
+            let seats: Vec<_> = std::iter::from_fn(|| admission.open_scan().ok()).collect();
+            assert_eq!(admission.scans_open(), seats.len());
+            let refused = admission.open_scan().err().unwrap();
+            assert_eq!(refused.reason, Reason::Overloaded);
+            let opened = seats.len();
+            drop(seats);
+            assert_eq!(admission.scans_open(), 0);
+            opened
+        };
+        assert_eq!(open(u64::MAX), SCANS_OPEN_MAX);
+        assert_eq!(open(64 << 20), 16);
+        assert_eq!(open(0), 1);
     }
 }

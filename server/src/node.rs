@@ -47,6 +47,7 @@ use crate::service::admin::{Admin, Operator, not_initialized};
 use crate::service::cluster::ClusterFacts;
 use crate::service::health::{Health, reflection};
 use crate::service::kv::Kv;
+use crate::service::unsent;
 use crate::transport::{PeerTransport, Settings};
 use front::Front;
 use member::{Answers, CommandsOverTransport, KeyspacesOfCluster, Member};
@@ -435,7 +436,7 @@ impl Shared {
             .add_service(v1)
             .add_service(v1alpha)
             .add_service(
-                KvServiceServer::new(Kv::new(member.router.clone()))
+                KvServiceServer::new(Kv::new(member.router.clone(), self.parts.exec.clone()))
                     .max_decoding_message_size(limit)
                     .max_encoding_message_size(limit),
             )
@@ -444,6 +445,7 @@ impl Shared {
                     .max_encoding_message_size(limit),
             )
             .add_service(AdminServiceServer::new(Admin(self.clone())));
+        let routes = unsent::counted(routes, member.router.admission());
         let served = front.serve(routes, self.stop.clone());
         let drained = async {
             self.draining.cancelled().await;

@@ -10,8 +10,10 @@
 //! changed since, all are asked again, at the same version, and the scan goes on behind the last key
 //! that was handed out: nothing is missing and nothing comes twice.
 //!
-//! Not here: a pin that keeps the version readable for longer than the history. A scan that takes
-//! longer ends with `VERSION_GONE`.
+//! **Slow readers.** A scan works only on a page that somebody waits for, and only then is it a request
+//! in flight. What it has read ahead counts in the node's budget, and is dropped when nobody asks for
+//! long ([`Scan::rest`]): it is read again behind the last key that was handed out. Nothing of the store,
+//! no iterator and no view, outlives a page; so a scan pins no file and no log.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,17 +28,20 @@ use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use crate::admission::{Call, Permit};
+use crate::admission::{Call, Charge, Seat};
 use crate::fault;
 use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, open_keyspace};
 
 mod merge;
+mod pages;
 
 use merge::{Merge, OutOfOrder};
+pub use pages::{NewPins, Pages, Pins, REST_AFTER, open};
 
-/// What one scan reads ahead over all its shards. Many shards get smaller pages, down to
-/// [`PAGE_BYTES_MIN`].
-const AHEAD_BYTES: usize = 8 << 20;
+/// Keys and values that one scan reads ahead over all its shards; half of it more where pages meet.
+/// With small entries it takes twice that in memory, and as much again on its way. Many shards get
+/// smaller pages, down to [`PAGE_BYTES_MIN`].
+const AHEAD_BYTES: usize = 2 << 20;
 /// Shards that one scan asks at a time.
 const ASKED_AT_A_TIME: usize = 32;
 /// How often a scan lays its lanes out anew before one page. Beyond: the last fault; its token still
@@ -54,9 +59,10 @@ pub struct Scan {
     token: ScanToken,
     shape: Shape,
     page_bytes: usize,
-    permit: Permit,
-    charged: usize,
+    /// What the lanes hold.
+    ahead: Charge,
     done: bool,
+    _seat: Seat,
 }
 
 enum Shape {
@@ -108,7 +114,9 @@ impl Scan {
             0 => SCAN_PAGE_BYTES,
             asked => asked.clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES),
         };
-        let permit = router.admission().admit(page_bytes as u64, call.origin)?;
+        // A node that takes nothing new on takes no scan on either.
+        router.admission().admit(0, call.origin)?;
+        let (seat, ahead) = (router.admission().open_scan()?, router.admission().hold(0));
         Ok(Scan {
             done: spec.is_over(),
             token: spec.token().clone(),
@@ -117,8 +125,8 @@ impl Scan {
             request,
             call,
             page_bytes,
-            permit,
-            charged: 0,
+            ahead,
+            _seat: seat,
         })
     }
 
@@ -129,12 +137,39 @@ impl Scan {
             return Ok(None);
         }
         let call = self.call.next_page();
-        let page = match self.shape {
-            Shape::One => self.page_of_one(&call).await,
-            Shape::All(_) => self.page_of_all(&call).await,
-        };
+        let page = self.admitted_page(&call).await;
         self.done = page.as_ref().map_or(true, |page| page.done);
+        if self.done {
+            self.rest();
+        }
         page.map(Some)
+    }
+
+    /// Drops what was read ahead, and gives its charge back. The next page reads it again.
+    pub fn rest(&mut self) {
+        if let Shape::All(lanes) = &mut self.shape {
+            *lanes = None;
+        }
+        self.ahead.set(0).expect("holding less is always allowed");
+    }
+
+    /// The version at which all is read, once it is known.
+    pub fn version(&self) -> Option<u64> {
+        (self.token.version > 0).then_some(self.token.version)
+    }
+
+    /// Whether its version is pinned when it takes long: a scan of one entity never is.
+    fn pinnable(&self) -> bool {
+        matches!(self.shape, Shape::All(_))
+    }
+
+    async fn admitted_page(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
+        let room = self.page_bytes as u64;
+        let _permit = self.router.admission().admit(room, call.origin)?;
+        match self.shape {
+            Shape::One => self.page_of_one(call).await,
+            Shape::All(_) => self.page_of_all(call).await,
+        }
     }
 
     async fn page_of_one(&mut self, call: &Call) -> Result<v1::ScanResponse, Fault> {
@@ -179,11 +214,7 @@ impl Scan {
         // Handed out are whole keys of the merge; what it still holds is behind the token.
         while lanes.merge.starved() {
             lanes.feed(&self.router, &self.request, call).await?;
-            let ahead = lanes.merge.bytes();
-            if ahead > self.charged {
-                self.permit.charge((ahead - self.charged) as u64)?;
-                self.charged = ahead;
-            }
+            self.ahead.set(lanes.merge.held_bytes() as u64)?;
         }
         let most = self.token.remaining.and_then(|left| usize::try_from(left).ok());
         let most = most.map_or(SCAN_PAGE_ENTRIES, |left| left.min(SCAN_PAGE_ENTRIES));
@@ -196,6 +227,7 @@ impl Scan {
             bytes += entry_bytes(&entry);
             entries.push(entry);
         }
+        self.ahead.set(lanes.merge.held_bytes() as u64)?;
         if let Some(last) = entries.last() {
             self.token = self.token.advance(last.key.clone(), entries.len() as u64);
         }

@@ -5,3 +5,4 @@ pub mod cluster;
 pub mod health;
 pub mod kv;
 pub mod pipeline;
+pub mod unsent;

@@ -43,6 +43,8 @@ pub(crate) enum Act {
     Hold(Arc<Notify>),
     /// Of a scan: breaks off after this many pages.
     CutAfterPages(usize),
+    /// Of a scan: refuses to go on after this many pages.
+    FaultAfterPages(usize, Fault),
 }
 
 /// A request as a node saw it.
@@ -259,7 +261,7 @@ impl Cluster {
     async fn act(&self, node: u64, operation: Operation) -> Option<Answer> {
         let apply = |operation| self.with(|state| state.answer(node, operation));
         match self.next_act(node) {
-            None | Some(Act::CutAfterPages(_)) => Some(apply(operation)),
+            None | Some(Act::CutAfterPages(_) | Act::FaultAfterPages(..)) => Some(apply(operation)),
             Some(Act::Fault(fault)) => Some(Answer::Error(fault.to_pipeline())),
             Some(Act::Ignore) => None,
             Some(Act::LoseAnswer) => {

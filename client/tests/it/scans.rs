@@ -109,3 +109,41 @@ async fn pages_can_be_resumed_by_another_client() {
     let other = cluster.builder().seed(8).connect().await.expect("a client");
     assert_eq!(keys(other.scan(..).resume(token).stream()).await, expected(4..10));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_reader_that_was_away_goes_on_where_it_stood_within_its_page() {
+    let (cluster, kv) = filled(30).await;
+    let mut stream = kv.scan(..).stream();
+    let mut found = Vec::new();
+    for away in 0..3 {
+        // Pages have two entries: one is taken, and the other waits here.
+        for _ in 0..5 {
+            found.push(stream.try_next().await.expect("an entry").expect("not the end"));
+        }
+        tokio::time::sleep(Duration::from_secs(90)).await;
+        (1..=3).for_each(|node| cluster.cut(node));
+        let busy = Fault::new(Reason::Overloaded, "open scans");
+        let busy = Act::FaultAfterPages(away, busy.with_retry_after(Duration::from_millis(100)));
+        (1..=3).for_each(|node| cluster.script(node, [busy.clone()]));
+    }
+    found.extend(stream.try_collect::<Vec<_>>().await.expect("the rest"));
+    let found = found.into_iter().map(|pair| String::from_utf8_lossy(&pair.key).into_owned());
+    assert_eq!(found.collect::<Vec<_>>(), expected(0..30));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_version_that_is_gone_midway_is_said_behind_what_was_read() {
+    let (cluster, kv) = filled(30).await;
+    for node in 1..=3 {
+        let gone = Fault::new(Reason::VersionGone, "older than the history");
+        cluster.script(node, [Act::FaultAfterPages(2, gone)]);
+    }
+    let mut stream = kv.scan(..).stream();
+    for number in 0..4 {
+        let pair = stream.try_next().await.expect("an entry").expect("not the end");
+        assert_eq!(pair.key, format!("k{number:02}"));
+    }
+    let error = stream.try_next().await.expect_err("the version is gone");
+    assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::VersionGone, false));
+    assert!(stream.try_next().await.expect("it has ended").is_none());
+}

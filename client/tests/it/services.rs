@@ -70,10 +70,15 @@ impl KvService for Node {
         request: Request<v1::ScanRequest>,
     ) -> Result<Response<Self::ScanStream>, Status> {
         let scan = request.into_inner();
+        let mut refused = None;
         let pages_max = match self.cluster.next_act(self.id) {
             Some(Act::Fault(fault)) => return Err(fault.to_status()),
             Some(Act::Ignore) => std::future::pending().await,
             Some(Act::CutAfterPages(pages)) => pages,
+            Some(Act::FaultAfterPages(pages, fault)) => {
+                refused = Some(fault);
+                pages
+            }
             _ => usize::MAX,
         };
         // The token is how many have come, and the last key.
@@ -102,6 +107,10 @@ impl KvService for Node {
             return Ok(Response::new(Box::pin(tokio_stream::iter(pages))));
         }
         pages.truncate(pages_max);
+        if let Some(fault) = refused {
+            pages.push(Err(fault.to_status()));
+            return Ok(Response::new(Box::pin(tokio_stream::iter(pages))));
+        }
         let node = self.clone();
         let cut = futures_util::stream::once(async move {
             // What has been sent before shall arrive.

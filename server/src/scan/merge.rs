@@ -10,6 +10,9 @@ use coracle_proto::v1;
 
 use crate::router::entry_bytes;
 
+/// What an entry takes in memory beside its key and value: with small entries, most of it.
+pub(crate) const ENTRY_OVERHEAD_BYTES: usize = 128;
+
 /// Lanes of one direction, each in that order.
 ///
 /// Invariants:
@@ -104,9 +107,10 @@ impl Merge {
         lanes.filter(|(_, lane)| hungry(lane)).map(|(at, _)| at).collect()
     }
 
-    /// Bytes that all lanes hold.
-    pub(crate) fn bytes(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.bytes).sum()
+    /// Memory that all lanes hold.
+    pub(crate) fn held_bytes(&self) -> usize {
+        let held = |lane: &Lane| lane.bytes + lane.entries.len() * ENTRY_OVERHEAD_BYTES;
+        self.lanes.iter().map(held).sum()
     }
 
     fn show_head(&mut self, lane: usize) -> Result<(), OutOfOrder> {
@@ -154,7 +158,7 @@ mod tests {
         assert_eq!(merge.hungry(usize::MAX), [0]);
         merge.bring(0, page(&["f"]), false).unwrap();
         assert_eq!(out(&mut merge), ["e", "f"]);
-        assert!(!merge.starved() && merge.bytes() == 0);
+        assert!(!merge.starved() && merge.held_bytes() == 0);
     }
 
     #[test]
@@ -194,6 +198,6 @@ mod tests {
         merge.bring(2, page(&["e"]), false).unwrap();
         assert_eq!(merge.hungry(2), [1]);
         assert_eq!(merge.hungry(9), [0, 1]);
-        assert_eq!(merge.bytes(), 5);
+        assert_eq!(merge.held_bytes(), 5 * (1 + ENTRY_OVERHEAD_BYTES));
     }
 }

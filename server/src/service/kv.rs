@@ -8,6 +8,7 @@ use coracle_proto::v1;
 use coracle_proto::v1::kv_service_server::KvService;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
+use coracle_storage::Exec;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use prost::Message;
 use tokio::time::Instant;
@@ -16,13 +17,14 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::admission::Call;
 use crate::metrics::{Consistency, Method, Metrics};
 use crate::router::{Router, mismatched};
-use crate::scan::Scan;
+use crate::scan::{self, Pages, Scan};
 use crate::service::pipeline;
 
 /// The data service of a node.
 #[derive(Clone)]
 pub struct Kv {
     router: Arc<Router>,
+    exec: Arc<dyn Exec>,
     methods: Arc<Methods>,
 }
 
@@ -50,10 +52,11 @@ impl Methods {
 }
 
 impl Kv {
-    /// The service over a router. Both ends must allow messages of `MESSAGE_BYTES_MAX`.
-    pub fn new(router: Arc<Router>) -> Kv {
+    /// The service over a router; its streams are tasks of `exec`. Both ends must allow messages of
+    /// `MESSAGE_BYTES_MAX`, and answers must pass [`counted`](crate::service::unsent::counted).
+    pub fn new(router: Arc<Router>, exec: Arc<dyn Exec>) -> Kv {
         let methods = Arc::new(Methods::new(router.metrics()));
-        Kv { router, methods }
+        Kv { router, exec, methods }
     }
 
     async fn unary<T: Message, A>(
@@ -146,7 +149,8 @@ impl KvService for Kv {
             Ok(scan) => scan,
             Err(fault) => return counted.end(Err(fault)).map_err(Status::from),
         };
-        Ok(Response::new(pages(scan, counted)))
+        let opened = scan::open(scan, &*self.exec, None);
+        Ok(Response::new(pages(opened, counted)))
     }
 
     async fn pipeline(
@@ -154,7 +158,7 @@ impl KvService for Kv {
         request: Request<Streaming<v1::PipelineRequests>>,
     ) -> Result<Response<Self::PipelineStream>, Status> {
         let call = Call::from_metadata(request.metadata())?;
-        let answers = pipeline::answers(self.clone(), request.into_inner(), call);
+        let answers = pipeline::answers(self.clone(), &*self.exec, request.into_inner(), call);
         Ok(Response::new(answers))
     }
 }
@@ -180,11 +184,11 @@ impl Kv {
 }
 
 /// The pages of a scan, read one by one as the caller takes them.
-fn pages(scan: Scan, counted: Counted) -> BoxStream<'static, Result<v1::ScanResponse, Status>> {
-    let next = |state: Option<(Scan, Counted)>| async move {
-        let (mut scan, counted) = state?;
-        match scan.next_page().await {
-            Ok(Some(page)) => Some((Ok(page), Some((scan, counted)))),
+fn pages(pages: Pages, counted: Counted) -> BoxStream<'static, Result<v1::ScanResponse, Status>> {
+    let next = |state: Option<(Pages, Counted)>| async move {
+        let (mut pages, counted) = state?;
+        match pages.next().await {
+            Ok(Some(page)) => Some((Ok(page), Some((pages, counted)))),
             Ok(None) => {
                 // Counted as served; there is nothing left to say.
                 let _ = counted.end(Ok(()));
@@ -197,7 +201,7 @@ fn pages(scan: Scan, counted: Counted) -> BoxStream<'static, Result<v1::ScanResp
             }
         }
     };
-    stream::unfold(Some((scan, counted)), next).boxed()
+    stream::unfold(Some((pages, counted)), next).boxed()
 }
 
 /// One request being counted: as cancelled, when it is dropped before its end.

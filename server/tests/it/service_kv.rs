@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use coracle_proto::limits::MESSAGE_BYTES_MAX;
+use coracle_proto::limits::{MESSAGE_BYTES_MAX, SCAN_PAGE_BYTES};
 use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::shard_map::{NodeId, ShardId};
 use coracle_proto::v1;
@@ -17,16 +17,22 @@ use coracle_server::admission::{Call, NO_FORWARD};
 use coracle_server::service::cluster::{ClusterFacts, Keyspaces};
 use coracle_server::service::health::{Health, reflection};
 use coracle_server::service::kv::Kv;
+use coracle_server::service::unsent;
+use coracle_storage::exec::RealExec;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, StreamExt};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Code, Request};
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::service_nodes::{Nodes, get, key_on, put};
+use crate::service_nodes::{Nodes, get, key_on, put, until};
+
+/// The smallest that HTTP/2 begins with, so that a client that does not read is met soon.
+const WINDOW: u32 = 65_535;
 
 struct Taken;
 
@@ -46,20 +52,24 @@ async fn serve(nodes: &Nodes) -> (Channel, Health) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let router = nodes.one.router.clone();
-    let kv = KvServiceServer::new(Kv::new(router.clone()))
+    let exec = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 1));
+    let kv = KvServiceServer::new(Kv::new(router.clone(), exec))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let facts = ClusterFacts::new(router, Arc::new(Taken));
     let (health, health_service) = Health::new().await;
     let (reflection, older) = reflection();
-    let server = Server::builder()
-        .add_service(kv)
+    let routes = Routes::new(kv)
         .add_service(ClusterServiceServer::new(facts))
         .add_service(health_service)
         .add_service(reflection)
         .add_service(older);
+    let routes = unsent::counted(routes, nodes.one.router.admission());
+    let server = Server::builder().add_routes(routes);
     tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
+    let endpoint =
+        endpoint.initial_stream_window_size(WINDOW).initial_connection_window_size(16 * WINDOW);
     (endpoint.connect().await.unwrap(), health)
 }
 
@@ -217,5 +227,70 @@ async fn health_says_what_the_node_says() {
     health.set_ready(true).await;
     assert_eq!(ask("readiness").await, serving);
     assert_eq!(ask("coracle.v1.KvService").await, serving);
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scan_whose_reader_stops_holds_two_pages_that_are_counted_until_they_are_sent() {
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut kv = KvServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let value = "v".repeat(64 << 10);
+    let keys: Vec<String> = (0..100).map(|number| format!("k{number:03}")).collect();
+    for key in &keys {
+        nodes.one.put(put(key, &value)).await.unwrap();
+    }
+    let admission = nodes.one.router.admission().clone();
+    let mut pages = kv.scan(v1::ScanRequest::default()).await.unwrap().into_inner();
+    let mut found = vec![pages.message().await.unwrap().unwrap()];
+    // Beside the pages in the connection's buffer nothing is left, and no request is in flight.
+    let most = 2 * (SCAN_PAGE_BYTES as u64 + (64 << 10));
+    until(|| admission.in_flight().0 == 0 && admission.in_flight().1 <= most).await;
+    assert!(admission.in_flight().1 > SCAN_PAGE_BYTES as u64, "{:?}", admission.in_flight());
+    while let Some(page) = pages.message().await.unwrap() {
+        found.push(page);
+    }
+    let found: Vec<_> = found.iter().flat_map(|page| &page.entries).collect();
+    assert!(found.iter().map(|found| &found.key).eq(keys.iter().map(|key| key.as_bytes())));
+    until(|| admission.in_flight() == (0, 0) && admission.scans_open() == 0).await;
+    // Who goes away without a word frees all that was held.
+    let mut pages = kv.scan(v1::ScanRequest::default()).await.unwrap().into_inner();
+    pages.message().await.unwrap().unwrap();
+    assert_eq!(admission.scans_open(), 1);
+    drop((pages, kv));
+    until(|| admission.in_flight() == (0, 0) && admission.scans_open() == 0).await;
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pipeline_whose_answers_nobody_takes_ends_its_requests_and_counts_the_answers() {
+    const COUNT: u64 = 120;
+    let nodes = Nodes::start().await;
+    let (channel, _) = serve(&nodes).await;
+    let mut kv = KvServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let key = key_on(1);
+    nodes.one.put(put(&key, &"v".repeat(100 << 10))).await.unwrap();
+    let operation = move |id: u64| {
+        let operation = Some(Operation::Get(get(&key)));
+        v1::PipelineRequest { id, timeout_ms: 5_000, operation }
+    };
+    let requests = v1::PipelineRequests { requests: (1..=COUNT).map(operation).collect() };
+    let mut answers = kv.pipeline(stream::iter([requests])).await.unwrap().into_inner();
+    let mut found = answers.message().await.unwrap().unwrap().responses;
+    let admission = nodes.one.router.admission().clone();
+    let served =
+        format!("coracle_requests_total{{method=\"Get\",code=\"OK\",reason=\"\"}} {COUNT}");
+    until(|| nodes.one.metrics.render().contains(&served)).await;
+    until(|| admission.in_flight().0 == 0).await;
+    let held = admission.in_flight().1;
+    assert!(held > (COUNT - 20) * (100 << 10), "{held} bytes wait for their caller");
+    while let Some(together) = answers.message().await.unwrap() {
+        found.extend(together.responses);
+    }
+    assert!(found.iter().all(|answer| matches!(answer.result, Some(Answer::Get(_)))));
+    let mut ids: Vec<u64> = found.iter().map(|answer| answer.id).collect();
+    ids.sort_unstable();
+    assert!(ids.into_iter().eq(1..=COUNT));
+    until(|| admission.in_flight() == (0, 0)).await;
     nodes.stop().await;
 }

@@ -1,6 +1,9 @@
-//! Scans over four shards on two nodes: order, bounds, one version, resuming, long runs of deleted keys.
+//! Scans over four shards on two nodes: order, bounds, one version, resuming, long runs of deleted keys,
+//! readers that stop.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use coracle_proto::reason::{Fault, Reason};
@@ -8,9 +11,13 @@ use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_server::admission::Call;
-use coracle_server::scan::Scan;
+use coracle_server::router::Router;
+use coracle_server::scan::{self, NewPins, Pages, Pins, Scan};
+use coracle_storage::exec::RealExec;
+use futures_util::future::{BoxFuture, ready};
+use parking_lot::Mutex;
 
-use crate::service_nodes::{Node, Nodes, key_on, put, shard_of};
+use crate::service_nodes::{Node, Nodes, key_on, put, shard_of, until};
 
 /// All pages of a scan.
 async fn pages(node: &Node, request: v1::ScanRequest) -> Result<Vec<v1::ScanResponse>, Fault> {
@@ -240,5 +247,146 @@ async fn token_of_another_scan_is_refused() {
     let last = found.last().unwrap().resume_token.clone();
     let over = v1::ScanRequest { resume_token: last, ..scan() };
     assert!(keys(&pages(&nodes.one, over).await.unwrap()).is_empty());
+    nodes.stop().await;
+}
+
+/// A scan as a client's stream reads it.
+async fn open(
+    node: &Node,
+    exec: &RealExec,
+    request: v1::ScanRequest,
+    pins: Option<NewPins>,
+) -> Result<Pages, Fault> {
+    let scan = Scan::begin(node.router.clone(), request, Call::client(None)).await?;
+    Ok(scan::open(scan, exec, pins))
+}
+
+fn exec() -> RealExec {
+    RealExec::new(tokio::runtime::Handle::current(), 1)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reader_that_stops_holds_nothing_and_then_gets_exactly_the_rest() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    let all = fill(&nodes.one, 400).await;
+    let admission = nodes.two.router.admission().clone();
+    for reverse in [false, true] {
+        let request = v1::ScanRequest { reverse, ..scan() };
+        let mut reader = open(&nodes.two, &exec, request, None).await.unwrap();
+        let mut found = vec![reader.next().await.unwrap().unwrap()];
+        let (requests, ahead) = admission.in_flight();
+        assert_eq!((requests, admission.scans_open()), (0, 1), "no request between two pages");
+        assert!(ahead > 64 << 10, "{ahead} bytes were read ahead");
+        until(|| admission.in_flight() == (0, 0)).await;
+        // The next pages are read anew: at the version of the first.
+        nodes.one.put(put("k0200x", "late")).await.unwrap();
+        nodes.one.put(put("k0300", "changed")).await.unwrap();
+        while let Some(page) = reader.next().await.unwrap() {
+            found.push(page);
+            if found.len() == 3 {
+                until(|| admission.in_flight() == (0, 0)).await;
+            }
+        }
+        let mut expected: Vec<_> = all.keys().cloned().collect();
+        if reverse {
+            expected.insert(201, "k0200x".into());
+            expected.reverse();
+        }
+        assert!(found.len() > 4, "{} pages", found.len());
+        assert_eq!(keys(&found), expected);
+        assert!(found.iter().all(|page| page.version == found[0].version));
+        until(|| admission.scans_open() == 0).await;
+        assert_eq!(admission.in_flight(), (0, 0));
+    }
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn open_scans_are_bounded_and_a_reader_that_goes_makes_room() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    fill(&nodes.one, 40).await;
+    let admission = nodes.one.router.admission().clone();
+    let mut readers = Vec::new();
+    for _ in 0..admission.scans_max() {
+        let mut reader = open(&nodes.one, &exec, scan(), None).await.unwrap();
+        readers.push(async move { reader.next().await.map(|page| (reader, page)) });
+    }
+    let beyond = open(&nodes.one, &exec, scan(), None).await.err().unwrap();
+    assert_eq!((beyond.reason, beyond.retry_after_ms), (Reason::Overloaded, 100));
+    assert!(beyond.message.contains("open scans"), "{beyond}");
+    drop(readers.pop());
+    until(|| admission.scans_open() < admission.scans_max()).await;
+    let found = open(&nodes.one, &exec, scan(), None).await.unwrap().next().await.unwrap();
+    assert_eq!(keys(&found.into_iter().collect::<Vec<_>>()).len(), 40);
+    drop(readers);
+    until(|| admission.scans_open() == 0).await;
+    nodes.draining_is_told_to_readers(&exec).await;
+}
+
+impl Nodes {
+    async fn draining_is_told_to_readers(self, exec: &RealExec) {
+        fill(&self.one, 400).await;
+        let mut reader = open(&self.one, exec, scan(), None).await.unwrap();
+        reader.next().await.unwrap().unwrap();
+        self.one.draining.cancel();
+        assert_eq!(reader.next().await.unwrap_err().reason, Reason::Draining);
+        assert!(reader.next().await.unwrap().is_none(), "it has ended");
+        self.stop().await;
+    }
+}
+
+/// Writes down what is kept. The first time, the shards are others by then.
+#[derive(Default)]
+struct Noted {
+    made: usize,
+    kept: Vec<(Vec<u64>, String, u64)>,
+}
+
+struct PinsNoted(Arc<Mutex<Noted>>);
+
+impl Pins for PinsNoted {
+    fn keep<'a>(
+        &'a mut self,
+        _: &'a Arc<Router>,
+        shards: &'a [v1::Route],
+        keyspace: &'a str,
+        version: u64,
+        _: &'a Call,
+    ) -> BoxFuture<'a, Result<(), Fault>> {
+        let shards = shards.iter().map(|route| route.shard).collect();
+        let mut noted = self.0.lock();
+        noted.kept.push((shards, keyspace.to_owned(), version));
+        let stale = Err(Fault::new(Reason::StaleRoute, "a split"));
+        Box::pin(ready(if noted.kept.len() == 1 { stale } else { Ok(()) }))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn version_is_kept_on_all_shards_though_nobody_reads_until_the_reader_goes() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    fill(&nodes.one, 200).await;
+    let noted = Arc::new(Mutex::new(Noted::default()));
+    let of_pins = noted.clone();
+    let new: NewPins = Arc::new(move || {
+        of_pins.lock().made += 1;
+        Box::new(PinsNoted(of_pins.clone()))
+    });
+    let mut reader = open(&nodes.one, &exec, scan(), Some(new.clone())).await.unwrap();
+    let first = reader.next().await.unwrap().unwrap();
+    let asked = nodes.one.source.asked.load(Ordering::SeqCst);
+    until(|| noted.lock().kept.len() == 3).await;
+    let kept = (vec![1, 2, 3, 4], String::new(), first.version);
+    assert!(noted.lock().kept.iter().all(|it| *it == kept), "{:?}", noted.lock().kept);
+    assert_eq!(noted.lock().made, 2, "begun anew when the shards have changed");
+    assert!(nodes.one.source.asked.load(Ordering::SeqCst) > asked, "by a newer map");
+    let mine = Arc::strong_count(&new);
+    drop(reader);
+    until(|| Arc::strong_count(&new) < mine).await;
+    // One entity's scan has one shard's pages, and never pins.
+    let row = v1::ScanRequest { keyspace: "rows".into(), prefix: "r/".into(), ..scan() };
+    let mine = Arc::strong_count(&new);
+    let mut reader = open(&nodes.one, &exec, row, Some(new.clone())).await.unwrap();
+    until(|| Arc::strong_count(&new) == mine).await;
+    assert!(reader.next().await.unwrap().unwrap().done);
     nodes.stop().await;
 }
