@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::reason::{Fault, Reason, Retry};
+use coracle_proto::reason::{Fault, Outcome, Reason, Retry};
 use coracle_proto::ring::Position;
 use coracle_proto::shard_map::ShardId;
 use coracle_proto::token::{DeleteToken, Lane};
@@ -51,6 +51,10 @@ pub struct DeleteRange {
     /// The last applied step's.
     version: u64,
     served: Option<v1::Served>,
+    /// Of the steps since the last progress.
+    steps: Vec<v1::Served>,
+    /// Something may have been deleted: a failure says no more than that.
+    may_have_deleted: bool,
     done: bool,
     _permit: Permit,
 }
@@ -84,6 +88,8 @@ impl DeleteRange {
             deleted: 0,
             version: 0,
             served: None,
+            steps: Vec::new(),
+            may_have_deleted: false,
             done: false,
             request: v1::DeleteRangeRequest { resume_token: Bytes::new(), ..request },
             _permit: permit,
@@ -93,6 +99,14 @@ impl DeleteRange {
     /// The next progress; `None` behind the last. After an error it is over here; the token of the
     /// last progress goes on anywhere.
     pub async fn next_round(&mut self) -> Result<Option<v1::DeleteRangeResponse>, Fault> {
+        let round = self.until_progress().await;
+        round.map_err(|fault| match self.may_have_deleted {
+            true => fault.with_outcome(Outcome::Unknown),
+            false => fault,
+        })
+    }
+
+    async fn until_progress(&mut self) -> Result<Option<v1::DeleteRangeResponse>, Fault> {
         if self.done {
             return Ok(None);
         }
@@ -128,6 +142,7 @@ impl DeleteRange {
             done: self.done,
             version: self.version,
             served: self.served,
+            steps: std::mem::take(&mut self.steps),
         }
     }
 
@@ -192,6 +207,8 @@ impl DeleteRange {
         self.open.remove(&start);
         self.deleted += step.deleted;
         (self.version, self.served) = (step.version, step.served);
+        self.steps.extend(step.served);
+        self.may_have_deleted = true;
         // Lanes that were united meanwhile go over it again, to no effect.
         self.token.replace(start, left.lanes);
         Ok(())
@@ -199,6 +216,7 @@ impl DeleteRange {
 
     /// A failed step that may be tried again, within the time of the round or by the token.
     fn tolerate(&mut self, start: u64, fault: Fault) -> Result<Fault, Fault> {
+        self.may_have_deleted |= fault.outcome == Outcome::Unknown;
         if fault.reason == Reason::RetryWindowPassed {
             // Applied or not, what is left is deleted under another id.
             self.open.remove(&start);

@@ -80,7 +80,7 @@ struct Write<'a> {
 
 impl Write<'_> {
     fn is_delete(&self) -> bool {
-        self.operation.action == Action::Delete
+        self.operation.action.is_delete()
     }
 }
 
@@ -121,7 +121,7 @@ struct Register<'a> {
 impl<'a> Register<'a> {
     fn of(key: &'a str, operations: &'a [Operation]) -> Register<'a> {
         let unknown_delete = |operation: &&Operation| {
-            operation.action == Action::Delete && operation.outcome == Outcome::Unknown
+            operation.action.is_delete() && operation.outcome == Outcome::Unknown
         };
         Register {
             key,
@@ -405,6 +405,6 @@ fn value(action: &Action) -> Option<&str> {
         Action::Put { value }
         | Action::PutIfAbsent { value }
         | Action::PutIfVersion { value, .. } => Some(value),
-        Action::Get | Action::SessionGet | Action::Delete => None,
+        Action::Get | Action::SessionGet | Action::Delete | Action::DeleteRange => None,
     }
 }

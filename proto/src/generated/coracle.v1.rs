@@ -441,7 +441,7 @@ pub struct DeleteRangeRequest {
     pub step_keys: u32,
 }
 /// How far a delete-range is. A stream ends behind the answer with done.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DeleteRangeResponse {
     /// Keys deleted so far by this call. What a step has deleted whose answer was lost for good (the
     /// token goes on behind it, or over it again) is not in it.
@@ -459,6 +459,10 @@ pub struct DeleteRangeResponse {
     /// Where that step was applied.
     #[prost(message, optional, tag = "5")]
     pub served: ::core::option::Option<Served>,
+    /// Where each step was applied that has been since the last answer of the stream: what a session
+    /// has seen by it.
+    #[prost(message, repeated, tag = "6")]
+    pub steps: ::prost::alloc::vec::Vec<Served>,
 }
 /// One operation on a pipeline.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -80,6 +80,7 @@ pub(crate) fn range_deleted(
                 resume_token: left.map_or_else(Bytes::new, |left| left.encode()),
                 version,
                 served,
+                steps: served.into_iter().collect(),
             }))
         }
         apply::Outcome::RangeTooLarge { limit } => {
