@@ -110,6 +110,10 @@ impl DeleteRange {
         if self.done {
             return Ok(None);
         }
+        if self.router.admission().draining().is_cancelled() {
+            // Another node goes on, by the token of the last progress.
+            return Err(Fault::new(Reason::Draining, "this node is shutting down"));
+        }
         let call = self.call.next_page();
         if self.request.atomic && !self.token.is_done() {
             let operation = Operation::DeleteRange(self.request.clone());

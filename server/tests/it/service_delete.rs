@@ -195,8 +195,15 @@ async fn token_goes_on_at_any_node_with_nothing_left_out() {
     let left = keys(&nodes.one, "").await;
     assert_eq!((left.len(), &left[10][..]), (11, &b"k0010"[..]));
 
+    // A node that shuts down leaves the rest to another.
+    let call = Call::client(None);
+    let begun = DeleteRange::begin(nodes.one.router.clone(), request.clone(), call).await;
+    nodes.one.draining.cancel();
+    let fault = begun.unwrap().next_round().await.unwrap_err();
+    assert_eq!((fault.reason, fault.outcome), (Reason::Draining, Outcome::NotApplied));
+
     let other = v1::DeleteRangeRequest { resume_token: token, ..range("k0011", "") };
-    let fault = rounds(&nodes.one, other).await.unwrap_err();
+    let fault = rounds(&nodes.two, other).await.unwrap_err();
     assert_eq!(fault.text(metadata::FIELD), Some("resume_token"));
     nodes.stop().await;
 }
