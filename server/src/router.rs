@@ -43,9 +43,9 @@ mod whom;
 
 pub use ids::RequestIds;
 
-pub(crate) use ids::Issued;
 pub(crate) use answer::{bytes as answer_bytes, pipelined};
 use attempts::{Attempts, Next};
+pub(crate) use ids::Issued;
 pub(crate) use page::{PAGE_BYTES_MIN, PageSpec, entry_bytes};
 use plan::Plan;
 pub(crate) use plan::keyspace as open_keyspace;
