@@ -11,7 +11,8 @@ use coracle_client::{EntityRule, NodeId, ShardId};
 mod data;
 
 pub use data::{
-    Addressing, Delete, Export, Freshness, Get, Import, Put, RecordFormat, Scan, SessionFile,
+    Addressing, Delete, DeleteRange, Export, Freshness, Get, Import, Put, RecordFormat, Scan,
+    SessionFile,
 };
 
 /// The command line.
@@ -124,6 +125,13 @@ pub enum Command {
         coracle delete hello\n  \
         coracle delete lock/a --if-value me")]
     Delete(Delete),
+    /// Delete the keys of a range
+    #[command(after_help = "Examples:\n  \
+        coracle delete-range --prefix user/7/ --atomic\n  \
+        coracle delete-range --start a --end b --dry-run\n  \
+        coracle delete-range --prefix tmp/ --resume tmp.state\n\n\
+        Without --atomic in steps over all shards: what is written meanwhile may go too.")]
+    DeleteRange(DeleteRange),
     /// List keys in order, at one version
     #[command(after_help = "Examples:\n  \
         coracle scan --prefix user/ --limit 20\n  \
@@ -411,7 +419,7 @@ pub enum Script {
 /// Help lists the commands under these headings.
 const GROUPS: &[(&str, &[&str])] = &[
     ("Try it", &["demo"]),
-    ("Key-value", &["put", "get", "delete", "scan", "import", "export"]),
+    ("Key-value", &["put", "get", "delete", "delete-range", "scan", "import", "export"]),
     ("Cluster", &["server", "init", "status", "node", "shard", "keyspace"]),
     ("Utility", &["config", "context", "completion", "man", "help"]),
 ];

@@ -11,5 +11,6 @@ pub mod state;
 pub mod data;
 pub mod import;
 pub mod export;
+pub mod delete_range;
 pub mod admin;
 pub mod demo;

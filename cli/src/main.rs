@@ -8,7 +8,7 @@ use coracle_cli::admin;
 use coracle_cli::args::{Cli, Command, command};
 use coracle_cli::failure::{Exit, Failure};
 use coracle_cli::output::Output;
-use coracle_cli::{data, demo, export, import, server};
+use coracle_cli::{data, delete_range, demo, export, import, server};
 
 /// What is still under way when a command has ended is not worth more: reads of a terminal never
 /// end, and everything that matters was waited for.
@@ -56,6 +56,9 @@ async fn dispatch(cli: Cli, output: &Output) -> Result<(), Failure> {
         Command::Put(put) => interruptible(data::put(put, &global, output)).await,
         Command::Get(get) => interruptible(data::get(get, &global, output)).await,
         Command::Delete(delete) => interruptible(data::delete(delete, &global, output)).await,
+        Command::DeleteRange(delete) => {
+            interruptible(delete_range::run(delete, &global, output)).await
+        }
         Command::Scan(scan) => interruptible(data::scan(scan, &global, output)).await,
         Command::Import(import) => interruptible(import::run(import, &global, output)).await,
         Command::Export(export) => interruptible(export::run(export, &global, output)).await,

@@ -21,6 +21,7 @@ use crate::error::Error;
 use crate::follow::Follower;
 use crate::net::{AddressMap, MappedNet, Net, RealNet};
 use crate::pipeline::{Pool, Tasks, WhenFull};
+use crate::range::DeleteRange;
 use crate::request::{Batch, Delete, Get, Increment, MultiGet, Operation, Put, Target};
 use crate::scan::{KeyRange, Scan};
 use crate::session::{Consistency, Session, SessionMark};
@@ -154,6 +155,11 @@ impl Client {
         self.default.batch(operations)
     }
 
+    /// See [`Keyspace::delete_range`].
+    pub fn delete_range(&self, range: impl KeyRange) -> DeleteRange {
+        self.default.delete_range(range)
+    }
+
     /// See [`Keyspace::scan`].
     pub fn scan(&self, range: impl KeyRange) -> Scan {
         self.default.scan(range)
@@ -201,6 +207,12 @@ impl Keyspace {
     /// Writes keys of one entity, all or none. Gives [`BatchOutcome`](crate::BatchOutcome).
     pub fn batch(&self, operations: impl IntoIterator<Item = Operation>) -> Batch {
         Batch::new(self.target.clone(), operations)
+    }
+
+    /// Deletes a range: `delete_range("a".."b")`, `delete_range(..).prefix("user/7/").atomic()`. Gives
+    /// [`DeletedRange`](crate::DeletedRange).
+    pub fn delete_range(&self, range: impl KeyRange) -> DeleteRange {
+        DeleteRange::new(self.target.clone(), range)
     }
 
     /// Reads a range in key order at one version: `scan("a".."b")`, `scan(..).prefix("user/")`.

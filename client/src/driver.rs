@@ -170,7 +170,10 @@ impl<'a> Attempts<'a> {
         driver.budget.earn(now);
         let is_write = matches!(
             call.operation,
-            Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)
+            Operation::Put(_)
+                | Operation::Delete(_)
+                | Operation::Write(_)
+                | Operation::DeleteRange(_)
         );
         let call_is_local = call.any_replica || call.consistency != Consistency::Linearizable;
         Attempts {
@@ -372,6 +375,7 @@ impl<'a> Attempts<'a> {
             Operation::Put(put) => (put.route, put.request_id) = (route, id),
             Operation::Delete(delete) => (delete.route, delete.request_id) = (route, id),
             Operation::Write(write) => (write.route, write.request_id) = (route, id),
+            Operation::DeleteRange(delete) => (delete.only_shard, delete.request_id) = (route, id),
         }
         operation
     }
@@ -407,6 +411,7 @@ impl<'a> Attempts<'a> {
             Answer::Put(response) => (response.served.as_ref(), response.version),
             Answer::Delete(response) => (response.served.as_ref(), response.version),
             Answer::Write(response) => (response.served.as_ref(), response.version),
+            Answer::DeleteRange(response) => (response.served.as_ref(), response.version),
             Answer::BatchGet(response) => {
                 let session = &self.driver.follower.session;
                 for item in &response.items {

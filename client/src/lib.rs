@@ -16,6 +16,7 @@ pub mod admin;
 pub mod answer;
 pub mod request;
 pub mod scan;
+pub mod range;
 mod client;
 
 pub use admin::Admin;
@@ -25,6 +26,7 @@ pub use answer::{
 pub use client::{Builder, Client, Keyspace};
 pub use error::{Error, ErrorKind, Outcome};
 pub use pipeline::WhenFull;
+pub use range::{DeleteProgress, DeletedRange};
 pub use request::Operation;
 pub use scan::{Page, Pages, ScanStream};
 pub use session::{Consistency, RequestId, SessionMark};

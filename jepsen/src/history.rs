@@ -59,6 +59,15 @@ pub enum Action {
     },
     /// Deletes the key, also an absent one.
     Delete,
+    /// The same, as an atomic delete-range that only the key is in.
+    DeleteRange,
+}
+
+impl Action {
+    /// Whether the key is gone behind it.
+    pub fn is_delete(&self) -> bool {
+        matches!(self, Action::Delete | Action::DeleteRange)
+    }
 }
 
 /// Where an answer stands in the order of its shard's log.

@@ -118,6 +118,19 @@ impl From<EntityRuleError> for Fault {
     }
 }
 
+/// The keys of `[start, end)` that begin with `prefix`, as one range: its first key, and the first
+/// behind it. Empty bounds are none; `None` when no key can be in it.
+pub fn bounds(start: &[u8], end: &[u8], prefix: &[u8]) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
+    let first = start.max(prefix).to_vec();
+    let behind = successor(prefix);
+    let end = match (!end.is_empty()).then(|| end.to_vec()) {
+        Some(end) => Some(behind.map_or(end.clone(), |behind| behind.min(end))),
+        None => behind,
+    };
+    let is_empty = end.as_ref().is_some_and(|end| *end <= first);
+    (!is_empty).then_some((first, end))
+}
+
 /// The first key behind all keys that begin with `prefix`; `None` when there is none. The end of a
 /// prefix scan.
 pub fn successor(prefix: &[u8]) -> Option<Vec<u8>> {

@@ -65,6 +65,31 @@ pub const SCAN_PAGE_BYTES: usize = MIB;
 /// ends there.
 pub const SCAN_PAGE_ENTRIES: usize = 4_096;
 
+// --- delete-ranges -----------------------------------------------------------------------------
+
+/// Keys that one atomic delete-range, or one step of another, deletes: all of them are found and
+/// marked in one apply, and no other write of the shard passes meanwhile; 10,000 are some tens of
+/// milliseconds. Beyond: an atomic one is refused with `TOO_LARGE` and changes nothing, a step ends.
+pub const DELETE_RANGE_KEYS_MAX: usize = 10_000;
+
+/// Keys that one step deletes where the caller does not say: a few milliseconds of apply. Not an
+/// error: the next step goes on.
+pub const DELETE_RANGE_STEP_KEYS: usize = 1_000;
+
+/// Stored versions, deleted ones included, that an atomic delete-range may have to pass: about a
+/// tenth of a second of apply. The leader counts its own before it proposes. Beyond: `TOO_LARGE`;
+/// without `atomic` the range is deleted in steps, or wait until compaction has passed.
+pub const DELETE_RANGE_EXAMINED_MAX: usize = 131_072;
+
+/// The bytes of those versions, values included, which are read to find the keys. Beyond: as beyond
+/// [`DELETE_RANGE_EXAMINED_MAX`].
+pub const DELETE_RANGE_EXAMINED_BYTES_MAX: usize = 64 * MIB;
+
+/// Arcs that a delete-range is under way in, as its token names them: what a wide one steps through
+/// at a time, four times over, for arcs that were split meanwhile. Beyond: neighbours go on as one,
+/// from the lower of their keys.
+pub const DELETE_RANGE_LANES_MAX: usize = 64;
+
 // --- time --------------------------------------------------------------------------------------
 
 /// The longest that the server works on a request: beyond it memory is held for a caller that has
@@ -155,6 +180,10 @@ pub const SESSION_TOKEN_BYTES_MAX: usize = SESSION_SHARDS_MAX * 24 + 32;
 
 /// An encoded resume token: a key and a frame. Beyond: `TOO_LARGE`.
 pub const SCAN_TOKEN_BYTES_MAX: usize = KEY_BYTES_MAX + 64;
+
+/// An encoded resume token of a delete-range: a key and an arc for each of its lanes, and a frame.
+/// Beyond: `TOO_LARGE`.
+pub const DELETE_TOKEN_BYTES_MAX: usize = DELETE_RANGE_LANES_MAX * (KEY_BYTES_MAX + 24) + 64;
 
 /// An error's text for people. Errors travel in trailers, for which HTTP/2 peers commonly allow
 /// 16 KiB, and the text stands in them three times. Beyond: cut.
@@ -307,6 +336,15 @@ pub fn check_scan(request: &v1::ScanRequest) -> Result<(), LimitError> {
     check_bound("prefix", &request.prefix)?;
     let (token, most) = (request.resume_token.len(), SCAN_TOKEN_BYTES_MAX);
     check("SCAN_TOKEN_BYTES_MAX", "resume_token", "bytes", token, 0, most)
+}
+
+/// Everything that is limited in a delete-range, but the number of keys that it meets.
+pub fn check_delete_range(request: &v1::DeleteRangeRequest) -> Result<(), LimitError> {
+    check_bound("start", &request.start)?;
+    check_bound("end", &request.end)?;
+    check_bound("prefix", &request.prefix)?;
+    let (token, most) = (request.resume_token.len(), DELETE_TOKEN_BYTES_MAX);
+    check("DELETE_TOKEN_BYTES_MAX", "resume_token", "bytes", token, 0, most)
 }
 
 /// The options of a read, absent or not.

@@ -1,7 +1,7 @@
-//! Owns the two tokens that clients carry: what a session has seen, and where a scan stands. Opaque
-//! to callers; both ends of a socket read them here. Does not decide which replica is fresh enough.
+//! Owns the tokens that clients carry: what a session has seen, where a scan stands, and where a
+//! delete-range does (`delete`). Opaque to callers; both ends of a socket read them here. Does not decide which replica is fresh enough.
 //!
-//! Both are framed alike: kind (1 byte), format (1 byte), body, CRC32 of all before it (4 bytes).
+//! All are framed alike: kind (1 byte), format (1 byte), body, CRC32 of all before it (4 bytes).
 //! Integers are big-endian. The CRC finds damage; it does not keep anybody from making a token up,
 //! so a decoded token is still input: it can ask for nothing that its bearer could not ask for.
 
@@ -17,9 +17,14 @@ use crate::reason::Fault;
 use crate::shard_map::{KeyspaceId, ShardId};
 use crate::v1;
 
+mod delete;
+
+pub use delete::{DeleteToken, Lane};
+
 const FORMAT: u8 = 1;
 const KIND_SESSION: u8 = b's';
 const KIND_SCAN: u8 = b'c';
+const KIND_DELETE: u8 = b'd';
 const CRC_BYTES: usize = 4;
 
 /// A token that cannot be used.
@@ -34,6 +39,9 @@ pub enum TokenError {
     /// Of a scan with another keyspace, range, limit or direction.
     #[error("token belongs to another scan: {0} differs")]
     OtherScan(&'static str),
+    /// Of a delete-range with another keyspace or range.
+    #[error("token belongs to another delete-range: {0} differs")]
+    OtherDelete(&'static str),
 }
 
 impl From<TokenError> for Fault {

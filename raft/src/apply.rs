@@ -5,6 +5,8 @@
 //! chance. So all replicas come to the same bytes and the same replies, in one pass or replayed
 //! after a crash, whatever the cut of entries into batches.
 //!
+//! A delete-range is judged in `range`.
+//!
 //! # A request
 //!
 //! 1. The descriptor must serve its position under its epoch, else nothing happens and nothing is
@@ -33,6 +35,7 @@ use crate::dedup::{Admission, SEQUENCE_OF_MARK};
 use crate::descriptor::Descriptor;
 use crate::wire::Malformed;
 
+mod range;
 mod result;
 mod state_record;
 
@@ -66,6 +69,23 @@ pub enum Outcome {
         version: u64,
         /// One per operation.
         results: Vec<OperationResult>,
+    },
+    /// The delete-range happened. What was live at its version, in the keys from its own up to
+    /// `next` and within the arc, is gone.
+    RangeDeleted {
+        /// The version of the deletions.
+        version: u64,
+        /// How many there were.
+        deleted: u32,
+        /// Where the next step begins; empty behind the last key of the keyspace.
+        next: Bytes,
+        /// The group's arc at that version: the part of the ring that was gone through.
+        arc: Option<(u64, u64)>,
+    },
+    /// More keys live in the range than an atomic delete-range may meet. Nothing changed.
+    RangeTooLarge {
+        /// How many it may.
+        limit: u32,
     },
     /// A condition did not hold; nothing changed.
     ConditionFailed {
@@ -250,7 +270,14 @@ fn apply_request(
     let above = above.ok_or(ApplyError::ClockExhausted { index: at.index })?;
     let version = at.stamp.max(above);
     state.clock = version;
-    let verdict = judge(overlay, request, version)?;
+    let verdict = match range::of(request) {
+        Some(range) => {
+            let descriptor = state.descriptor.as_ref();
+            let descriptor = descriptor.expect("only a group with a descriptor serves");
+            range::judge(overlay, descriptor, request, range, version)?
+        }
+        None => judge(overlay, request, version)?,
+    };
     let stored = StoredResult { term: at.term, index: at.index, version, verdict };
     state.dedup.remember(overlay, &request.id, stored.encode())?;
     reply(overlay, state, request, &stored, false)
@@ -265,7 +292,7 @@ fn malformed(request: &Request) -> Option<&'static str> {
     } else if request.id.lowest_unanswered > request.id.sequence {
         Some(ID_CONTRADICTS)
     } else {
-        None
+        range::malformed(request)
     }
 }
 
@@ -316,6 +343,7 @@ fn judge(overlay: &mut Overlay, request: &Request, version: u64) -> Result<Verdi
                 }
             }
             Change::Check => continue,
+            Change::DeleteRange(_) => unreachable!("a delete-range is judged by itself"),
         };
         writes.insert(&operation.key, write);
     }
@@ -411,6 +439,13 @@ fn reply(
             }
             Outcome::ConditionFailed { results }
         }
+        Verdict::RangeDeleted { deleted, next, arc } => Outcome::RangeDeleted {
+            version: stored.version,
+            deleted: *deleted,
+            next: next.clone(),
+            arc: *arc,
+        },
+        Verdict::RangeTooLarge { limit } => Outcome::RangeTooLarge { limit: *limit },
         Verdict::Invalid(invalid) => Outcome::Invalid { why: invalid.why() },
     };
     Ok(Reply { outcome, term: stored.term, index: stored.index, duplicate })

@@ -6,6 +6,10 @@ use bytes::{BufMut, Bytes, BytesMut};
 use crate::descriptor::Descriptor;
 use crate::wire::{Malformed, Reader};
 
+mod range;
+
+pub use range::{DeleteRange, Owned};
+
 /// The format that this program writes, and the only one that it reads. It is an entry's first
 /// byte; 0 and 255 are taken there by Raft's own entries.
 pub const FORMAT_VERSION: u8 = 1;
@@ -23,6 +27,7 @@ const CHANGE_PUT: u8 = 1;
 const CHANGE_DELETE: u8 = 2;
 const CHANGE_INCREMENT: u8 = 3;
 const CHANGE_CHECK: u8 = 4;
+const CHANGE_DELETE_RANGE: u8 = 5;
 
 /// Version, kind, stamp, ceiling, and the number of requests.
 const ENTRY_OVERHEAD_BYTES: usize = 1 + 1 + 8 + 8 + 4;
@@ -75,6 +80,8 @@ pub enum Change {
     },
     /// Nothing: only the condition counts.
     Check,
+    /// The live keys from the operation's on are gone. A request of its own, without a condition.
+    DeleteRange(DeleteRange),
 }
 
 /// One key of a request.
@@ -218,6 +225,16 @@ impl Request {
     pub fn size(&self) -> usize {
         REQUEST_OVERHEAD_BYTES + self.operations.iter().map(Operation::size).sum::<usize>()
     }
+
+    /// What the request may cost, in bytes of an entry: its own, and those of what apply writes for
+    /// it beyond them.
+    pub fn weight(&self) -> usize {
+        let beyond = |operation: &Operation| match &operation.change {
+            Change::DeleteRange(range) => range.weight(),
+            _ => 0,
+        };
+        self.size() + self.operations.iter().map(beyond).sum::<usize>()
+    }
 }
 
 impl Operation {
@@ -231,6 +248,7 @@ impl Operation {
             Change::Put { value, .. } => 8 + 4 + value.len(),
             Change::Increment { .. } => 8,
             Change::Delete | Change::Check => 0,
+            Change::DeleteRange(range) => range.size(),
         };
         OPERATION_OVERHEAD_BYTES + self.key.len() + condition + change
     }
@@ -283,6 +301,10 @@ fn put_operation(out: &mut BytesMut, operation: &Operation) {
             out.put_i64(*by);
         }
         Change::Check => out.put_u8(CHANGE_CHECK),
+        Change::DeleteRange(range) => {
+            out.put_u8(CHANGE_DELETE_RANGE);
+            range.put(out);
+        }
     }
 }
 
@@ -323,6 +345,7 @@ fn get_operation(reader: &mut Reader) -> Result<Operation, DecodeError> {
         // The same 64 bits, read as two's complement.
         CHANGE_INCREMENT => Change::Increment { by: reader.u64()? as i64 },
         CHANGE_CHECK => Change::Check,
+        CHANGE_DELETE_RANGE => Change::DeleteRange(DeleteRange::get(reader)?),
         found => {
             return Err(DecodeError::UnknownKind { what: "change", found });
         }

@@ -120,7 +120,7 @@ impl Proposer {
         request: Request,
         deadline: Instant,
     ) -> Result<Written, GroupError> {
-        let bytes = request.size();
+        let bytes = request.weight();
         let (answer, receiver) = oneshot::channel();
         self.push(
             bytes,

@@ -186,8 +186,20 @@ impl SharedState {
         }
     }
 
-    /// Applies entries as one batch: written, then visible.
-    fn apply_batch(&self, entries: &[Entry]) -> io::Result<Vec<Replies>> {
+    /// Applies entries as one batch, or as several where what they write is more than one should
+    /// hold: a small entry may delete many keys.
+    fn apply_batch(&self, mut entries: &[Entry]) -> io::Result<Vec<Replies>> {
+        let mut replies = Vec::with_capacity(entries.len());
+        while !entries.is_empty() {
+            let applied = self.apply_first(entries)?;
+            entries = &entries[applied.len()..];
+            replies.extend(applied);
+        }
+        Ok(replies)
+    }
+
+    /// Applies the first of these entries as one batch, at least one: written, then visible.
+    fn apply_first(&self, entries: &[Entry]) -> io::Result<Vec<Replies>> {
         // Only the state machine writes, one batch at a time, so what is read here stays true.
         let (store, mut group, mut membership) = {
             let current = self.0.current.read();
@@ -197,6 +209,9 @@ impl SharedState {
         let mut overlay = store.overlay();
         let mut replies = Vec::with_capacity(entries.len());
         for entry in entries {
+            if !replies.is_empty() && overlay.bytes() >= BATCH_BYTES_MAX as u64 {
+                break;
+            }
             let at = position(&entry.log_id);
             replies.push(match &entry.payload {
                 EntryPayload::Blank => Replies::default(),
@@ -211,6 +226,7 @@ impl SharedState {
                 }
             });
         }
+        let entries = &entries[..replies.len()];
         let last = entries.last().expect("a batch holds at least one entry").log_id;
         self.check_order(entries);
         group.store(&mut overlay);

@@ -17,6 +17,7 @@ pub mod home;
 pub mod fault;
 pub mod router;
 pub mod scan;
+pub mod delete;
 pub mod peers;
 pub mod service;
 pub mod node;

@@ -35,6 +35,7 @@ mod attempts;
 mod ids;
 mod page;
 mod plan;
+pub(crate) mod range;
 mod read;
 mod serve;
 mod steps;
@@ -44,6 +45,7 @@ pub use ids::RequestIds;
 
 pub(crate) use answer::{bytes as answer_bytes, pipelined};
 use attempts::{Attempts, Next};
+pub(crate) use ids::Issued;
 pub(crate) use page::{PAGE_BYTES_MIN, PageSpec, entry_bytes};
 use plan::Plan;
 pub(crate) use plan::keyspace as open_keyspace;
@@ -149,6 +151,11 @@ impl Router {
     /// Where things are counted.
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.parts.metrics
+    }
+
+    /// Ids of writes that come without one.
+    pub(crate) fn ids(&self) -> &Arc<RequestIds> {
+        &self.parts.ids
     }
 
     /// The node's wall clock in milliseconds.
@@ -520,7 +527,16 @@ impl Router {
 }
 
 fn is_write(operation: &Operation) -> bool {
-    matches!(operation, Operation::Put(_) | Operation::Delete(_) | Operation::Write(_))
+    match operation {
+        Operation::Put(_)
+        | Operation::Delete(_)
+        | Operation::Write(_)
+        | Operation::DeleteRange(_) => true,
+        Operation::Get(_)
+        | Operation::BatchGet(_)
+        | Operation::Scan(_)
+        | Operation::FixVersion(_) => false,
+    }
 }
 
 /// As in logs.
@@ -533,6 +549,7 @@ fn name_of(operation: &Operation) -> &'static str {
         Operation::BatchGet(_) => "batch_get",
         Operation::Scan(_) => "scan",
         Operation::FixVersion(_) => "fix_version",
+        Operation::DeleteRange(_) => "delete_range",
     }
 }
 
@@ -545,6 +562,7 @@ fn key_bytes(operation: &Operation) -> usize {
         Operation::Write(request) => request.operations.first().map_or(0, |first| first.key.len()),
         Operation::BatchGet(request) => request.keys.first().map_or(0, Bytes::len),
         Operation::Scan(request) => request.start.len().max(request.prefix.len()),
+        Operation::DeleteRange(request) => request.start.len().max(request.prefix.len()),
         Operation::FixVersion(_) => 0,
     }
 }

@@ -105,6 +105,35 @@ pub struct Delete {
     pub session: SessionFile,
 }
 
+/// See [`super::Command::DeleteRange`].
+#[derive(Debug, Args)]
+pub struct DeleteRange {
+    /// Only keys that begin with this
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub prefix: String,
+    /// The first key
+    #[arg(long, default_value = "", hide_default_value = true)]
+    pub start: String,
+    /// The first key behind the range
+    #[arg(long)]
+    pub end: Option<String>,
+    /// All or nothing: of one entity, and at most 10,000 keys
+    #[arg(long)]
+    pub atomic: bool,
+    /// Only count the keys, and delete none
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not ask before a whole keyspace is emptied
+    #[arg(long)]
+    pub yes: bool,
+    /// Remember here how far it is, and go on from there
+    #[arg(long, value_name = "STATE", conflicts_with_all = ["atomic", "dry_run"])]
+    pub resume: Option<PathBuf>,
+    /// Where, and how bounds are written.
+    #[command(flatten)]
+    pub addressing: Addressing,
+}
+
 /// See [`super::Command::Scan`].
 #[derive(Debug, Args)]
 pub struct Scan {

@@ -41,11 +41,14 @@ pub(crate) enum Act {
     ApplyAndCut,
     /// Serves it when told to.
     Hold(Arc<Notify>),
-    /// Of a scan: breaks off after this many pages.
+    /// Of a scan or a delete-range: breaks off after this many pages or rounds.
     CutAfterPages(usize),
     /// Of a scan: refuses to go on after this many pages.
     FaultAfterPages(usize, Fault),
 }
+
+/// Keys that an atomic delete-range may meet here.
+pub(crate) const ATOMIC_KEYS_MAX: usize = 10;
 
 /// A request as a node saw it.
 #[derive(Clone, Debug)]
@@ -60,6 +63,7 @@ impl Seen {
             Operation::Put(put) => put.request_id,
             Operation::Delete(delete) => delete.request_id,
             Operation::Write(write) => write.request_id,
+            Operation::DeleteRange(delete) => delete.request_id,
             _ => None,
         }
         .expect("every write carries a request id")
@@ -317,6 +321,21 @@ impl State {
         pairs
     }
 
+    /// Keys of a delete-range from `from` on.
+    pub(crate) fn keys_in(&self, delete: &v1::DeleteRangeRequest, from: &[u8]) -> Vec<Bytes> {
+        let v1::DeleteRangeRequest { start, end, prefix, .. } = delete.clone();
+        let range = v1::ScanRequest { start, end, prefix, ..Default::default() };
+        let keys = self.range(&range, None).into_iter().map(|pair| pair.key);
+        keys.filter(|key| &key[..] >= from).collect()
+    }
+
+    /// Deletes one step's keys: how many, and where the next goes on.
+    pub(crate) fn delete_step(&mut self, keys: &[Bytes]) -> Option<Bytes> {
+        keys.iter().for_each(|key| drop(self.data.remove(key)));
+        self.counter += 1;
+        keys.last().cloned()
+    }
+
     fn answer(&mut self, node: u64, operation: Operation) -> Answer {
         match self.try_answer(node, operation) {
             Ok(answer) => answer,
@@ -335,6 +354,10 @@ impl State {
                 (&write.keyspace, &write.operations[0].key, write.route, write.request_id)
             }
             Operation::BatchGet(batch) => (&batch.keyspace, &batch.keys[0], None, None),
+            Operation::DeleteRange(delete) => {
+                let first = (&delete.start).max(&delete.prefix);
+                (&delete.keyspace, first, delete.only_shard, delete.request_id)
+            }
             other => panic!("the client never sends {other:?}"),
         };
         let served = self.serve_as_leader(node, keyspace, key, route)?;
@@ -419,6 +442,22 @@ impl State {
                 }
                 let current = current.filter(|_| !applied);
                 Answer::Delete(v1::DeleteResponse { applied, version, current, served })
+            }
+            Operation::DeleteRange(delete) => {
+                let keys = self.keys_in(&delete, b"");
+                if keys.len() > ATOMIC_KEYS_MAX {
+                    let fault = Fault::new(Reason::TooLarge, "too many keys")
+                        .with(metadata::LIMIT, "DELETE_RANGE_KEYS_MAX");
+                    return Answer::Error(fault.to_pipeline());
+                }
+                keys.iter().for_each(|key| drop(self.data.remove(key)));
+                Answer::DeleteRange(v1::DeleteRangeResponse {
+                    deleted: keys.len() as u64,
+                    done: true,
+                    version,
+                    served,
+                    ..Default::default()
+                })
             }
             Operation::Scan(_) | Operation::FixVersion(_) => panic!("refused before"),
             Operation::Write(write) => {

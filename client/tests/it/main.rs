@@ -2,6 +2,7 @@
 
 mod calls;
 mod fake;
+mod deletes;
 mod faults;
 mod others;
 mod scans;

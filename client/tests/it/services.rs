@@ -33,6 +33,7 @@ fn only_pipelined() -> Status {
 
 #[async_trait]
 impl KvService for Node {
+    type DeleteRangeStream = Boxed<v1::DeleteRangeResponse>;
     type ScanStream = Boxed<v1::ScanResponse>;
     type PipelineStream = Boxed<v1::PipelineResponses>;
 
@@ -63,6 +64,59 @@ impl KvService for Node {
         _: Request<v1::WriteRequest>,
     ) -> Result<Response<v1::WriteResponse>, Status> {
         Err(only_pipelined())
+    }
+
+    async fn delete_range(
+        &self,
+        request: Request<v1::DeleteRangeRequest>,
+    ) -> Result<Response<Self::DeleteRangeStream>, Status> {
+        let delete = request.into_inner();
+        let rounds_max = match self.cluster.next_act(self.id) {
+            Some(Act::Fault(fault)) => return Err(fault.to_status()),
+            Some(Act::Ignore) => std::future::pending().await,
+            Some(Act::CutAfterPages(rounds)) => rounds,
+            _ => usize::MAX,
+        };
+        let node = self.clone();
+        // The token is the key behind which it goes on. Each round deletes when it is asked for, and
+        // so when the one before has been sent.
+        let begun = (0, 0, delete.resume_token.clone());
+        let rounds = futures_util::stream::try_unfold(begun, move |(round, deleted, token)| {
+            let (node, delete) = (node.clone(), delete.clone());
+            async move {
+                if round == usize::MAX {
+                    return Ok(None);
+                }
+                if round == rounds_max {
+                    // What has been sent before shall arrive.
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    node.cluster.cut(node.id);
+                    std::future::pending::<()>().await;
+                }
+                let (keys, last, done) = node.cluster.with(|state| {
+                    let keys = state.keys_in(&delete, &token);
+                    let step = &keys[..keys.len().min(PAGE)];
+                    (step.len() as u64, state.delete_step(step), step.len() == keys.len())
+                });
+                let token = last.unwrap_or(token);
+                let served = v1::Served { shard: 1, term: 9, index: 9, ..Default::default() };
+                let answer = v1::DeleteRangeResponse {
+                    deleted: deleted + keys,
+                    resume_token: if token.is_empty() {
+                        Bytes::from_static(b"-")
+                    } else {
+                        token.clone()
+                    },
+                    done,
+                    version: 700 + round as u64,
+                    served: Some(served),
+                    steps: vec![served],
+                };
+                let round = if done { usize::MAX } else { round + 1 };
+                Ok(Some((answer, (round, deleted + keys, token))))
+            }
+        });
+        Ok(Response::new(Box::pin(rounds)))
     }
 
     async fn scan(

@@ -81,7 +81,7 @@ struct Write<'a> {
 
 impl Write<'_> {
     fn is_delete(&self) -> bool {
-        self.operation.action == Action::Delete
+        self.operation.action.is_delete()
     }
 }
 
@@ -122,7 +122,7 @@ struct Register<'a> {
 impl<'a> Register<'a> {
     fn of(key: &'a str, operations: &'a [Operation]) -> Register<'a> {
         let unknown_delete = |operation: &&Operation| {
-            operation.action == Action::Delete && operation.outcome == Outcome::Unknown
+            operation.action.is_delete() && operation.outcome == Outcome::Unknown
         };
         Register {
             key,
@@ -455,6 +455,7 @@ fn value(action: &Action) -> Option<&str> {
         | Action::ReplicaGet
         | Action::SessionGet
         | Action::BoundedGet { .. }
-        | Action::Delete => None,
+        | Action::Delete
+        | Action::DeleteRange => None,
     }
 }

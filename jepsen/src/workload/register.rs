@@ -95,7 +95,8 @@ impl Worker {
                 Some(version) => Action::PutIfVersion { value: self.fresh_value(), version },
                 None => Action::Get,
             },
-            _ => Action::Delete,
+            18 => Action::Delete,
+            _ => Action::DeleteRange,
         }
     }
 
@@ -169,6 +170,12 @@ impl Worker {
                 let written = self.client.delete(key).await?;
                 Answer::Written { version: written.version.0, at: position(&written.served) }
             }
+            Action::DeleteRange => {
+                let behind = format!("{key}\0");
+                let gone = self.client.delete_range(key..behind).atomic().await?;
+                let at = gone.served.as_ref().map(position).unwrap_or_default();
+                Answer::Written { version: gone.version.0, at }
+            }
             Action::PutIfAbsent { value } => {
                 judged(self.client.put(key, value.clone()).if_absent().await?)
             }
@@ -208,6 +215,7 @@ fn verb(action: &Action) -> &'static str {
         Action::PutIfAbsent { .. } => "put-if-absent",
         Action::PutIfVersion { .. } => "put-if-version",
         Action::Delete => "delete",
+        Action::DeleteRange => "delete-range",
     }
 }
 

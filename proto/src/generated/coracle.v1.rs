@@ -405,6 +405,65 @@ pub struct ScanResponse {
     #[prost(message, optional, tag = "5")]
     pub served: ::core::option::Option<Served>,
 }
+/// See KvService.DeleteRange. Bounds are keys; the range is \[start, end). Without any bound it is the
+/// whole keyspace.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteRangeRequest {
+    /// Empty means "default".
+    #[prost(string, tag = "1")]
+    pub keyspace: ::prost::alloc::string::String,
+    /// Inclusive; empty means from the first key.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub start: ::prost::bytes::Bytes,
+    /// Exclusive; empty means to the last key.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub end: ::prost::bytes::Bytes,
+    /// Only keys with this prefix; combines with start and end.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub prefix: ::prost::bytes::Bytes,
+    /// All or nothing, at one version: the range must lie within one entity, and at most
+    /// DELETE_RANGE_KEYS_MAX keys may exist in it, else nothing changes and the answer is TOO_LARGE.
+    #[prost(bool, tag = "5")]
+    pub atomic: bool,
+    /// Makes retries of an atomic delete-range, or of a single step on a pipeline, safe. The steps of a
+    /// stream get ids of their own from the node that it enters, which keeps them over its retries.
+    #[prost(message, optional, tag = "6")]
+    pub request_id: ::core::option::Option<RequestId>,
+    /// Goes on after an interrupted call: the token of the last answer received. Not with atomic.
+    #[prost(bytes = "bytes", tag = "7")]
+    pub resume_token: ::prost::bytes::Bytes,
+    /// Deletes only on this one shard; 0 means all shards of the keyspace.
+    #[prost(message, optional, tag = "8")]
+    pub only_shard: ::core::option::Option<Route>,
+    /// Keys that one step deletes at most; 0 means DELETE_RANGE_STEP_KEYS, anything above
+    /// DELETE_RANGE_KEYS_MAX means that.
+    #[prost(uint32, tag = "9")]
+    pub step_keys: u32,
+}
+/// How far a delete-range is. A stream ends behind the answer with done.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DeleteRangeResponse {
+    /// Keys deleted so far by this call. What a step has deleted whose answer was lost for good (the
+    /// token goes on behind it, or over it again) is not in it.
+    #[prost(uint64, tag = "1")]
+    pub deleted: u64,
+    /// Goes on from here, also on another node; empty with atomic.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub resume_token: ::prost::bytes::Bytes,
+    /// Nothing is left of the range: of the shard's part, for a step on a pipeline.
+    #[prost(bool, tag = "3")]
+    pub done: bool,
+    /// The version of the last step that was applied.
+    #[prost(uint64, tag = "4")]
+    pub version: u64,
+    /// Where that step was applied.
+    #[prost(message, optional, tag = "5")]
+    pub served: ::core::option::Option<Served>,
+    /// Where each step was applied that has been since the last answer of the stream: what a session
+    /// has seen by it.
+    #[prost(message, repeated, tag = "6")]
+    pub steps: ::prost::alloc::vec::Vec<Served>,
+}
 /// Operations that leave together; nothing else connects them.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PipelineRequests {
@@ -428,7 +487,7 @@ pub struct PipelineRequest {
     /// Milliseconds that the operation may take; 0 means the server's maximum.
     #[prost(uint64, tag = "2")]
     pub timeout_ms: u64,
-    #[prost(oneof = "pipeline_request::Operation", tags = "3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "pipeline_request::Operation", tags = "3, 4, 5, 6, 7, 8, 9, 10")]
     pub operation: ::core::option::Option<pipeline_request::Operation>,
 }
 /// Nested message and enum types in `PipelineRequest`.
@@ -457,6 +516,11 @@ pub mod pipeline_request {
         /// See FixVersionRequest.
         #[prost(message, tag = "9")]
         FixVersion(super::FixVersionRequest),
+        /// An atomic delete-range, or one step of one: of the shard that only_shard names, or in which
+        /// the resume token stands, or that holds the range's only entity. The answer's token goes on
+        /// with the next step.
+        #[prost(message, tag = "10")]
+        DeleteRange(super::DeleteRangeRequest),
     }
 }
 /// Fixes a version at which one shard can be read: no later write of it gets this version or a lower
@@ -495,7 +559,7 @@ pub struct PipelineResponse {
     /// Of the operation.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "pipeline_response::Result", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "pipeline_response::Result", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub result: ::core::option::Option<pipeline_response::Result>,
 }
 /// Nested message and enum types in `PipelineResponse`.
@@ -526,6 +590,9 @@ pub mod pipeline_response {
         /// See FixVersionRequest.
         #[prost(message, tag = "9")]
         FixVersion(super::FixVersionResponse),
+        /// See PipelineRequest.
+        #[prost(message, tag = "10")]
+        DeleteRange(super::DeleteRangeResponse),
     }
 }
 /// A failed operation of a pipeline: what a gRPC status with ErrorInfo would say.
@@ -792,6 +859,35 @@ pub mod kv_service_client {
                 .insert(GrpcMethod::new("coracle.v1.KvService", "Write"));
             self.inner.unary(req, path, codec).await
         }
+        /// Deletes the keys of a range: inside one entity all or nothing up to DELETE_RANGE_KEYS_MAX keys, or
+        /// in steps over all shards of the keyspace, with the progress after each round of steps. In steps:
+        /// every key that existed when the call began and was not written since is gone when it is done; of
+        /// a key that is written while it runs either may be true. That holds for the call together with
+        /// those that go on with its token, until the last of them is done.
+        pub async fn delete_range(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeleteRangeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::DeleteRangeResponse>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.KvService/DeleteRange",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.KvService", "DeleteRange"));
+            self.inner.server_streaming(req, path, codec).await
+        }
         /// A range in key order at one version, over all shards of the keyspace.
         pub async fn scan(
             &mut self,
@@ -885,6 +981,24 @@ pub mod kv_service_server {
             &self,
             request: tonic::Request<super::WriteRequest>,
         ) -> std::result::Result<tonic::Response<super::WriteResponse>, tonic::Status>;
+        /// Server streaming response type for the DeleteRange method.
+        type DeleteRangeStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::DeleteRangeResponse, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Deletes the keys of a range: inside one entity all or nothing up to DELETE_RANGE_KEYS_MAX keys, or
+        /// in steps over all shards of the keyspace, with the progress after each round of steps. In steps:
+        /// every key that existed when the call began and was not written since is gone when it is done; of
+        /// a key that is written while it runs either may be true. That holds for the call together with
+        /// those that go on with its token, until the last of them is done.
+        async fn delete_range(
+            &self,
+            request: tonic::Request<super::DeleteRangeRequest>,
+        ) -> std::result::Result<
+            tonic::Response<Self::DeleteRangeStream>,
+            tonic::Status,
+        >;
         /// Server streaming response type for the Scan method.
         type ScanStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::ScanResponse, tonic::Status>,
@@ -1201,6 +1315,52 @@ pub mod kv_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.KvService/DeleteRange" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeleteRangeSvc<T: KvService>(pub Arc<T>);
+                    impl<
+                        T: KvService,
+                    > tonic::server::ServerStreamingService<super::DeleteRangeRequest>
+                    for DeleteRangeSvc<T> {
+                        type Response = super::DeleteRangeResponse;
+                        type ResponseStream = T::DeleteRangeStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeleteRangeRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as KvService>::delete_range(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeleteRangeSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

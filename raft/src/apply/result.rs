@@ -10,6 +10,8 @@ const FORMAT_VERSION: u8 = 1;
 const VERDICT_APPLIED: u8 = 1;
 const VERDICT_CONDITION_FAILED: u8 = 2;
 const VERDICT_INVALID: u8 = 3;
+const VERDICT_RANGE_DELETED: u8 = 4;
+const VERDICT_RANGE_TOO_LARGE: u8 = 5;
 
 /// Far above what an entry can hold; bounds what a damaged record may claim.
 const OPERATIONS_MAX: u32 = 1 << 21;
@@ -37,6 +39,15 @@ pub(super) enum Verdict {
         failed: Vec<(u32, Option<u64>)>,
     },
     Invalid(Invalid),
+    /// How far a delete-range went, and over which arc: neither follows from the request alone.
+    RangeDeleted {
+        deleted: u32,
+        next: Bytes,
+        arc: Option<(u64, u64)>,
+    },
+    RangeTooLarge {
+        limit: u32,
+    },
 }
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -88,6 +99,21 @@ impl StoredResult {
                     Invalid::CounterOverflow => 2,
                 });
             }
+            Verdict::RangeDeleted { deleted, next, arc } => {
+                out.put_u8(VERDICT_RANGE_DELETED);
+                out.put_u32(*deleted);
+                out.put_u32(next.len() as u32);
+                out.put_slice(next);
+                out.put_u8(u8::from(arc.is_some()));
+                if let Some((start, end)) = arc {
+                    out.put_u64(*start);
+                    out.put_u64(*end);
+                }
+            }
+            Verdict::RangeTooLarge { limit } => {
+                out.put_u8(VERDICT_RANGE_TOO_LARGE);
+                out.put_u32(*limit);
+            }
         }
         out.freeze()
     }
@@ -114,6 +140,12 @@ impl StoredResult {
                 2 => Invalid::CounterOverflow,
                 _ => return Err(Malformed("an unknown reason")),
             }),
+            VERDICT_RANGE_DELETED => Verdict::RangeDeleted {
+                deleted: reader.u32()?,
+                next: reader.bytes()?,
+                arc: reader.option(|reader| Ok((reader.u64()?, reader.u64()?)))?,
+            },
+            VERDICT_RANGE_TOO_LARGE => Verdict::RangeTooLarge { limit: reader.u32()? },
             _ => return Err(Malformed("an unknown verdict")),
         };
         reader.end()?;
@@ -155,7 +187,7 @@ mod tests {
     #[test]
     fn golden_bytes_of_results() {
         let head = b"\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x03";
-        let golden: [(Verdict, &[u8]); 4] = [
+        let golden: [(Verdict, &[u8]); 7] = [
             (
                 Verdict::Applied { operations: 2, counters: vec![(1, -2)] },
                 b"\x01\0\0\0\x02\0\0\0\x01\0\0\0\x01\xff\xff\xff\xff\xff\xff\xff\xfe",
@@ -166,6 +198,15 @@ mod tests {
             ),
             (Verdict::Invalid(Invalid::CounterNotANumber), b"\x03\x01"),
             (Verdict::Invalid(Invalid::CounterOverflow), b"\x03\x02"),
+            (
+                Verdict::RangeDeleted { deleted: 3, next: "k\0".into(), arc: Some((1, 2)) },
+                b"\x04\0\0\0\x03\0\0\0\x02k\0\x01\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02",
+            ),
+            (
+                Verdict::RangeDeleted { deleted: 0, next: Bytes::new(), arc: None },
+                b"\x04\0\0\0\0\0\0\0\0\0",
+            ),
+            (Verdict::RangeTooLarge { limit: 9 }, b"\x05\0\0\0\x09"),
         ];
         for (verdict, tail) in golden {
             let bytes = Bytes::from([head, tail].concat());

@@ -1,8 +1,10 @@
 //! The bytes of commands: pinned, read back, and refused when they are not ours.
 
 use bytes::Bytes;
+use coracle_proto::entity::EntityRule;
 use coracle_raft::command::{
-    Change, Command, Condition, DecodeError, Operation, Request, RequestId, Stamped,
+    Change, Command, Condition, DecodeError, DeleteRange, Operation, Owned, Request, RequestId,
+    Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
 use proptest::collection::vec;
@@ -97,6 +99,40 @@ fn golden_bytes_of_every_command() {
     );
 }
 
+fn delete_range(range: DeleteRange) -> Operation {
+    let key = Bytes::from_static(b"a");
+    Operation { key, condition: None, change: Change::DeleteRange(range) }
+}
+
+#[test]
+fn golden_bytes_of_delete_ranges() {
+    let bytes = |operation| {
+        let id = RequestId { client: 1, sequence: 1, birth_ms: 1, lowest_unanswered: 1 };
+        let operations = vec![operation];
+        let request = Request { id, keyspace: 1, position: 0, epoch: 0, operations };
+        let command = Command::Requests(vec![request]);
+        let encoded = Stamped { stamp: 0, ceiling: 0, command }.encode();
+        // Behind the entry's head and the request's.
+        hex(&encoded[22 + 56..])
+    };
+    let whole = DeleteRange { end: Bytes::new(), limit: 10_000, whole: true, owned: None };
+    assert_eq!(
+        bytes(delete_range(whole)),
+        "0000000161".to_string() + "00" + "0500000000000027100100"
+    );
+    let rules = [
+        (EntityRule::Whole, "0100000000"),
+        (EntityRule::Delimiter(b'/'), "020000002f"),
+        (EntityRule::Prefix(4_096), "0300001000"),
+    ];
+    for (rule, code) in rules {
+        let owned = Some(Owned { rule, hash_seed: 0x2A });
+        let range = DeleteRange { end: Bytes::from_static(b"z"), limit: 1, whole: false, owned };
+        let golden = "0000000161".to_string() + "00" + "05000000017a" + "00000001" + "0001" + code;
+        assert_eq!(bytes(delete_range(range)), golden + "000000000000002a");
+    }
+}
+
 #[test]
 fn unknown_version_and_unknown_kinds_are_errors() {
     let good = sample().encode();
@@ -136,6 +172,17 @@ fn bytes_up_to(len: usize) -> impl Strategy<Value = Bytes> {
     vec(any::<u8>(), 0..len).prop_map(Bytes::from)
 }
 
+fn owned() -> impl Strategy<Value = Option<Owned>> {
+    let rule = prop_oneof![
+        Just(EntityRule::Whole),
+        any::<u8>().prop_map(EntityRule::Delimiter),
+        any::<u32>().prop_map(EntityRule::Prefix),
+    ];
+    proptest::option::of(
+        (rule, any::<u64>()).prop_map(|(rule, hash_seed)| Owned { rule, hash_seed }),
+    )
+}
+
 fn operations() -> impl Strategy<Value = Operation> {
     let condition = prop_oneof![
         Just(None),
@@ -148,6 +195,11 @@ fn operations() -> impl Strategy<Value = Operation> {
         Just(Change::Delete),
         any::<i64>().prop_map(|by| Change::Increment { by }),
         Just(Change::Check),
+        (bytes_up_to(20), any::<u32>(), any::<bool>(), owned()).prop_map(
+            |(end, limit, whole, owned)| {
+                Change::DeleteRange(DeleteRange { end, limit, whole, owned })
+            }
+        ),
     ];
     (bytes_up_to(20), condition, change).prop_map(|(key, condition, change)| Operation {
         key,

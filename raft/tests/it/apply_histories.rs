@@ -103,6 +103,28 @@ proptest! {
         check_reads(&store, &model);
     }
 
+    /// What a replica has compacted away, and when, shows in no reply and in nothing that is read.
+    #[test]
+    fn compaction_of_one_replica_leaves_no_trace(
+        steps in prop::collection::vec(steps(), 1..120),
+        compactions in prop::collection::vec(any::<prop::sample::Index>(), 1..12),
+    ) {
+        let log = Writer::log(&steps);
+        let compactions: Vec<_> = compactions.iter().map(|at| at.index(log.len())).collect();
+        let (mut keeps, mut compacts) = (Store::new(BOUNDS), Store::new(BOUNDS));
+        for (at, entry) in log.iter().enumerate() {
+            let wanted = keeps.apply(std::slice::from_ref(entry)).expect("a sound entry");
+            let replies = compacts.apply(std::slice::from_ref(entry)).expect("a sound entry");
+            prop_assert_eq!(replies, wanted);
+            if compactions.contains(&at) {
+                compacts.compact();
+            }
+        }
+        prop_assert_eq!(compacts.hash(), keeps.hash());
+        compacts.compact();
+        prop_assert_eq!(compacts.crash().hash(), keeps.hash());
+    }
+
     /// Cuts of the log into batches, snapshots and crashes leave no trace.
     #[test]
     fn replicas_agree_to_the_byte(
@@ -174,13 +196,16 @@ fn histories_meet_every_outcome() {
                     (Outcome::BirthBeyondClock, _) => "birth beyond clock",
                     (Outcome::Overloaded { .. }, _) => "overloaded",
                     (Outcome::Invalid { .. }, _) => "invalid",
+                    (Outcome::RangeDeleted { deleted: 0, .. }, _) => "nothing in the range",
+                    (Outcome::RangeDeleted { .. }, _) => "range deleted",
+                    (Outcome::RangeTooLarge { .. }, _) => "range too large",
                 };
                 *met.entry(name).or_default() += 1;
             }
         }
         evicted += u32::from(store.state().dedup.floor_ms > 0);
     }
-    assert_eq!(met.len(), 8, "{met:?}");
+    assert_eq!(met.len(), 11, "{met:?}");
     assert!(met.values().all(|count| *count >= 10), "{met:?}");
     assert!(evicted >= 50, "the floor rose in {evicted} of 100 histories");
 }

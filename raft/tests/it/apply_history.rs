@@ -5,7 +5,10 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use coracle_raft::command::{Change, Command, Condition, Operation, Request, RequestId, Stamped};
+use coracle_proto::entity::EntityRule;
+use coracle_raft::command::{
+    Change, Command, Condition, DeleteRange, Operation, Owned, Request, RequestId, Stamped,
+};
 use coracle_raft::descriptor::Descriptor;
 use proptest::prelude::*;
 
@@ -13,7 +16,7 @@ use crate::apply_store::{Entry, Logged};
 use crate::apply_words::START_MS;
 
 /// What the group of every history holds.
-pub(crate) const ARC: (u64, u64) = (100, 200);
+pub(crate) const ARC: (u64, u64) = (100, 1 << 63);
 
 #[derive(Clone, Debug)]
 pub(crate) enum Step {
@@ -79,6 +82,18 @@ fn operations() -> impl Strategy<Value = Operation> {
     })
 }
 
+/// A delete-range over some of the keys; with a rule and a seed, some are another group's.
+fn ranges() -> impl Strategy<Value = Operation> {
+    let end = prop_oneof![2 => Just(None), 3 => (0..5u8).prop_map(Some)];
+    let owned = proptest::option::of(0..6u64);
+    (0..4u8, end, 1..4u32, any::<bool>(), owned).prop_map(|(start, end, limit, whole, seed)| {
+        let end = end.map_or_else(Bytes::new, |end| Bytes::from(vec![b'k', end]));
+        let owned = seed.map(|hash_seed| Owned { rule: EntityRule::Whole, hash_seed });
+        let change = Change::DeleteRange(DeleteRange { end, limit, whole, owned });
+        Operation { key: Bytes::from(vec![b'k', start]), condition: None, change }
+    })
+}
+
 pub(crate) fn steps() -> impl Strategy<Value = Step> {
     let route = prop_oneof![
         12 => Just(Route::Unnamed),
@@ -86,6 +101,10 @@ pub(crate) fn steps() -> impl Strategy<Value = Step> {
         1 => Just(Route::OldEpoch),
         1 => Just(Route::OutsideArc),
         1 => Just(Route::System),
+    ];
+    let operations = prop_oneof![
+        5 => prop::collection::vec(operations(), 1..4),
+        1 => ranges().prop_map(|range| vec![range]),
     ];
     let time = prop_oneof![
         8 => 0..50i64,
@@ -97,7 +116,7 @@ pub(crate) fn steps() -> impl Strategy<Value = Step> {
     let lag = prop_oneof![2 => Just(0u8), 2 => 0..5u8, 3 => Just(u8::MAX)];
     let index = any::<prop::sample::Index>();
     prop_oneof![
-        20 => (0..5u8, lag, prop::collection::vec(operations(), 1..4), route).prop_map(
+        20 => (0..5u8, lag, operations, route).prop_map(
             |(client, lag, operations, route)| Step::Write { client, lag, operations, route }
         ),
         10 => (index, any::<bool>())

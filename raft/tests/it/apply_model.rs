@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use coracle_raft::apply::{Current, OperationResult, Outcome, Reply};
-use coracle_raft::command::{Change, Command, Condition, Request, Stamped};
+use coracle_raft::command::{Change, Command, Condition, DeleteRange, Request, Stamped};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
 use coracle_storage::state::Key;
@@ -40,6 +40,8 @@ enum Verdict {
     /// Per operation: whether it failed, and the cell that it met.
     Failed(Vec<Option<Option<Cell>>>),
     Invalid,
+    RangeDeleted(u32, Bytes),
+    RangeTooLarge(u32),
 }
 
 #[derive(Default)]
@@ -163,7 +165,38 @@ impl Model {
         Judged { term, index, version, verdict }
     }
 
+    fn delete_range(&mut self, version: u64, start: &Bytes, range: &DeleteRange) -> Verdict {
+        let own = |key: &Bytes| {
+            let position = range.owned.map(|owned| {
+                let entity = owned.rule.entity(key);
+                coracle_proto::ring::position(owned.hash_seed, 1, entity).0
+            });
+            position.is_none_or(|position| (ARC.0..ARC.1).contains(&position))
+        };
+        let inside = |key: &Bytes| key >= start && (range.end.is_empty() || *key < range.end);
+        let mut live: Vec<_> =
+            self.cells.keys().filter(|key| inside(key) && own(key)).cloned().collect();
+        live.retain(|key| self.at(key, version).is_some());
+        let limit = range.limit as usize;
+        if range.whole && live.len() > limit {
+            return Verdict::RangeTooLarge(range.limit);
+        }
+        let next = match live.get(limit - 1).filter(|_| !range.whole) {
+            Some(last) => [last, &b"\0"[..]].concat().into(),
+            None => range.end.clone(),
+        };
+        live.truncate(limit);
+        for key in &live {
+            let cells = self.cells.get_mut(key).expect("a live key");
+            cells.push(Cell { version, value: None, expires_ms: None });
+        }
+        Verdict::RangeDeleted(live.len() as u32, next)
+    }
+
     fn verdict(&mut self, version: u64, request: &Request) -> Verdict {
+        if let Change::DeleteRange(range) = &request.operations[0].change {
+            return self.delete_range(version, &request.operations[0].key, range);
+        }
         let met: Vec<_> = request
             .operations
             .iter()
@@ -196,6 +229,7 @@ impl Model {
                 }
                 Change::Put { value, ttl_ms } => (Some(value.clone()), *ttl_ms),
                 Change::Delete => (None, 0),
+                Change::DeleteRange(_) => unreachable!("alone in its request"),
                 Change::Increment { by } => {
                     let live = cells.last().filter(|cell| {
                         cell.expires_ms.is_none_or(|expires_ms| version >> 16 < expires_ms)
@@ -249,6 +283,13 @@ impl Model {
                 Outcome::ConditionFailed { results: results.collect() }
             }
             Verdict::Invalid => Outcome::Invalid { why: "" },
+            Verdict::RangeDeleted(deleted, next) => Outcome::RangeDeleted {
+                version: judged.version,
+                deleted: *deleted,
+                next: next.clone(),
+                arc: Some(ARC),
+            },
+            Verdict::RangeTooLarge(limit) => Outcome::RangeTooLarge { limit: *limit },
         };
         Reply { outcome, term: judged.term, index: judged.index, duplicate }
     }

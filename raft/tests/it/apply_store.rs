@@ -6,10 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use coracle_raft::apply::{ApplyError, GroupState, Reply, apply};
+use coracle_raft::apply::{ApplyError, GroupState, Reply, apply, state_hash};
 use coracle_raft::dedup::Bounds;
 use coracle_storage::fs::faulty::FaultyFs;
-use coracle_storage::state::{Batch, Engine, Engines, Kind, MapEngines, OpenState, Overlay};
+use coracle_storage::state::{
+    Batch, Engine, Engines, FilterState, Kind, MapEngines, OpenState, Overlay,
+};
 
 const DIR: &str = "/state";
 
@@ -41,6 +43,21 @@ impl Store {
 
     pub(crate) fn flush(&self) {
         self.engine.flush().expect("a healthy disk");
+    }
+
+    /// Drops all that compaction may, by what is flushed.
+    pub(crate) fn compact(&self) {
+        self.flush();
+        let GroupState { clock, history_threshold: threshold, .. } = self.state();
+        self.engine.filter().set(FilterState { clock, threshold, ..FilterState::default() });
+        self.engine.compact(None).expect("a healthy disk");
+    }
+
+    /// Over all that can be read at the group clock.
+    pub(crate) fn hash(&self) -> u64 {
+        let overlay = self.overlay();
+        let reader = overlay.reader().expect("a healthy disk");
+        state_hash(&reader, &self.state(), None).expect("own records")
     }
 
     /// Loses what was not flushed.

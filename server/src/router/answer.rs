@@ -6,6 +6,7 @@ use bytes::Bytes;
 use coracle_proto::limits::BATCH_CURRENT_BYTES_MAX;
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
 use coracle_proto::shard_map::{ShardId, ShardMap};
+use coracle_proto::token::DeleteToken;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_raft::apply;
@@ -14,6 +15,7 @@ use coracle_storage::state::Versioned;
 
 use crate::fault;
 use crate::router::plan::WriteAnswer;
+use crate::router::range::RangeSpec;
 
 /// An entry as it travels.
 pub(crate) fn entry(found: Versioned) -> v1::Entry {
@@ -56,6 +58,54 @@ pub(crate) fn written(
     })
 }
 
+/// What became of a delete-range within one entity, or of a step of one.
+pub(crate) fn range_deleted(
+    reply: apply::Reply,
+    spec: &RangeSpec,
+    served: v1::Served,
+    map: &ShardMap,
+) -> Result<Answer, Fault> {
+    let shard = ShardId(served.shard);
+    let now_ms = served.server_time_ms;
+    let served = Some(v1::Served { term: reply.term, index: reply.index, ..served });
+    match reply.outcome {
+        apply::Outcome::RangeDeleted { version, deleted, next, arc } => {
+            let left = spec.left(next, arc);
+            let left = left.ok_or_else(|| {
+                Fault::new(Reason::Internal, "a step has covered another arc than it was of")
+            })?;
+            Ok(Answer::DeleteRange(v1::DeleteRangeResponse {
+                deleted: deleted.into(),
+                done: left.as_ref().is_none_or(DeleteToken::is_done),
+                resume_token: left.map_or_else(Bytes::new, |left| left.encode()),
+                version,
+                served,
+                steps: served.into_iter().collect(),
+            }))
+        }
+        apply::Outcome::RangeTooLarge { limit } => {
+            let message = format!(
+                "more than {limit} keys are in the range (DELETE_RANGE_KEYS_MAX): without atomic it is deleted in steps"
+            );
+            Err(range_too_large("DELETE_RANGE_KEYS_MAX", limit.into(), message)
+                .with(metadata::SHARD, shard))
+        }
+        apply::Outcome::Applied { .. } | apply::Outcome::ConditionFailed { .. } => {
+            Err(another_writes_id())
+        }
+        refused => Err(refusal(refused, map, shard, now_ms)),
+    }
+}
+
+/// An atomic delete-range over a range that holds too much. Nothing was changed.
+pub(crate) fn range_too_large(limit: &str, max: u64, message: String) -> Fault {
+    Fault::new(Reason::TooLarge, message).with(metadata::LIMIT, limit).with(metadata::MAX, max)
+}
+
+fn another_writes_id() -> Fault {
+    Fault::invalid("request_id", "the request id is that of another write, which was judged before")
+}
+
 /// What `apply` would not do. None of it was applied by this entry.
 fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64) -> Fault {
     match outcome {
@@ -81,6 +131,9 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
                 .with_retry_after(Duration::from_millis(retry_after_ms))
         }
         apply::Outcome::Invalid { why } => Fault::new(Reason::InvalidArgument, why),
+        apply::Outcome::RangeDeleted { .. } | apply::Outcome::RangeTooLarge { .. } => {
+            another_writes_id()
+        }
         apply::Outcome::Applied { .. } | apply::Outcome::ConditionFailed { .. } => {
             unreachable!("the caller has taken the answers")
         }
@@ -148,6 +201,7 @@ pub(crate) fn bytes(answer: &Answer) -> u64 {
         Answer::Scan(page) => {
             page.entries.iter().map(|found| found.key.len() + entry(&found.entry)).sum()
         }
+        Answer::DeleteRange(answer) => answer.resume_token.len(),
         Answer::FixVersion(_) | Answer::Error(_) => 0,
     };
     bytes as u64

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
+use coracle_proto::ring::Position;
 use coracle_proto::shard_map::{Keyspace, KeyspaceId, SYSTEM_KEYSPACE, ShardId, ShardMap};
 use coracle_proto::token::{Need, SessionToken};
 use coracle_proto::v1;
@@ -15,6 +16,7 @@ use coracle_raft::command::{self, Change, Condition};
 use crate::admission::Origin;
 use crate::fault;
 use crate::router::page::PageSpec;
+use crate::router::range::RangeSpec;
 
 /// One operation, checked and located.
 pub(crate) struct Plan {
@@ -35,6 +37,8 @@ pub(crate) enum Task {
     BatchGet(Lookup),
     /// An atomic write.
     Write { request: command::Request, answer: WriteAnswer },
+    /// A delete-range within one entity, or a step of one.
+    DeleteRange(RangeSpec),
     /// A page of a scan.
     Page(PageSpec),
     /// A version to read at; 0: the leader's choice.
@@ -77,7 +81,7 @@ impl Plan {
     /// True when any replica may answer: one that does not lead asks the leader how far it must
     /// have applied, or for a version, wherever what it has is not enough.
     pub(crate) fn any_replica(&self) -> bool {
-        !matches!(self.task, Task::Write { .. })
+        !matches!(self.task, Task::Write { .. } | Task::DeleteRange(_))
     }
 
     /// True when the caller named a shard whose map entry here does not hold the key: only the
@@ -162,7 +166,30 @@ pub(crate) fn plan(map: &ShardMap, operation: &Operation, origin: Origin) -> Res
         }
         Operation::Scan(request) => page(map, request, origin),
         Operation::FixVersion(request) => fix_version(request),
+        Operation::DeleteRange(request) => delete_range(map, request, origin),
     }
+}
+
+fn delete_range(
+    map: &ShardMap,
+    request: &v1::DeleteRangeRequest,
+    origin: Origin,
+) -> Result<Plan, Fault> {
+    limits::check_delete_range(request)?;
+    let keyspace = keyspace(map, &request.keyspace, origin)?;
+    let spec = RangeSpec::new(map, keyspace, request)?;
+    let route = request.only_shard.filter(|route| route.shard != 0);
+    let shard = match (route, spec.position()) {
+        (Some(route), _) => ShardId(route.shard),
+        (None, Some(position)) => map.locate(Position(position)).id,
+        (None, None) => {
+            let message = "a step is of one shard: name it, or a token, or a range of one entity";
+            return Err(Fault::invalid("only_shard", message));
+        }
+    };
+    let epoch = route.map_or(0, |route| route.shard_epoch);
+    let position = spec.position();
+    Ok(Plan { shard, epoch, position, keyspace: keyspace.id, task: Task::DeleteRange(spec) })
 }
 
 fn fix_version(request: &v1::FixVersionRequest) -> Result<Plan, Fault> {
@@ -228,6 +255,7 @@ pub(crate) fn named(operation: &Operation, plan: &Plan) -> Operation {
         Operation::Write(request) => request.route = route,
         Operation::Scan(request) => request.only_shard = route,
         Operation::FixVersion(request) => request.route = route,
+        Operation::DeleteRange(request) => request.only_shard = route,
         // Its keys are of one shard here; the next hop answers only those that it holds.
         Operation::BatchGet(_) => {}
     }
@@ -243,6 +271,7 @@ pub(crate) fn route_named(operation: &Operation) -> bool {
         Operation::Write(request) => &request.route,
         Operation::Scan(request) => &request.only_shard,
         Operation::FixVersion(request) => &request.route,
+        Operation::DeleteRange(request) => &request.only_shard,
         Operation::BatchGet(_) => return true,
     };
     route.is_some_and(|route| route.shard != 0)
@@ -254,6 +283,7 @@ pub(crate) fn request_id(operation: &mut Operation) -> Option<&mut Option<v1::Re
         Operation::Put(request) => Some(&mut request.request_id),
         Operation::Delete(request) => Some(&mut request.request_id),
         Operation::Write(request) => Some(&mut request.request_id),
+        Operation::DeleteRange(request) => Some(&mut request.request_id),
         _ => None,
     }
 }
@@ -327,18 +357,10 @@ struct Write<'a> {
 
 impl Write<'_> {
     fn plan(self, map: &ShardMap, answer: WriteAnswer) -> Result<Plan, Fault> {
-        let id = self.id.ok_or_else(|| {
-            Fault::new(Reason::Internal, "a write has no request id")
-                .with_outcome(Outcome::NotApplied)
-        })?;
+        let id = named_id(self.id)?;
         let at = locate(map, self.keyspace, &self.operations[0].key, self.route);
         let request = command::Request {
-            id: command::RequestId {
-                client: id.client,
-                sequence: id.sequence,
-                birth_ms: id.birth,
-                lowest_unanswered: id.lowest_unanswered,
-            },
+            id,
             keyspace: self.keyspace.id.0,
             position: at.position.unwrap_or(0),
             epoch: at.epoch,
@@ -346,6 +368,19 @@ impl Write<'_> {
         };
         Ok(at.plan(Task::Write { request, answer }))
     }
+}
+
+/// The id of a write, which it was given where it came without one.
+pub(crate) fn named_id(id: Option<&v1::RequestId>) -> Result<command::RequestId, Fault> {
+    let id = id.ok_or_else(|| {
+        Fault::new(Reason::Internal, "a write has no request id").with_outcome(Outcome::NotApplied)
+    })?;
+    Ok(command::RequestId {
+        client: id.client,
+        sequence: id.sequence,
+        birth_ms: id.birth,
+        lowest_unanswered: id.lowest_unanswered,
+    })
 }
 
 fn one(

@@ -18,7 +18,7 @@ use crate::metrics::{ReadServed, Stage};
 use crate::router::plan::{Freshness, Lookup, Plan, Task};
 use crate::router::steps::{Step, Steps};
 use crate::router::whom::leader_in;
-use crate::router::{Router, answer, page, read};
+use crate::router::{Router, answer, page, range, read};
 
 impl Router {
     /// Serves a plan by a group of this node.
@@ -58,6 +58,18 @@ impl Router {
                 steps.add(Step::Replicate, written.replicated);
                 let served = self.served(plan.shard, Position::default(), true);
                 answer::written(written.reply, answer, served, map)
+            }
+            Task::DeleteRange(spec) => {
+                self.parts.gate.check(plan.shard, true)?;
+                let request = range::step(group, &spec, plan.epoch, deadline).await;
+                let request = request.map_err(told)?;
+                steps.add(Step::Read, began.elapsed());
+                let written = group.write(request, deadline).await;
+                let written = written.map_err(|error| told(error.into()))?;
+                steps.add(Step::Queue, written.queued);
+                steps.add(Step::Replicate, written.replicated);
+                let served = self.served(plan.shard, Position::default(), true);
+                answer::range_deleted(written.reply, &spec, served, map)
             }
             Task::Page(spec) => {
                 let page = page::read_page(group, &spec, plan.epoch, plan.position, deadline).await;

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::admission::Call;
+use crate::delete::DeleteRange;
 use crate::metrics::{Consistency, Method, Metrics};
 use crate::router::{Router, mismatched};
 use crate::scan::{self, Pages, Scan};
@@ -35,6 +36,7 @@ struct Methods {
     put: Method,
     delete: Method,
     write: Method,
+    delete_range: Method,
     scan: Method,
 }
 
@@ -46,6 +48,7 @@ impl Methods {
             put: metrics.method("Put"),
             delete: metrics.method("Delete"),
             write: metrics.method("Write"),
+            delete_range: metrics.method("DeleteRange"),
             scan: metrics.method("Scan"),
         }
     }
@@ -80,6 +83,7 @@ impl Kv {
 
 #[tonic::async_trait]
 impl KvService for Kv {
+    type DeleteRangeStream = BoxStream<'static, Result<v1::DeleteRangeResponse, Status>>;
     type ScanStream = BoxStream<'static, Result<v1::ScanResponse, Status>>;
     type PipelineStream = BoxStream<'static, Result<v1::PipelineResponses, Status>>;
 
@@ -138,6 +142,18 @@ impl KvService for Kv {
         .await
     }
 
+    async fn delete_range(
+        &self,
+        request: Request<v1::DeleteRangeRequest>,
+    ) -> Result<Response<Self::DeleteRangeStream>, Status> {
+        let call = Call::from_metadata(request.metadata())?;
+        let counted = Counted::begin(&self.methods.delete_range, Consistency::None);
+        match DeleteRange::begin(self.router.clone(), request.into_inner(), call).await {
+            Ok(delete) => Ok(Response::new(rounds(delete, counted))),
+            Err(fault) => counted.end(Err(fault)).map_err(Status::from),
+        }
+    }
+
     async fn scan(
         &self,
         request: Request<v1::ScanRequest>,
@@ -177,6 +193,7 @@ impl Kv {
             Operation::Put(_) => &self.methods.put,
             Operation::Delete(_) => &self.methods.delete,
             Operation::Write(_) => &self.methods.write,
+            Operation::DeleteRange(_) => &self.methods.delete_range,
             Operation::Scan(_) | Operation::FixVersion(_) => &self.methods.scan,
         };
         Counted::begin(method, consistency_of(operation))
@@ -202,6 +219,31 @@ fn pages(pages: Pages, counted: Counted) -> BoxStream<'static, Result<v1::ScanRe
         }
     };
     stream::unfold(Some((pages, counted)), next).boxed()
+}
+
+/// The rounds of a delete-range, made one by one as the caller takes them: when it goes away, no
+/// further step begins.
+fn rounds(
+    delete: DeleteRange,
+    counted: Counted,
+) -> BoxStream<'static, Result<v1::DeleteRangeResponse, Status>> {
+    let next = |state: Option<(DeleteRange, Counted)>| async move {
+        let (mut delete, counted) = state?;
+        match delete.next_round().await {
+            Ok(Some(round)) => Some((Ok(round), Some((delete, counted)))),
+            Ok(None) => {
+                // Counted as served; there is nothing left to say.
+                let _ = counted.end(Ok(()));
+                None
+            }
+            Err(fault) => {
+                let status = fault.to_status();
+                let _ = counted.end(Err::<(), _>(fault));
+                Some((Err(status), None))
+            }
+        }
+    };
+    stream::unfold(Some((delete, counted)), next).boxed()
 }
 
 /// One request being counted: as cancelled, when it is dropped before its end.

@@ -11,6 +11,7 @@ mod http;
 mod identity_open;
 mod identity_peers;
 mod metrics;
+mod service_delete;
 mod service_kv;
 mod service_nodes;
 mod service_router;

@@ -8,6 +8,7 @@ mod faults;
 mod join;
 mod kill_all;
 mod python;
+mod ranges;
 mod replicas;
 mod session;
 mod stop;
