@@ -199,7 +199,8 @@ impl ReadPoints {
         let mut leadership = self.0.leadership.clone();
         while leadership.other_leader() == Some(leader) {
             if !leadership.changed().await {
-                return;
+                // The replica has stopped: whoever waits is told so elsewhere.
+                std::future::pending::<()>().await;
             }
         }
     }

@@ -360,7 +360,7 @@ impl Consistency {
 
 impl Metrics {
     /// All metrics of one node, at zero. What is counted by stage and by shard appears when it is
-    /// first touched, except the stages, which are always shown.
+    /// first touched, except the stages and the ways of reads, which are always shown.
     pub fn new(build: &Build) -> Arc<Metrics> {
         let metrics = Metrics::register();
         let Build { version, git, rocksdb, engine } = build;
@@ -368,6 +368,7 @@ impl Metrics {
         for stage in Stage::ALL {
             metrics.stage_duration_seconds.with([stage.as_str()]);
         }
+        metrics.reads();
         Arc::new(metrics)
     }
 
