@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use coracle_proto::limits::MESSAGE_BYTES_MAX;
+use coracle_proto::reason::Reason;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
@@ -53,6 +54,8 @@ const COPY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often which fault meets a message.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Mix {
+    /// Reads every answer, to count what nodes refuse.
+    pub watch: bool,
     /// The share of answers to writes that never come back.
     pub drop: f64,
     /// The share of writes that are sent a second time.
@@ -70,6 +73,8 @@ pub struct Counts {
     pub duplicates_applied: u64,
     /// Of those: refused, by a node that does not lead, or because the write is done with.
     pub duplicates_refused: u64,
+    /// Reads that a node refused because it is too far behind.
+    pub too_stale: u64,
 }
 
 /// The proxies of a cluster. Dropping them ends them.
@@ -86,6 +91,7 @@ struct Shared {
     dropped: AtomicU64,
     duplicates_applied: AtomicU64,
     duplicates_refused: AtomicU64,
+    too_stale: AtomicU64,
 }
 
 impl Proxies {
@@ -99,6 +105,7 @@ impl Proxies {
             dropped: AtomicU64::new(0),
             duplicates_applied: AtomicU64::new(0),
             duplicates_refused: AtomicU64::new(0),
+            too_stale: AtomicU64::new(0),
         });
         let (mut table, mut tasks) = (BTreeMap::new(), JoinSet::new());
         for (at, address) in addresses.iter().enumerate() {
@@ -138,6 +145,7 @@ impl Proxies {
             duplicated: applied + refused,
             duplicates_applied: applied,
             duplicates_refused: refused,
+            too_stale: load(&self.shared.too_stale),
         }
     }
 }
@@ -158,6 +166,9 @@ impl Shared {
     }
 
     fn drops(&self, answer: &Bytes) -> bool {
+        if self.mix.watch && is_too_stale(answer) {
+            self.too_stale.fetch_add(1, Ordering::Relaxed);
+        }
         // Drawn first: reading every message would be most of the work.
         let drops = self.chance(self.mix.drop) && is_applied(answer) == Some(true);
         if drops {
@@ -233,6 +244,12 @@ fn is_applied(answer: &Bytes) -> Option<bool> {
         Answer::Error(_) => Some(false),
         _ => None,
     }
+}
+
+fn is_too_stale(answer: &Bytes) -> bool {
+    let answer = v1::PipelineResponse::decode(answer.clone()).ok();
+    let result = answer.and_then(|answer| answer.result);
+    matches!(result, Some(Answer::Error(error)) if error.reason == Reason::TooStale.as_str())
 }
 
 /// The proxy before one node.

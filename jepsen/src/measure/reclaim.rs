@@ -100,7 +100,8 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     run.check("written, not yet expired", false).await?;
     tokio::time::sleep_until(loaded + plan.ttl + SLACK).await;
     run.check("expired", true).await?;
-    tokio::time::sleep_until(loaded + plan.history.max(plan.ttl) + SLACK).await;
+    // What has expired stays readable at older versions for as long as the history says.
+    tokio::time::sleep_until(loaded + plan.ttl + plan.history + SLACK).await;
     let after = run.reclaim(empty, before, plan.left_max).await?;
     run.check("compacted", true).await?;
     run.crash_all().await?;
@@ -138,6 +139,7 @@ async fn start(plan: &Plan) -> Result<Run, String> {
         nodes: 3,
         shards: plan.shards,
         settings: SETTINGS.iter().map(ToString::to_string).collect(),
+        late: None,
     });
     let cluster = cluster.await?;
     let history = Some(plan.history);
