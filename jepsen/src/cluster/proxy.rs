@@ -13,7 +13,6 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use coracle_proto::limits::MESSAGE_BYTES_MAX;
-use coracle_proto::reason::Reason;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
@@ -34,7 +33,7 @@ use tonic::codegen::http::{Request as HttpRequest, Response as HttpResponse};
 use tonic::server::{NamedService, StreamingService};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Server};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 const PIPELINE: &str = "/coracle.v1.KvService/Pipeline";
 
@@ -54,8 +53,6 @@ const COPY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often which fault meets a message.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Mix {
-    /// Reads every answer, to count what nodes refuse.
-    pub watch: bool,
     /// The share of answers to writes that never come back.
     pub drop: f64,
     /// The share of writes that are sent a second time.
@@ -73,8 +70,6 @@ pub struct Counts {
     pub duplicates_applied: u64,
     /// Of those: refused, by a node that does not lead, or because the write is done with.
     pub duplicates_refused: u64,
-    /// Reads that a node refused because it is too far behind.
-    pub too_stale: u64,
 }
 
 /// The proxies of a cluster. Dropping them ends them.
@@ -91,7 +86,6 @@ struct Shared {
     dropped: AtomicU64,
     duplicates_applied: AtomicU64,
     duplicates_refused: AtomicU64,
-    too_stale: AtomicU64,
 }
 
 impl Proxies {
@@ -105,7 +99,6 @@ impl Proxies {
             dropped: AtomicU64::new(0),
             duplicates_applied: AtomicU64::new(0),
             duplicates_refused: AtomicU64::new(0),
-            too_stale: AtomicU64::new(0),
         });
         let (mut table, mut tasks) = (BTreeMap::new(), JoinSet::new());
         for (at, address) in addresses.iter().enumerate() {
@@ -145,7 +138,6 @@ impl Proxies {
             duplicated: applied + refused,
             duplicates_applied: applied,
             duplicates_refused: refused,
-            too_stale: load(&self.shared.too_stale),
         }
     }
 }
@@ -166,9 +158,6 @@ impl Shared {
     }
 
     fn drops(&self, answer: &Bytes) -> bool {
-        if self.mix.watch && is_too_stale(answer) {
-            self.too_stale.fetch_add(1, Ordering::Relaxed);
-        }
         // Drawn first: reading every message would be most of the work.
         let drops = self.chance(self.mix.drop) && is_applied(answer) == Some(true);
         if drops {
@@ -217,15 +206,18 @@ impl Shared {
     }
 }
 
-/// Has a node rewrite a shard's replica without what nobody can read any more.
-pub async fn compact(address: &str, shard: u64) -> Result<(), String> {
+/// Has a node rewrite a shard's replica without what nobody can read any more. False: it cannot.
+pub async fn compact(address: &str, shard: u64) -> Result<bool, String> {
     let mut node = Grpc::new(dial(address)?);
     node.ready().await.map_err(|error| format!("{address}: {error}"))?;
     let path = PathAndQuery::from_static("/coracle.v1.AdminService/CompactShard");
     // A message whose first field is the shard.
     let request = Request::new(Bytes::from(shard.encode_to_vec()));
-    let done = node.unary(request, path, Raw).await;
-    done.map(drop).map_err(|status| format!("compact shard {shard} on {address}: {status}"))
+    match node.unary(request, path, Raw).await {
+        Ok(_) => Ok(true),
+        Err(status) if status.code() == Code::Unimplemented => Ok(false),
+        Err(status) => Err(format!("compact shard {shard} on {address}: {status}")),
+    }
 }
 
 fn is_write(request: &Bytes) -> bool {
@@ -244,12 +236,6 @@ fn is_applied(answer: &Bytes) -> Option<bool> {
         Answer::Error(_) => Some(false),
         _ => None,
     }
-}
-
-fn is_too_stale(answer: &Bytes) -> bool {
-    let answer = v1::PipelineResponse::decode(answer.clone()).ok();
-    let result = answer.and_then(|answer| answer.result);
-    matches!(result, Some(Answer::Error(error)) if error.reason == Reason::TooStale.as_str())
 }
 
 /// The proxy before one node.

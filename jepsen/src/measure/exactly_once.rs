@@ -110,7 +110,7 @@ async fn one_run(plan: &Plan) -> Result<bool, String> {
     let mut cluster = Cluster::start_as(setup).await?;
     let share = |count: u64| (MARGIN * count as f64 / plan.increments as f64).min(0.5);
     let (drop, duplicate) = (share(plan.drops), share(plan.duplicates));
-    let mix = Mix { drop, duplicate, watch: false };
+    let mix = Mix { drop, duplicate };
     let proxies = Proxies::start(&cluster.addresses(), mix, plan.seed).await?;
     let ledger = Arc::new(Ledger {
         counters: (0..plan.counters).map(|_| Mutex::default()).collect(),

@@ -1,9 +1,10 @@
 //! Sessions that write at the leader and read at followers. Owns the sessions and the counts. Each has
 //! one client that writes, and another that takes in its mark and reads, as a second process would.
 //!
-//! Readers do not reach the leader, so that what they are served is what followers have: two thirds of
-//! them reach only the one that is held back, and so must wait after each write, the others reach both,
-//! and so must move on from it.
+//! Readers do not reach the leader: what it serves them all the same was handed on to it by a follower
+//! that had waited and was still behind. Most reach only the follower that is held back: after a write
+//! they read at once, and again when their follower must have caught up, as somebody does who comes
+//! back. The others reach both followers, and meet the late one after the one that is not.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,9 +25,15 @@ use crate::cluster::proxy::Proxies;
 /// A session waits for as long as its follower needs.
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Reads between two writes, of a session whose follower is late, and of one that has the choice.
-const READS_OF_LATE: u32 = 100;
+/// Reads at once after a write, of what was written.
+const READS_AT_ONCE: u32 = 4;
+
+/// Reads after that, of a session whose follower is late, and of one that has the choice.
+const READS_OF_LATE: u32 = 200;
 const READS_OF_BOTH: u32 = 10;
+
+/// One session of so many has the choice.
+const BOTH_OF: u32 = 6;
 
 /// Between two lines of progress.
 const PROGRESS: Duration = Duration::from_secs(10);
@@ -67,12 +74,12 @@ pub(super) async fn check(
     ticking: &Ticking,
 ) -> Result<bool, String> {
     let (counts, began) = (Arc::new(Counts::default()), Instant::now());
-    let before = proxies.counts().too_stale;
     let mut sessions = JoinSet::new();
     for number in 0..plan.sessions {
-        let (reached, reads): (&[usize], u32) = match number % 3 {
-            0 => (&[FOLLOWER, LATE], READS_OF_BOTH),
-            _ => (&[LATE], READS_OF_LATE),
+        let (reached, reads, pause): (&[usize], u32, _) = match number % BOTH_OF {
+            0 => (&[FOLLOWER, LATE], READS_OF_BOTH, Duration::ZERO),
+            // An append waits for its turn on the late link, besides.
+            _ => (&[LATE], READS_OF_LATE, plan.delay.mul_f64(1.75)),
         };
         let writer = Client::builder().seeds(cluster.addresses()).name("coracle-jepsen-writer");
         let one = One {
@@ -80,6 +87,7 @@ pub(super) async fn check(
             writer: writer.connect_lazy().map_err(|error| error.to_string())?,
             reader: reader(cluster, proxies, reached)?,
             reads,
+            pause,
             checks: plan.checks,
             counts: counts.clone(),
         };
@@ -90,9 +98,8 @@ pub(super) async fn check(
         ended.map_err(|error| format!("a session: {error}"))?;
     }
     told.abort();
-    let moved = proxies.counts().too_stale - before;
     println!("{} ticks were written meanwhile and before", ticking.written());
-    Ok(summary(plan, &counts, moved, began.elapsed()))
+    Ok(summary(plan, &counts, began.elapsed()))
 }
 
 async fn tell(counts: Arc<Counts>, began: Instant) {
@@ -109,6 +116,7 @@ struct One {
     writer: Client,
     reader: Client,
     reads: u32,
+    pause: Duration,
     checks: u64,
     counts: Arc<Counts>,
 }
@@ -127,8 +135,11 @@ impl One {
             session.wrote(&own, value);
             let taken = self.reader.take_in(&self.writer.session_mark());
             taken.expect("a mark that this client has just given");
-            self.read(&own, &mut session).await;
-            for number in 1..self.reads {
+            for _ in 0..READS_AT_ONCE {
+                self.read(&own, &mut session).await;
+            }
+            tokio::time::sleep(self.pause).await;
+            for number in 0..self.reads {
                 let tick = (self.number + number) as usize % COUNTERS;
                 match number % 2 {
                     0 => self.read(&own, &mut session).await,
@@ -157,11 +168,13 @@ impl One {
     }
 }
 
-fn summary(plan: &Plan, counts: &Counts, moved: u64, took: Duration) -> bool {
+fn summary(plan: &Plan, counts: &Counts, took: Duration) -> bool {
     let checks = counts.checks.load(Ordering::Relaxed);
     let (served, wrong) = (counts.served.lock(), counts.wrong.lock());
     let followers: u64 =
         served.iter().filter(|((_, leader), _)| !leader).map(|(_, count)| count).sum();
+    // No reader reaches the leader.
+    let moved: u64 = served.iter().filter(|((_, leader), _)| *leader).map(|(_, count)| count).sum();
     let share = followers as f64 * 100.0 / checks.max(1) as f64;
     println!(
         "session reads: {checks} judged (asked {}), {} of keys that the session itself had written, in {:.0} s",
@@ -181,7 +194,7 @@ fn summary(plan: &Plan, counts: &Counts, moved: u64, took: Duration) -> bool {
         LEADER + 1
     );
     println!(
-        "  refused by a replica that had waited and was still behind, and so asked again or elsewhere: {moved} (asked {})",
+        "  waited at a follower that was still behind then, and were handed on to the leader: {moved} (asked {})",
         plan.moved_min
     );
     let failed = counts.failed.lock();
