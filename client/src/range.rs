@@ -234,8 +234,10 @@ impl Walk {
     /// One write like any other: routed to the leader, retried under its id.
     async fn at_once(&self, key: Bytes) -> Result<DeleteProgress, Error> {
         let operation = Wire::DeleteRange(self.request.clone());
-        let Target { driver, keyspace, timeout, consistency } = self.target.clone();
-        let answer = driver.call(Call { keyspace, key, operation, timeout, consistency }).await?;
+        let Target { driver, keyspace, timeout, consistency, .. } = self.target.clone();
+        let any_replica = false;
+        let call = Call { keyspace, key, operation, timeout, consistency, any_replica };
+        let answer = driver.call(call).await?;
         match answer {
             Answer::DeleteRange(answer) => Ok(DeleteProgress::of(answer)),
             _ => Err(Error::wrong_answer(true)),

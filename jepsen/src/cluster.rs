@@ -1,6 +1,9 @@
-//! Clusters to do harm to. Owns nothing itself: simulated ones are in `sim`, real ones in `process`,
-//! what stands between those and their clients in `proxy`.
+//! Clusters to do harm to. Owns nothing itself: simulated ones are in `sim`, real ones in `process`.
+//! What is done to those without touching them: `relay` makes one hear late, `quota` holds them to a
+//! share of a core, `proxy` stands between them and their clients.
 
+mod relay;
 pub mod process;
 pub mod proxy;
+pub mod quota;
 pub mod sim;

@@ -10,7 +10,7 @@ use coracle_storage::log::testing::run_history;
 use coracle_storage::options::Sabotage;
 
 use crate::measure::scan_reader::Manners;
-use crate::measure::{exactly_once, failover, reclaim, saturation, scan};
+use crate::measure::{exactly_once, failover, reads, reclaim, saturation, scan};
 use crate::simulation::{self, Options};
 use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
@@ -57,6 +57,8 @@ pub enum Command {
     /// One scan, told line by line to whoever started this process
     #[command(hide = true)]
     ScanReader(ScanReader),
+    /// Real processes: session and bounded reads with a follower that is held back; what they bring
+    Reads(Reads),
 }
 
 /// See [`Command::Sim`].
@@ -234,6 +236,52 @@ impl ExactlyOnce {
     }
 }
 
+/// See [`Command::Reads`].
+#[derive(Debug, clap::Args)]
+pub struct Reads {
+    /// At least so many session reads are judged
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    pub checks: u64,
+    /// At least so many bounded reads are judged
+    #[arg(long, value_name = "N", default_value_t = 20_000)]
+    pub bounded: u64,
+    /// How late one follower hears the others, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 2_000)]
+    pub delay: u64,
+    /// Sessions, each with a client that writes and another that reads
+    #[arg(long, value_name = "N", default_value_t = 48)]
+    pub sessions: u32,
+    /// Rounds of the comparison of rates, as root; 0 leaves it out
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    pub rounds: u32,
+    /// Three replicas must serve so many times what the leader alone does
+    #[arg(long, value_name = "TIMES", default_value_t = 2.0)]
+    pub ratio_min: f64,
+    /// What is drawn
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub seed: u64,
+    /// The server's program (default: `coracle` beside this one)
+    #[arg(long, value_name = "FILE")]
+    pub program: Option<PathBuf>,
+}
+
+impl Reads {
+    fn plan(self) -> reads::Plan {
+        reads::Plan {
+            program: self.program,
+            checks: self.checks,
+            bounded: self.bounded,
+            delay: Duration::from_millis(self.delay),
+            sessions: self.sessions,
+            followers_min: 90.0,
+            moved_min: self.checks / 100,
+            rounds: self.rounds,
+            ratio_min: self.ratio_min,
+            seed: self.seed,
+        }
+    }
+}
+
 /// See [`Command::Reclaim`].
 #[derive(Debug, clap::Args)]
 pub struct Reclaim {
@@ -359,6 +407,7 @@ pub fn run(args: Args) -> ExitCode {
             stop_after: asked.stop_after,
             stop_for: Duration::from_millis(asked.stop_ms),
         }),
+        Command::Reads(asked) => reads::run(&asked.plan()),
     };
     match held {
         Ok(true) => ExitCode::SUCCESS,

@@ -3,6 +3,11 @@
 pub mod exactly_once;
 pub mod failover;
 pub mod load;
+pub mod reads;
+mod reads_bounded;
+mod reads_judge;
+mod reads_rate;
+mod reads_sessions;
 pub mod reclaim;
 mod reclaim_keys;
 pub mod memory;

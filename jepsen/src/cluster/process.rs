@@ -16,6 +16,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use tokio::time::Instant;
 
+use super::relay::Relay;
+
 /// A start on a slow machine with slow disks.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -25,6 +27,10 @@ const POLL: Duration = Duration::from_millis(25);
 /// Below what the kernel gives to outgoing connections: one of those could take a node's port while
 /// the node is down.
 const PORTS: std::ops::Range<u16> = 10_000..32_000;
+
+/// A node is held back by steps, each shorter than an election timeout.
+const HOLD_BACK_STEPS: u32 = 20;
+const HOLD_BACK_PAUSE: Duration = Duration::from_millis(300);
 
 /// Small budgets: all nodes share this machine.
 const SETTINGS: &[&str] = &[
@@ -48,12 +54,15 @@ pub struct Setup {
     pub shards: u32,
     /// What the nodes are told besides, `key=value` each.
     pub settings: Vec<String>,
+    /// The node that is to hear the others late, see [`Cluster::hold_back`].
+    pub late: Option<usize>,
 }
 
 /// The processes. Dropping it kills them and removes what they wrote.
 pub struct Cluster {
     nodes: Vec<Process>,
     client: Client,
+    relay: Option<Relay>,
     // Last: the processes are killed before their directory goes.
     _scratch: TempDir,
 }
@@ -86,7 +95,7 @@ impl Cluster {
 
     /// The same, with more to say about it.
     pub async fn start_as(setup: Setup) -> Result<Cluster, String> {
-        let Setup { program, nodes, shards, settings } = setup;
+        let Setup { program, nodes, shards, settings, late } = setup;
         let program = match program {
             Some(program) => program,
             None => beside()?,
@@ -97,6 +106,10 @@ impl Cluster {
         let (clients, rest) = ports.split_at(nodes);
         let (peers, https) = rest.split_at(nodes);
         let join: Vec<String> = peers.iter().map(ToString::to_string).collect();
+        let relay = match late {
+            Some(at) => Some(Relay::start(peers[at]).await.map_err(|error| error.to_string())?),
+            None => None,
+        };
         let process = |at: usize| {
             let dir = scratch.path().join(format!("n{}", at + 1));
             let mut args = vec![
@@ -112,6 +125,9 @@ impl Cluster {
             ];
             args.extend(SETTINGS.iter().map(|setting| format!("--set={setting}")));
             args.extend(settings.iter().map(|setting| format!("--set={setting}")));
+            if let Some(relay) = relay.as_ref().filter(|_| late == Some(at)) {
+                args.push(format!("--set=listen.advertise_peer={}", relay.address()));
+            }
             Process {
                 program: program.clone(),
                 args,
@@ -128,7 +144,7 @@ impl Cluster {
             .name("coracle-jepsen")
             .connect_lazy()
             .map_err(|error| error.to_string())?;
-        let mut cluster = Cluster { nodes, client, _scratch: scratch };
+        let mut cluster = Cluster { nodes, client, relay, _scratch: scratch };
         cluster.form(shards).await?;
         Ok(cluster)
     }
@@ -286,6 +302,18 @@ impl Cluster {
         let admin = self.client.admin();
         let cut = admin.inject_fault(&self.nodes[at].address, &cut_from).await;
         cut.map_err(|error| format!("cut off n{own}: {error}"))
+    }
+
+    /// From now on the node that was said to be late hears what the others send it so much later: it
+    /// lags behind, answers its clients as ever, and loses nothing. Step by step, so that it never
+    /// misses a heartbeat.
+    pub async fn hold_back(&self, delay: Duration) -> Result<(), String> {
+        let relay = self.relay.as_ref().ok_or("no node was said to be late")?;
+        for step in 1..=HOLD_BACK_STEPS {
+            relay.set_delay(delay * step / HOLD_BACK_STEPS);
+            tokio::time::sleep(HOLD_BACK_PAUSE).await;
+        }
+        Ok(())
     }
 
     /// Starts a node that was killed.

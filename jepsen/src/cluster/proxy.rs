@@ -33,7 +33,7 @@ use tonic::codegen::http::{Request as HttpRequest, Response as HttpResponse};
 use tonic::server::{NamedService, StreamingService};
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Channel, Endpoint, Server};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 const PIPELINE: &str = "/coracle.v1.KvService/Pipeline";
 
@@ -206,15 +206,18 @@ impl Shared {
     }
 }
 
-/// Has a node rewrite a shard's replica without what nobody can read any more.
-pub async fn compact(address: &str, shard: u64) -> Result<(), String> {
+/// Has a node rewrite a shard's replica without what nobody can read any more. False: it cannot.
+pub async fn compact(address: &str, shard: u64) -> Result<bool, String> {
     let mut node = Grpc::new(dial(address)?);
     node.ready().await.map_err(|error| format!("{address}: {error}"))?;
     let path = PathAndQuery::from_static("/coracle.v1.AdminService/CompactShard");
     // A message whose first field is the shard.
     let request = Request::new(Bytes::from(shard.encode_to_vec()));
-    let done = node.unary(request, path, Raw).await;
-    done.map(drop).map_err(|status| format!("compact shard {shard} on {address}: {status}"))
+    match node.unary(request, path, Raw).await {
+        Ok(_) => Ok(true),
+        Err(status) if status.code() == Code::Unimplemented => Ok(false),
+        Err(status) => Err(format!("compact shard {shard} on {address}: {status}")),
+    }
 }
 
 fn is_write(request: &Bytes) -> bool {

@@ -109,7 +109,8 @@ async fn one_run(plan: &Plan) -> Result<bool, String> {
     let setup = Setup { program: plan.program.clone(), nodes: plan.nodes, ..Setup::default() };
     let mut cluster = Cluster::start_as(setup).await?;
     let share = |count: u64| (MARGIN * count as f64 / plan.increments as f64).min(0.5);
-    let mix = Mix { drop: share(plan.drops), duplicate: share(plan.duplicates) };
+    let (drop, duplicate) = (share(plan.drops), share(plan.duplicates));
+    let mix = Mix { drop, duplicate };
     let proxies = Proxies::start(&cluster.addresses(), mix, plan.seed).await?;
     let ledger = Arc::new(Ledger {
         counters: (0..plan.counters).map(|_| Mutex::default()).collect(),
