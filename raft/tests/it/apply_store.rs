@@ -9,7 +9,9 @@ use bytes::Bytes;
 use coracle_raft::apply::{ApplyError, GroupState, Reply, apply};
 use coracle_raft::dedup::Bounds;
 use coracle_storage::fs::faulty::FaultyFs;
-use coracle_storage::state::{Batch, Engine, Engines, Kind, MapEngines, OpenState, Overlay};
+use coracle_storage::state::{
+    Batch, Engine, Engines, FilterState, Kind, MapEngines, OpenState, Overlay,
+};
 
 const DIR: &str = "/state";
 
@@ -41,6 +43,25 @@ impl Store {
 
     pub(crate) fn flush(&self) {
         self.engine.flush().expect("a healthy disk");
+    }
+
+    /// Makes all durable, and compacts by what the group says of these keyspaces.
+    pub(crate) fn flush_and_compact(&self, keyspaces: std::ops::Range<u32>) {
+        let state = self.state();
+        self.flush();
+        let threshold = |keyspace: u32| state.history.threshold(keyspace);
+        self.engine.filter().set(FilterState {
+            clock: state.clock,
+            threshold: threshold(u32::MAX),
+            thresholds: keyspaces.map(|keyspace| (keyspace, threshold(keyspace))).collect(),
+            ..FilterState::default()
+        });
+        self.engine.compact(None).expect("a healthy disk");
+    }
+
+    /// Loses what was not flushed; `flushed` entries were.
+    pub(crate) fn crash_to(self, flushed: usize) -> Store {
+        if flushed == 0 { Store::new(self.bounds) } else { self.crash() }
     }
 
     /// Loses what was not flushed.

@@ -5,6 +5,7 @@ mod apply_dedup;
 mod apply_histories;
 mod apply_history;
 mod apply_model;
+mod apply_past;
 mod apply_rules;
 mod apply_store;
 mod apply_words;
