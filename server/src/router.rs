@@ -34,6 +34,7 @@ mod answer;
 mod attempts;
 mod ids;
 mod page;
+mod pin;
 mod plan;
 mod read;
 mod serve;
@@ -531,6 +532,7 @@ fn name_of(operation: &Operation) -> &'static str {
         Operation::BatchGet(_) => "batch_get",
         Operation::Scan(_) => "scan",
         Operation::FixVersion(_) => "fix_version",
+        Operation::PinVersion(_) => "pin_version",
     }
 }
 
@@ -543,7 +545,7 @@ fn key_bytes(operation: &Operation) -> usize {
         Operation::Write(request) => request.operations.first().map_or(0, |first| first.key.len()),
         Operation::BatchGet(request) => request.keys.first().map_or(0, Bytes::len),
         Operation::Scan(request) => request.start.len().max(request.prefix.len()),
-        Operation::FixVersion(_) => 0,
+        Operation::FixVersion(_) | Operation::PinVersion(_) => 0,
     }
 }
 

@@ -187,6 +187,7 @@ impl Cluster {
             name: name.to_owned(),
             entity_rule: Some(coracle_proto::entity::EntityRule::Delimiter(b'/').into()),
             history_ms: 0,
+                revision: 0,
         };
         state.map.epoch += 1;
         state.map.keyspaces.push(keyspace.clone());
@@ -531,6 +532,7 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
             name: "default".to_owned(),
             entity_rule: Some(coracle_proto::entity::EntityRule::Whole.into()),
             history_ms: 0,
+                revision: 0,
         }],
         server_time_ms: 1_000_000,
     }

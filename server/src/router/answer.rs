@@ -84,6 +84,7 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
         apply::Outcome::Applied { .. } | apply::Outcome::ConditionFailed { .. } => {
             unreachable!("the caller has taken the answers")
         }
+        apply::Outcome::Pinned(_) => unreachable!("said of pins, and never of writes"),
     }
 }
 
@@ -148,7 +149,7 @@ pub(crate) fn bytes(answer: &Answer) -> u64 {
         Answer::Scan(page) => {
             page.entries.iter().map(|found| found.key.len() + entry(&found.entry)).sum()
         }
-        Answer::FixVersion(_) | Answer::Error(_) => 0,
+        Answer::FixVersion(_) | Answer::PinVersion(_) | Answer::Error(_) => 0,
     };
     bytes as u64
 }

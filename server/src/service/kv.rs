@@ -173,7 +173,9 @@ impl Kv {
             Operation::Put(_) => &self.methods.put,
             Operation::Delete(_) => &self.methods.delete,
             Operation::Write(_) => &self.methods.write,
-            Operation::Scan(_) | Operation::FixVersion(_) => &self.methods.scan,
+            Operation::Scan(_) | Operation::FixVersion(_) | Operation::PinVersion(_) => {
+                &self.methods.scan
+            }
         };
         Counted::begin(method, consistency_of(operation))
     }
