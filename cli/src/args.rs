@@ -281,6 +281,13 @@ pub enum Shard {
         #[arg(long, value_name = "NODE", value_parser = parse_node)]
         to: Option<NodeId>,
     },
+    /// Rewrite a shard's state without what nobody can read any more, replica by replica
+    #[command(after_help = "Example:\n  coracle shard compact 7")]
+    Compact {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+    },
 }
 
 /// See [`Command::Keyspace`].
@@ -301,6 +308,18 @@ pub enum Keyspace {
         /// How long old versions stay readable (default 60s)
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         history: Option<Duration>,
+        /// Only check
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Change a keyspace's settings
+    #[command(after_help = "Example:\n  coracle keyspace set cache --history 5m")]
+    Set {
+        /// Which one
+        name: String,
+        /// How long old versions shall stay readable; a longer history begins to count now
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        history: Duration,
         /// Only check
         #[arg(long)]
         dry_run: bool,

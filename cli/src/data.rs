@@ -153,7 +153,11 @@ pub async fn get(get: Get, global: &Global, output: &Output) -> Result<(), Failu
         (Some(Freshness::Any), _) => Consistency::Any,
         (Some(Freshness::Linearizable), _) | (None, None) => Consistency::Linearizable,
     };
-    let entry = place.keyspace.get(key.clone()).consistency(consistency).await;
+    let mut call = place.keyspace.get(key.clone()).consistency(consistency);
+    if let Some(version) = get.at {
+        call = call.at(Version(version));
+    }
+    let entry = call.await;
     place.keep_session()?;
     let entry =
         entry.map_err(|error| Failure::call(format!("read {}", place.quoted(&key)), &error))?;
@@ -197,6 +201,9 @@ pub async fn scan(scan: Scan, global: &Global, output: &Output) -> Result<(), Fa
     }
     if scan.keys_only {
         call = call.keys_only();
+    }
+    if let Some(version) = scan.at {
+        call = call.at(Version(version));
     }
     let encoding = scan.addressing.encoding.unwrap_or(Encoding::Escape);
     let mut pages = call.pages();

@@ -33,6 +33,11 @@ pub enum Action {
     Get,
     /// Reads the key, not behind what its client has seen.
     SessionGet,
+    /// Reads the key as it was at a version.
+    GetAt {
+        /// The version.
+        version: u64,
+    },
     /// Writes a value that no other operation writes.
     Put {
         /// The value.

@@ -16,19 +16,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
-use coracle_proto::limits;
 
 use crate::wire::{Malformed, Reader};
 
 /// How long superseded versions stay readable in a keyspace of which the group knows no settings:
 /// 60 s, twice the longest deadline.
-pub const HISTORY_MS: u64 = limits::HISTORY_DEFAULT.as_millis() as u64;
+pub const HISTORY_MS: u64 = 60_000;
 /// What every keyspace keeps, whatever its settings say, 0 among them: requests under way read at
 /// versions that were fixed a moment ago, and a scan pins its version only after that. Twice what a
 /// request may hang on a node that has died.
 pub const HISTORY_MS_MIN: u64 = 5_000;
 /// Keyspaces whose settings a group keeps: as many as a cluster may have.
-pub const KEYSPACES_MAX: usize = limits::KEYSPACES_MAX;
+pub const KEYSPACES_MAX: usize = 1_000;
 /// Pins of a group. Each may hold back what compaction would reclaim, and all travel through every
 /// apply. Beyond it, new ones are refused.
 pub const PINS_MAX: usize = 64;

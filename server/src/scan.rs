@@ -10,8 +10,8 @@
 //! changed since, all are asked again, at the same version, and the scan goes on behind the last key
 //! that was handed out: nothing is missing and nothing comes twice.
 //!
-//! Not here: a pin that keeps the version readable for longer than the history. A scan that takes
-//! longer ends with `VERSION_GONE`.
+//! **Long scans** over several shards pin their version (see `pin`), for ten minutes at most. Beyond,
+//! and where one shard holds all of it, a scan that the history passes ends with `VERSION_GONE`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,8 +31,10 @@ use crate::fault;
 use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, open_keyspace};
 
 mod merge;
+mod pin;
 
 use merge::{Merge, OutOfOrder};
+use pin::Hold;
 
 /// What one scan reads ahead over all its shards. Many shards get smaller pages, down to
 /// [`PAGE_BYTES_MIN`].
@@ -67,6 +69,7 @@ enum Shape {
 }
 
 struct Lanes {
+    hold: Hold,
     merge: Merge,
     lanes: Vec<Lane>,
     page_bytes: usize,
@@ -176,6 +179,7 @@ impl Scan {
                 slot.insert(lanes)
             }
         };
+        lanes.keep(&self.router, &self.request.keyspace, self.token.version, call).await?;
         // Handed out are whole keys of the merge; what it still holds is behind the token.
         while lanes.merge.starved() {
             lanes.feed(&self.router, &self.request, call).await?;
@@ -210,6 +214,22 @@ impl Scan {
 }
 
 impl Lanes {
+    /// Keeps the scan's version readable on every shard of it.
+    async fn keep(
+        &mut self,
+        router: &Arc<Router>,
+        keyspace: &str,
+        version: u64,
+        call: &Call,
+    ) -> Result<(), Fault> {
+        let shards: Vec<v1::Route> = self
+            .lanes
+            .iter()
+            .map(|lane| v1::Route { shard: lane.shard, shard_epoch: lane.epoch })
+            .collect();
+        self.hold.keep(router, &shards, keyspace, version, call).await
+    }
+
     /// Asks the lanes that hold little for their next pages.
     async fn feed(
         &mut self,
@@ -277,7 +297,7 @@ async fn lay_out(
     let lanes: Vec<Lane> = fixed.into_iter().map(lane).collect();
     let page_bytes = (AHEAD_BYTES / lanes.len()).clamp(PAGE_BYTES_MIN, SCAN_PAGE_BYTES);
     let merge = Merge::new(lanes.len(), request.reverse);
-    Ok((version, Lanes { merge, lanes, page_bytes }))
+    Ok((version, Lanes { hold: Hold::default(), merge, lanes, page_bytes }))
 }
 
 async fn ask_page(

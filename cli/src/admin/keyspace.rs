@@ -35,6 +35,16 @@ pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<
     let (_, client) = client(global).await?;
     let admin = client.admin();
     match command {
+        Keyspace::Set { name, history, dry_run } => {
+            let what = format!("change keyspace {name:?}");
+            let changed = admin.set_history(&name, history, dry_run).await;
+            let view = view(changed.map_err(|error| Failure::call(what, &error))?);
+            output.item("Keyspace", &view, || {
+                let history = duration(std::time::Duration::from_millis(view.history_ms));
+                let verb = if dry_run { "could keep" } else { "keeps" };
+                format!("keyspace {} {verb} a history of {history}", view.name)
+            })
+        }
         Keyspace::Ls => {
             let keyspaces = admin.keyspaces().await;
             let keyspaces =

@@ -76,6 +76,9 @@ pub struct Get {
     /// How fresh the answer must be (default: linearizable; with --session-file, session)
     #[arg(long, value_name = "HOW")]
     pub consistency: Option<Freshness>,
+    /// The state at this version, not the newest
+    #[arg(long, value_name = "VERSION", conflicts_with = "consistency", value_parser = clap::value_parser!(u64).range(1..))]
+    pub at: Option<u64>,
     /// What was seen.
     #[command(flatten)]
     pub session: SessionFile,
@@ -121,6 +124,9 @@ pub struct Scan {
     /// Without the values
     #[arg(long)]
     pub keys_only: bool,
+    /// The state at this version, not the newest
+    #[arg(long, value_name = "VERSION", value_parser = clap::value_parser!(u64).range(1..))]
+    pub at: Option<u64>,
     /// Where, and how it is written.
     #[command(flatten)]
     pub addressing: Addressing,

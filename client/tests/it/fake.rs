@@ -187,7 +187,7 @@ impl Cluster {
             name: name.to_owned(),
             entity_rule: Some(coracle_proto::entity::EntityRule::Delimiter(b'/').into()),
             history_ms: 0,
-                revision: 0,
+            revision: 0,
         };
         state.map.epoch += 1;
         state.map.keyspaces.push(keyspace.clone());
@@ -419,7 +419,9 @@ impl State {
                 let current = current.filter(|_| !applied);
                 Answer::Delete(v1::DeleteResponse { applied, version, current, served })
             }
-            Operation::Scan(_) | Operation::FixVersion(_) => panic!("refused before"),
+            Operation::Scan(_) | Operation::FixVersion(_) | Operation::PinVersion(_) => {
+                panic!("refused before")
+            }
             Operation::Write(write) => {
                 let results =
                     write.operations.into_iter().map(|operation| self.step(operation)).collect();
@@ -532,7 +534,7 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
             name: "default".to_owned(),
             entity_rule: Some(coracle_proto::entity::EntityRule::Whole.into()),
             history_ms: 0,
-                revision: 0,
+            revision: 0,
         }],
         server_time_ms: 1_000_000,
     }

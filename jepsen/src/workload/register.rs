@@ -39,7 +39,12 @@ pub struct Worker {
     written: u64,
     /// The version at which it last saw each key.
     versions: BTreeMap<String, u64>,
+    /// Versions that it saw, of any key, up to [`PAST_MAX`] of them.
+    past: Vec<u64>,
 }
+
+/// Versions that a client remembers to read at: enough to reach far behind every history.
+const PAST_MAX: usize = 500;
 
 impl Worker {
     /// A client that has done nothing yet.
@@ -51,8 +56,8 @@ impl Worker {
         dice: Dice,
         load: Load,
     ) -> Worker {
-        let (written, versions) = (0, BTreeMap::new());
-        Worker { number, client, recorder, trace, dice, load, written, versions }
+        let (written, versions, past) = (0, BTreeMap::new(), Vec::new());
+        Worker { number, client, recorder, trace, dice, load, written, versions, past }
     }
 
     /// One operation after the other, until told to stop.
@@ -82,7 +87,14 @@ impl Worker {
 
     fn draw_action(&mut self, key: &str) -> Action {
         match self.dice.below(20) {
-            0..=4 => Action::Get,
+            0..=2 => Action::Get,
+            3..=4 => match self.past.len() as u64 {
+                0 => Action::Get,
+                // Its own, or the last that a neighbour's may have: right before it.
+                seen => Action::GetAt {
+                    version: self.past[self.dice.below(seen) as usize] - self.dice.below(2),
+                },
+            },
             5..=6 => Action::SessionGet,
             7..=12 => Action::Put { value: self.fresh_value() },
             13..=14 => Action::PutIfAbsent { value: self.fresh_value() },
@@ -112,7 +124,7 @@ impl Worker {
         let number = self.number;
         match answer {
             Ok(answer) => {
-                self.remember(key, &answer);
+                self.remember(key, &action, &answer);
                 let told = brief(&answer);
                 self.trace.event(format_args!("c{number} #{call} {} {key}: {told}", verb(&action)));
                 self.recorder.ok(now, call, answer);
@@ -148,6 +160,10 @@ impl Worker {
                 let read = self.client.get(key).consistency(consistency).read().await?;
                 Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
             }
+            Action::GetAt { version } => {
+                let read = self.client.get(key).at(Version(*version)).read().await?;
+                Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
+            }
             Action::Put { value } => {
                 let written = self.client.put(key, value.clone()).await?;
                 Answer::Written { version: written.version.0, at: position(&written.served) }
@@ -166,13 +182,22 @@ impl Worker {
         })
     }
 
-    fn remember(&mut self, key: &str, answer: &Answer) {
+    fn remember(&mut self, key: &str, action: &Action, answer: &Answer) {
+        if let Action::GetAt { .. } = action {
+            return;
+        }
         let version = match answer {
             Answer::Written { version, .. } => Some(*version),
             Answer::Read { seen, .. } | Answer::Mismatch { seen, .. } => {
                 seen.as_ref().map(|seen| seen.version)
             }
         };
+        if let Some(version) = version {
+            match self.past.len() {
+                PAST_MAX => self.past[self.dice.below(PAST_MAX as u64) as usize] = version,
+                _ => self.past.push(version),
+            }
+        }
         match version {
             Some(version) => self.versions.insert(key.to_owned(), version),
             None => self.versions.remove(key),
@@ -189,6 +214,7 @@ fn verb(action: &Action) -> &'static str {
     match action {
         Action::Get => "get",
         Action::SessionGet => "session-get",
+        Action::GetAt { .. } => "get-at",
         Action::Put { .. } => "put",
         Action::PutIfAbsent { .. } => "put-if-absent",
         Action::PutIfVersion { .. } => "put-if-version",

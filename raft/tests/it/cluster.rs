@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-const SHARD: ShardId = ShardId(1);
+pub(crate) const SHARD: ShardId = ShardId(1);
 
 /// Who is reachable from whom.
 #[derive(Default)]
@@ -64,7 +64,7 @@ impl Transport for Wire {
     }
 }
 
-struct WallClock;
+pub(crate) struct WallClock;
 
 impl Clock for WallClock {
     fn now_ms(&self) -> u64 {
@@ -77,7 +77,7 @@ impl Clock for WallClock {
     }
 }
 
-struct Deaf;
+pub(crate) struct Deaf;
 
 impl Observer for Deaf {
     fn stage(&self, _: Stage, _: Duration) {}
@@ -85,8 +85,8 @@ impl Observer for Deaf {
     fn elected(&self) {}
 }
 
-struct Node {
-    host: Arc<Host>,
+pub(crate) struct Node {
+    pub(crate) host: Arc<Host>,
     log: Log,
     stop: CancellationToken,
 }
@@ -127,15 +127,15 @@ impl Node {
     }
 }
 
-struct Cluster {
+pub(crate) struct Cluster {
     disks: BTreeMap<NodeId, FaultyFs>,
-    nodes: BTreeMap<NodeId, Node>,
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
     wires: Arc<Wires>,
     sequence: u64,
 }
 
 impl Cluster {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let wires = Arc::new(Wires::default());
         let (mut disks, mut nodes) = (BTreeMap::new(), BTreeMap::new());
         for id in (1..=3).map(NodeId) {
@@ -156,19 +156,19 @@ impl Cluster {
     }
 
     /// Ends a node; what it had not synced is gone.
-    async fn stop(&mut self, id: NodeId) {
+    pub(crate) async fn stop(&mut self, id: NodeId) {
         let node = self.nodes.remove(&id).expect("it runs");
         node.stop(id, &self.wires).await;
         let after = self.disks[&id].crash(Loss::All);
         self.disks.insert(id, after);
     }
 
-    async fn restart(&mut self, id: NodeId, count: u64) {
+    pub(crate) async fn restart(&mut self, id: NodeId, count: u64) {
         let node = start(id, &self.disks[&id], &self.wires, count).await;
         self.nodes.insert(id, node);
     }
 
-    fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
+    pub(crate) fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
         let mut led = self.nodes.iter().filter_map(|(id, node)| {
             let group = node.host.group(SHARD)?;
             (group.status().state == Standing::Leader).then_some((*id, group))
@@ -177,7 +177,7 @@ impl Cluster {
     }
 
     /// Writes until it is acknowledged, always with the same request id.
-    async fn put(&mut self, key: &str, value: &str) -> Reply {
+    pub(crate) async fn put(&mut self, key: &str, value: &str) -> Reply {
         self.sequence += 1;
         let operation = Operation {
             key: Bytes::copy_from_slice(key.as_bytes()),
@@ -229,7 +229,7 @@ impl Cluster {
         }
     }
 
-    async fn another_leads(&self, than: NodeId) {
+    pub(crate) async fn another_leads(&self, than: NodeId) {
         let until = Instant::now() + Duration::from_secs(20);
         loop {
             assert!(Instant::now() < until, "nobody else was elected");

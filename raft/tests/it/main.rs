@@ -10,3 +10,5 @@ mod apply_rules;
 mod apply_store;
 mod apply_words;
 mod cluster;
+mod cluster_past;
+mod reclaim;

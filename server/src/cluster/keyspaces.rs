@@ -205,7 +205,8 @@ impl Cluster {
 
 /// The settings that a map has and a group lacks.
 fn lacking(group: &Group, map: &ShardMap) -> Vec<Settings> {
-    let newer = map.keyspaces().filter(|known| known.revision > group.settings_revision(known.id.0));
+    let newer =
+        map.keyspaces().filter(|known| known.revision > group.settings_revision(known.id.0));
     let settings = newer.map(|known| Settings {
         keyspace: known.id.0,
         history_ms: known.history_ms,

@@ -363,10 +363,7 @@ impl Keyspaces for KeyspacesOfCluster {
     ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
         let cluster = self.0.clone();
         let deadline = Instant::now() + call.left();
-        async move {
-            cluster.create_keyspace(request, deadline).await.map_err(not_done)
-        }
-        .boxed()
+        async move { cluster.create_keyspace(request, deadline).await.map_err(not_done) }.boxed()
     }
 
     fn update(
@@ -376,10 +373,7 @@ impl Keyspaces for KeyspacesOfCluster {
     ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
         let cluster = self.0.clone();
         let deadline = Instant::now() + call.left();
-        async move {
-            cluster.update_keyspace(request, deadline).await.map_err(not_done)
-        }
-        .boxed()
+        async move { cluster.update_keyspace(request, deadline).await.map_err(not_done) }.boxed()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Scans over four shards on two nodes: order, bounds, one version, resuming, long runs of deleted keys.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::reason::{Fault, Reason};
@@ -240,5 +241,49 @@ async fn token_of_another_scan_is_refused() {
     let last = found.last().unwrap().resume_token.clone();
     let over = v1::ScanRequest { resume_token: last, ..scan() };
     assert!(keys(&pages(&nodes.one, over).await.unwrap()).is_empty());
+    nodes.stop().await;
+}
+
+/// Begins a scan, lets the clock go beyond half of the history and then beyond all of it, with writes on
+/// every shard, and reads to the end.
+async fn long_scan(nodes: &Nodes, mut scan: Scan) -> Result<Vec<v1::ScanResponse>, Fault> {
+    let mut pages = vec![scan.next_page().await?.expect("a first page")];
+    for _ in 0..2 {
+        nodes.clock.advance(Duration::from_secs(40));
+        for shard in 1..=4 {
+            nodes.one.put(put(&key_on(shard), "later")).await.unwrap();
+        }
+        pages.extend(scan.next_page().await?);
+    }
+    while let Some(page) = scan.next_page().await? {
+        pages.push(page);
+    }
+    Ok(pages)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scan_over_several_shards_outlives_the_history() {
+    let nodes = Nodes::start().await;
+    // Twice what the scan reads ahead at once.
+    let value = "v".repeat(20 << 10);
+    let mut all = Vec::new();
+    for number in 0..400 {
+        let key = format!("k{number:04}");
+        nodes.one.put(put(&key, &value)).await.unwrap();
+        all.push(Bytes::from(key));
+    }
+    let request = v1::ScanRequest { prefix: Bytes::from_static(b"k0"), ..scan() };
+    let begin = || Scan::begin(nodes.two.router.clone(), request.clone(), Call::client(None));
+    let pages = long_scan(&nodes, begin().await.unwrap()).await.unwrap();
+    assert_eq!(keys(&pages), all);
+    assert!(pages.iter().all(|page| page.version == pages[0].version));
+    // Held by nothing but the pins: they run out, and nobody goes on with it any more.
+    nodes.clock.advance(Duration::from_secs(120));
+    for shard in 1..=4 {
+        nodes.one.put(put(&key_on(shard), "last")).await.unwrap();
+    }
+    let read = Some(v1::ReadOptions { at_version: pages[0].version, ..Default::default() });
+    let gone = super::service_scan::pages(&nodes.one, v1::ScanRequest { read, ..request }).await;
+    assert_eq!(gone.unwrap_err().reason, Reason::VersionGone);
     nodes.stop().await;
 }
