@@ -1,6 +1,8 @@
 //! Settings and pins of a group over the loss of its leader, the restart of all its nodes, and a
 //! snapshot. What they mean is `apply_past`.
 
+#![allow(clippy::disallowed_methods, reason = "these hosts run on the real seams")]
+
 use std::time::Duration;
 
 use coracle_raft::clock::{Clock, HybridTime};

@@ -74,8 +74,8 @@ impl Hold {
         }
         let pin = |route: v1::Route| {
             let keyspace = keyspace.to_owned();
-            let (route, question) = (Some(route), v1::PinVersionRequest::default());
-            let question = v1::PinVersionRequest { route, keyspace, version, until_ms, ..question };
+            let route = Some(route);
+            let question = v1::PinVersionRequest { route, keyspace, version, until_ms };
             async move {
                 match router.execute(Operation::PinVersion(question), call).await? {
                     Answer::PinVersion(pinned) => Ok(pinned.until_ms),
