@@ -305,7 +305,7 @@ pub enum Keyspace {
         /// What is hashed of a key, fixed for ever: whole, delimiter:/ or prefix:8
         #[arg(long, value_name = "RULE", default_value = "whole", value_parser = parse_entity)]
         entity: EntityRule,
-        /// How long old versions stay readable (default 60s)
+        /// How long old versions stay readable (default 60s; requests under way keep 5s of any)
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         history: Option<Duration>,
         /// Only check
