@@ -57,9 +57,10 @@ impl Cluster {
         deadline: Instant,
     ) -> Result<v1::Keyspace, peer::CommandDone> {
         let mut ask = None;
-        loop {
+        for number in 0.. {
             let own = self.membership.identity().map(|(_, node)| node);
-            let leader = ask.take().or_else(|| self.meta_leader());
+            let known = ask.take().or_else(|| self.meta_leader());
+            let leader = known.or_else(|| self.meta_replica(number));
             let answer = match leader {
                 Some(leader) if Some(leader) != own => {
                     let kind = kind(body.clone());
@@ -80,6 +81,15 @@ impl Cluster {
             }
             tokio::time::sleep(RECONCILE_INTERVAL).await;
         }
+        unreachable!("it is asked again until it is answered, or the deadline passes")
+    }
+
+    /// One of the meta group's nodes after the other: a node that holds none of its replicas may not
+    /// have heard who leads it.
+    fn meta_replica(&self, number: usize) -> Option<NodeId> {
+        let map = self.map.current()?;
+        let replicas = &map.shard(META_SHARD)?.replicas;
+        replicas.get(number % replicas.len()).map(|replica| replica.node)
     }
 
     pub(super) async fn create_keyspace_here(&self, body: Bytes) -> peer::CommandDone {

@@ -89,10 +89,10 @@ impl Run {
                 let pinned = self.filter.threshold(0);
                 self.filter.clock = self.flushed.1;
                 let wanted = self.flushed.1.saturating_sub(*history).max(pinned);
-                self.filter.threshold = self.filter.threshold.max(wanted);
-                // A keyspace of its own history: held where it was, or one with the others.
-                let own = if *pin { pinned } else { self.filter.threshold };
-                self.filter.thresholds.insert(0, own);
+                if !*pin {
+                    self.filter.threshold = self.filter.threshold.max(wanted);
+                }
+                self.filter.thresholds.insert(0, self.filter.threshold);
                 self.state().filter().set(self.filter.clone());
             }
             Step::CompactAll => self.compact(None),
