@@ -289,6 +289,13 @@ pub enum Shard {
         #[arg(long, value_name = "NODE", value_parser = parse_node)]
         to: Option<NodeId>,
     },
+    /// Rewrite a shard's state without what nobody can read any more, replica by replica
+    #[command(after_help = "Example:\n  coracle shard compact 7")]
+    Compact {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+    },
 }
 
 /// See [`Command::Keyspace`].
@@ -306,9 +313,21 @@ pub enum Keyspace {
         /// What is hashed of a key, fixed for ever: whole, delimiter:/ or prefix:8
         #[arg(long, value_name = "RULE", default_value = "whole", value_parser = parse_entity)]
         entity: EntityRule,
-        /// How long old versions stay readable (default 60s)
+        /// How long old versions stay readable (default 60s; requests under way keep 5s of any)
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         history: Option<Duration>,
+        /// Only check
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Change a keyspace's settings
+    #[command(after_help = "Example:\n  coracle keyspace set cache --history 5m")]
+    Set {
+        /// Which one
+        name: String,
+        /// How long old versions shall stay readable; a longer history begins to count now
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        history: Duration,
         /// Only check
         #[arg(long)]
         dry_run: bool,

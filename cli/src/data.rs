@@ -164,7 +164,11 @@ pub async fn get(get: Get, global: &Global, output: &Output) -> Result<(), Failu
     let consistency = consistency(&get)?;
     let place = Place::new(global, &get.addressing, get.session.file.as_deref()).await?;
     let key = place.bytes("KEY", &get.key)?;
-    let entry = place.keyspace.get(key.clone()).consistency(consistency).await;
+    let mut call = place.keyspace.get(key.clone()).consistency(consistency);
+    if let Some(version) = get.at {
+        call = call.at(Version(version));
+    }
+    let entry = call.await;
     place.keep_session()?;
     let entry =
         entry.map_err(|error| Failure::call(format!("read {}", place.quoted(&key)), &error))?;
@@ -208,6 +212,9 @@ pub async fn scan(scan: Scan, global: &Global, output: &Output) -> Result<(), Fa
     }
     if scan.keys_only {
         call = call.keys_only();
+    }
+    if let Some(version) = scan.at {
+        call = call.at(Version(version));
     }
     let encoding = scan.addressing.encoding.unwrap_or(Encoding::Escape);
     let mut pages = call.pages();

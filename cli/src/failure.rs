@@ -96,7 +96,7 @@ pub fn exit_of(error: &Error) -> Exit {
             Exit::Unreachable
         }
         ErrorKind::NotAllowed => Exit::Denied,
-        ErrorKind::Conflict => Exit::Precondition,
+        ErrorKind::Conflict | ErrorKind::VersionGone => Exit::Precondition,
         ErrorKind::Overloaded | ErrorKind::DiskFull => Exit::Overloaded,
         // Not `NotFound`: that a keyspace is missing says nothing about a key.
         _ => Exit::Failed,
@@ -121,6 +121,9 @@ fn next_of(error: &Error) -> Option<&'static str> {
         (_, ErrorKind::Overloaded) => "try again later, or with less at a time",
         (_, ErrorKind::DiskFull) => {
             "coracle node ls -o wide shows the disks; make room or delete keys"
+        }
+        (_, ErrorKind::VersionGone) => {
+            "coracle keyspace ls shows how far back; coracle keyspace set NAME --history 1h keeps more from now on"
         }
         (_, ErrorKind::CrossEntity) => "coracle keyspace ls shows the entity rule",
         _ => return None,

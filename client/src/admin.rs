@@ -26,6 +26,8 @@ impl<T, F: Future<Output = Result<Response<T>, Status>>> Asking<T> for F {}
 
 /// Making a cluster waits for nodes and for every shard's first leader.
 const INIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Gigabytes are read and written.
+const COMPACT_TIMEOUT: Duration = Duration::from_secs(1_800);
 
 /// The operators' calls. Cheap to clone.
 #[derive(Clone)]
@@ -135,6 +137,15 @@ pub struct NewKeyspace {
     pub validate_only: bool,
 }
 
+/// What a replica's state took before it was rewritten, and takes now.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Compacted {
+    /// In bytes.
+    pub bytes_before: u64,
+    /// In bytes.
+    pub bytes_after: u64,
+}
+
 impl NewKeyspace {
     /// With the defaults: the entity is the whole key.
     pub fn new(name: impl Into<String>) -> NewKeyspace {
@@ -229,6 +240,42 @@ impl Admin {
             }
         }
         keyspace(&made)
+    }
+
+    /// Changes how long a keyspace keeps old versions readable. A longer history begins to count now:
+    /// what is gone stays gone. The shards follow within moments.
+    pub async fn set_history(
+        &self,
+        keyspace_name: &str,
+        history: Duration,
+        validate_only: bool,
+    ) -> Result<KeyspaceInfo, Error> {
+        limits::check_keyspace_name(keyspace_name)?;
+        let history_ms = history.as_millis() as u64;
+        limits::check_history(history_ms)?;
+        let request = v1::UpdateKeyspaceRequest {
+            name: keyspace_name.to_owned(),
+            history_ms,
+            has_history: true,
+            validate_only,
+        };
+        let changed = self.any(self.timeout(), true, |node: Arc<Pipeline>| {
+            let request = request.clone();
+            async move { node.connection().cluster().update_keyspace(request).await }
+        });
+        keyspace(&changed.await?.keyspace.unwrap_or_default())
+    }
+
+    /// Rewrites the state of a shard's replica on a node without what nobody can read any more:
+    /// superseded versions, deletes, expired values. On the leader's node first, whose clock the
+    /// others follow. Takes as long as reading and writing all of it does; one at a time on a node.
+    pub async fn compact_shard(&self, address: &str, shard: ShardId) -> Result<Compacted, Error> {
+        let request = v1::CompactShardRequest { shard: shard.0 };
+        let done = self.one(address, COMPACT_TIMEOUT, false, |node: Arc<Pipeline>| async move {
+            node.connection().admin().compact_shard(request).await
+        });
+        let v1::CompactShardResponse { bytes_before, bytes_after } = done.await?;
+        Ok(Compacted { bytes_before, bytes_after })
     }
 
     /// Hands a shard's leadership to a voter on another node; `None` lets the leader choose.

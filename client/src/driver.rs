@@ -367,11 +367,13 @@ impl<'a> Attempts<'a> {
         match &mut operation {
             Operation::Get(get) => {
                 get.route = route;
-                get.read = self.read_options(Some(shard));
+                get.read = get.read.take().or_else(|| self.read_options(Some(shard)));
             }
-            // Without a route of its own; so are the next two, which are between nodes.
-            Operation::BatchGet(get) => get.read = self.read_options(None),
-            Operation::Scan(_) | Operation::FixVersion(_) => {}
+            // Without a route of its own; so are the next ones, which are between nodes.
+            Operation::BatchGet(get) => {
+                get.read = get.read.take().or_else(|| self.read_options(None));
+            }
+            Operation::Scan(_) | Operation::FixVersion(_) | Operation::PinVersion(_) => {}
             Operation::Put(put) => (put.route, put.request_id) = (route, id),
             Operation::Delete(delete) => (delete.route, delete.request_id) = (route, id),
             Operation::Write(write) => (write.route, write.request_id) = (route, id),
@@ -420,7 +422,9 @@ impl<'a> Attempts<'a> {
                 }
                 (response.items.first().and_then(|item| item.served.as_ref()), 0)
             }
-            Answer::Scan(_) | Answer::FixVersion(_) | Answer::Error(_) => return,
+            Answer::Scan(_) | Answer::FixVersion(_) | Answer::PinVersion(_) | Answer::Error(_) => {
+                return;
+            }
         };
         let Some(served) = served else { return };
         self.driver.follower.session.observe(served, version);

@@ -41,6 +41,16 @@ impl Target {
     fn name(&self) -> String {
         self.keyspace.as_ref().to_owned()
     }
+
+    /// What a read of the state at a version says. `None`: the call says how fresh it must be.
+    fn at(&mut self, version: Option<Version>) -> Result<Option<v1::ReadOptions>, Error> {
+        let Some(Version(at_version)) = version else { return Ok(None) };
+        if at_version == 0 {
+            return Err(Error::invalid("there is no version 0: leave it out to read the newest"));
+        }
+        self.consistency = Consistency::Linearizable;
+        Ok(Some(v1::ReadOptions { at_version, ..Default::default() }))
+    }
 }
 
 /// Reads one key. Awaiting it gives `Option<Entry>`.
@@ -48,11 +58,12 @@ impl Target {
 pub struct Get {
     target: Target,
     key: Bytes,
+    at: Option<Version>,
 }
 
 impl Get {
     pub(crate) fn new(target: Target, key: Bytes) -> Get {
-        Get { target, key }
+        Get { target, key, at: None }
     }
 
     /// How long the call may take, retries included.
@@ -75,12 +86,21 @@ impl Get {
         self
     }
 
+    /// The state at a version, instead of the newest: all that was written up to it, and nothing
+    /// after. [`ErrorKind::VersionGone`] where the keyspace's history does not reach back to it. It is
+    /// the leader that answers, whatever the handle says.
+    pub fn at(mut self, version: Version) -> Get {
+        self.at = Some(version);
+        self
+    }
+
     /// Reads, and says where: also of an absent key.
-    pub async fn read(self) -> Result<Read, Error> {
+    pub async fn read(mut self) -> Result<Read, Error> {
         limits::check_key(&self.key)?;
         let request = v1::GetRequest {
             keyspace: self.target.name(),
             key: self.key.clone(),
+            read: self.target.at(self.at)?,
             ..Default::default()
         };
         match self.target.call(self.key, Wire::Get(request)).await? {
@@ -413,16 +433,17 @@ impl IntoFuture for Increment {
 
 /// Reads many keys, each shard's at once. Awaiting it gives `Vec<Option<Entry>>` in the order of
 /// the keys; one key that cannot be read fails the whole. The keys of different shards are not read
-/// at one moment: for that, scan.
+/// at one moment: for that, scan, or name a version.
 #[must_use = "a call is made when it is awaited"]
 pub struct MultiGet {
     target: Target,
     keys: Vec<Bytes>,
+    at: Option<Version>,
 }
 
 impl MultiGet {
     pub(crate) fn new(target: Target, keys: Vec<Bytes>) -> MultiGet {
-        MultiGet { target, keys }
+        MultiGet { target, keys, at: None }
     }
 
     /// How long the call may take, retries included.
@@ -445,8 +466,18 @@ impl MultiGet {
         self
     }
 
+    /// The state at a version; see [`Get::at`].
+    pub fn at(mut self, version: Version) -> MultiGet {
+        self.at = Some(version);
+        self
+    }
+
     /// Reads, and reports each key by itself, in the order of the keys.
-    pub async fn each(self) -> Vec<Result<Option<Entry>, Error>> {
+    pub async fn each(mut self) -> Vec<Result<Option<Entry>, Error>> {
+        let read = match self.target.at(self.at) {
+            Ok(read) => read,
+            Err(error) => return vec![Err(error); self.keys.len()],
+        };
         let mut results: Vec<Option<Result<Option<Entry>, Error>>> = vec![None; self.keys.len()];
         let mut parts: BTreeMap<_, Vec<(usize, Bytes)>> = BTreeMap::new();
         for (place, key) in self.keys.into_iter().enumerate() {
@@ -462,7 +493,7 @@ impl MultiGet {
             let chunks = keys.chunks(limits::BATCH_GET_KEYS_MAX).map(<[_]>::to_vec);
             chunks.collect::<Vec<_>>()
         });
-        let parts = parts.map(|keys| read_part(self.target.clone(), keys));
+        let parts = parts.map(|keys| read_part(self.target.clone(), keys, read.clone()));
         for (place, result) in join_all(parts).await.into_iter().flatten() {
             results[place] = Some(result);
         }
@@ -483,8 +514,12 @@ impl IntoFuture for MultiGet {
 type Part = Vec<(usize, Result<Option<Entry>, Error>)>;
 
 /// Reads keys of one shard. When their values are too much for one answer, in two halves.
-async fn read_part(target: Target, keys: Vec<(usize, Bytes)>) -> Part {
-    let error = match batch_get(target.clone(), &keys).await {
+async fn read_part(
+    target: Target,
+    keys: Vec<(usize, Bytes)>,
+    read: Option<v1::ReadOptions>,
+) -> Part {
+    let error = match batch_get(target.clone(), &keys, read.clone()).await {
         Ok(entries) => {
             let places = keys.into_iter().map(|(place, _)| place);
             return places.zip(entries.into_iter().map(Ok)).collect();
@@ -493,18 +528,23 @@ async fn read_part(target: Target, keys: Vec<(usize, Bytes)>) -> Part {
     };
     if error.kind() == ErrorKind::TooLarge && keys.len() > 1 {
         let (first, second) = keys.split_at(keys.len() / 2);
-        let mut part: Part = Box::pin(read_part(target.clone(), first.to_vec())).await;
-        part.extend(Box::pin(read_part(target, second.to_vec())).await);
+        let mut part: Part =
+            Box::pin(read_part(target.clone(), first.to_vec(), read.clone())).await;
+        part.extend(Box::pin(read_part(target, second.to_vec(), read)).await);
         return part;
     }
     keys.into_iter().map(|(place, _)| (place, Err(error.clone()))).collect()
 }
 
-async fn batch_get(target: Target, keys: &[(usize, Bytes)]) -> Result<Vec<Option<Entry>>, Error> {
+async fn batch_get(
+    target: Target,
+    keys: &[(usize, Bytes)],
+    read: Option<v1::ReadOptions>,
+) -> Result<Vec<Option<Entry>>, Error> {
     let request = v1::BatchGetRequest {
         keyspace: target.name(),
         keys: keys.iter().map(|(_, key)| key.clone()).collect(),
-        ..Default::default()
+        read,
     };
     match target.call(keys[0].1.clone(), Wire::BatchGet(request)).await? {
         Answer::BatchGet(response) if response.items.len() == keys.len() => {

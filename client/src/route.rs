@@ -362,6 +362,7 @@ mod tests {
                 name: "default".to_owned(),
                 entity_rule: Some(coracle_proto::entity::EntityRule::Whole.into()),
                 history_ms: 0,
+                revision: 0,
             }],
             ..Default::default()
         }

@@ -114,6 +114,13 @@ impl Scan {
         self
     }
 
+    /// The state at a version, instead of one that is fixed when the scan begins.
+    /// [`crate::ErrorKind::VersionGone`] where the keyspace's history does not reach back to it.
+    pub fn at(mut self, version: Version) -> Scan {
+        self.request.read = Some(v1::ReadOptions { at_version: version.0, ..Default::default() });
+        self
+    }
+
     /// How long each page may take, retries included. A scan as a whole has no deadline.
     pub fn timeout(mut self, timeout: Duration) -> Scan {
         self.target.timeout = Some(timeout);

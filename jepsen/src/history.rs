@@ -40,6 +40,11 @@ pub enum Action {
         /// The bound.
         ms: u64,
     },
+    /// Reads the key as it was at a version.
+    GetAt {
+        /// The version.
+        version: u64,
+    },
     /// Writes a value that no other operation writes.
     Put {
         /// The value.

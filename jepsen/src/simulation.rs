@@ -38,6 +38,10 @@ const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// Calls give up after so long: longer than a failover, short enough that clients get on.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Between two replicas that are flushed and compacted, at most: what the history has passed is gone
+/// soon after.
+const RECLAIM_PAUSE_MS_MAX: u64 = 1_000;
+
 /// What is asked of a run, beside its seed.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -109,6 +113,7 @@ struct Run {
     mix: Mix,
     load: Load,
     clients: u32,
+    history_ms: Option<u64>,
     dice: Dice,
     trace: Trace,
     cluster: Cluster,
@@ -126,8 +131,10 @@ impl Run {
         let settings: Settings = draw::settings(&mut dice, options);
         let (mix, load, clients) =
             (Mix::draw(&mut dice), draw::load(&mut dice), draw::clients(&mut dice));
-        trace
-            .event(format_args!("seed {seed}: {settings:?}, {mix:?}, {clients} clients, {load:?}"));
+        let history_ms = draw::history_ms(&mut dice);
+        trace.event(format_args!(
+            "seed {seed}: {settings:?}, {mix:?}, {clients} clients, {load:?}, history {history_ms:?}"
+        ));
         let cluster = Cluster::new(settings, dice.roll(), trace.clone());
         Run {
             seed,
@@ -135,6 +142,7 @@ impl Run {
             mix,
             load,
             clients,
+            history_ms,
             dice,
             trace,
             cluster,
@@ -149,6 +157,7 @@ impl Run {
         match tokio::time::timeout(FORM_DEADLINE, self.cluster.form()).await {
             Ok(Ok(())) => {
                 self.trace.event(format_args!("the cluster stands"));
+                self.set_history().await;
                 self.suffer().await;
                 verdict::check(&mut self).await;
             }
@@ -156,6 +165,23 @@ impl Run {
             Err(_) => self.violations.push("the cluster does not form in time".to_owned()),
         }
         self.report()
+    }
+
+    /// Gives the keyspace the history that was drawn.
+    async fn set_history(&mut self) {
+        let Some(history_ms) = self.history_ms else { return };
+        let set = async {
+            let client = self.cluster.client("settings").connect_lazy()?;
+            let history = Duration::from_millis(history_ms);
+            let set = client.admin().set_history("default", history, false).await;
+            client.close().await;
+            set
+        };
+        match tokio::time::timeout(FORM_DEADLINE, set).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(why)) => self.violations.push(format!("a history is not set: {why}")),
+            Err(_) => self.violations.push("a history is not set in time".to_owned()),
+        }
     }
 
     /// The load, with the faults beside it.
@@ -180,6 +206,23 @@ impl Run {
                 tokio::time::sleep(LOOK_INTERVAL).await;
             }
         };
+        let mut reclaim_dice = Dice::new(self.dice.roll());
+        let reclaim = async {
+            loop {
+                let pause = Duration::from_millis(reclaim_dice.below(RECLAIM_PAUSE_MS_MAX));
+                tokio::time::sleep(pause).await;
+                let node =
+                    self.cluster.node(reclaim_dice.below(self.cluster.len() as u64) as usize);
+                let Some(host) = node.and_then(|node| node.host()) else { continue };
+                let groups = host.groups();
+                let at = reclaim_dice.below(groups.len().max(1) as u64);
+                if let Some(group) = groups.get(at as usize) {
+                    // It fails where the node crashes meanwhile, or has no quorum.
+                    let reclaimed = host.reclaim(group.clone());
+                    let _ = tokio::time::timeout(OPERATION_TIMEOUT, reclaimed).await;
+                }
+            }
+        };
         let rage = async {
             nemesis.rage(self.options.lasts).await;
             stop.send_replace(true);
@@ -191,6 +234,7 @@ impl Run {
             biased;
             finished = rage => finished,
             () = look => unreachable!("it looks for ever"),
+            () = reclaim => unreachable!("it goes on for ever"),
         };
         if !finished {
             self.violations.push("every call ends within its timeout: clients hang".to_owned());

@@ -33,6 +33,7 @@ use coracle_storage::state::{self, ArcFilter, Overlay, Versioned};
 use crate::command::{Change, Command, Condition, DecodeError, Request, Stamped};
 use crate::dedup::{Admission, SEQUENCE_OF_MARK};
 use crate::descriptor::Descriptor;
+use crate::history::{COUNTER_BITS, Pinned, physical_ms};
 use crate::wire::Malformed;
 
 mod range;
@@ -43,16 +44,11 @@ pub use state_record::GroupState;
 
 use result::{Invalid, StoredResult, Verdict};
 
-/// How long superseded versions stay readable: 60 s, twice the longest deadline. Reads at a
-/// version, scans, and the values in a retry's failed conditions reach no further back.
-pub const HISTORY_MS: u64 = 60_000;
 /// Values of failed conditions that one reply carries, in bytes: as much as a batch may have
 /// brought. Behind the first that does not fit, only versions are told.
 pub const CURRENT_BYTES_MAX: usize = 4 << 20;
 /// When to come back after `Overloaded`: results age by the second.
 const RETRY_AFTER_MS: u64 = 1_000;
-/// Bits of a version below the millisecond.
-const COUNTER_BITS: u32 = 16;
 /// The last millisecond that a version can name.
 const LAST_MS: u64 = u64::MAX >> COUNTER_BITS;
 
@@ -60,7 +56,7 @@ const NO_OPERATIONS: &str = "the request has no operations";
 const ID_CONTRADICTS: &str = "the request id's lowest unanswered sequence lies above its sequence";
 const SEQUENCE_RESERVED: &str = "the request id's sequence is the reserved one";
 
-/// What became of a request.
+/// What became of a request, or of a pin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It happened, as a whole.
@@ -112,6 +108,8 @@ pub enum Outcome {
         /// The rule that it breaks.
         why: &'static str,
     },
+    /// Of a pin, and never of a request.
+    Pinned(Pinned),
 }
 
 /// What became of one operation.
@@ -180,7 +178,7 @@ pub enum ApplyError {
 }
 
 /// Applies one entry: changes go into the overlay's batch and into `state`. One reply per request,
-/// in order; none for entries of other kinds.
+/// in order, and one for a pin; none for entries of other kinds.
 pub fn apply(
     overlay: &mut Overlay,
     state: &mut GroupState,
@@ -205,10 +203,19 @@ pub fn apply(
         Command::Describe(descriptor) => {
             state.descriptor.get_or_insert(descriptor);
         }
+        Command::Settings(settings) => {
+            settings.iter().for_each(|settings| state.history.adopt(settings));
+            state.clock = state.clock.max(at.stamp);
+        }
+        Command::Pin(pin) => {
+            state.clock = state.clock.max(at.stamp);
+            let pinned = state.history.pin(&pin, physical_ms(state.clock));
+            let outcome = Outcome::Pinned(pinned);
+            replies.push(Reply { outcome, term: at.term, index: at.index, duplicate: false });
+        }
     }
     state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);
-    let threshold = physical_ms(state.clock).saturating_sub(HISTORY_MS) << COUNTER_BITS;
-    state.history_threshold = state.history_threshold.max(threshold);
+    state.history.end_entry(state.clock);
     Ok(replies)
 }
 
@@ -220,11 +227,6 @@ pub fn state_hash(
     arc: Option<&ArcFilter>,
 ) -> Result<u64, ApplyError> {
     Ok(reader.state_hash(arc, group.clock)?)
-}
-
-/// The milliseconds of a version.
-fn physical_ms(version: u64) -> u64 {
-    version >> COUNTER_BITS
 }
 
 /// The entry under way.
@@ -418,8 +420,8 @@ fn reply(
         Verdict::ConditionFailed { operations, failed } => {
             let mut results = vec![OperationResult::default(); *operations as usize];
             // Below the threshold the value may be gone on one replica and not on another.
-            let mut room =
-                if stored.version >= state.history_threshold { CURRENT_BYTES_MAX } else { 0 };
+            let threshold = state.history.threshold(request.keyspace);
+            let mut room = if stored.version >= threshold { CURRENT_BYTES_MAX } else { 0 };
             for (at, version) in failed {
                 let result = &mut results[*at as usize];
                 result.condition_failed = true;

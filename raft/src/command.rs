@@ -4,6 +4,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::descriptor::Descriptor;
+use crate::history::{Pin, Settings};
 use crate::wire::{Malformed, Reader};
 
 mod range;
@@ -17,6 +18,8 @@ pub const FORMAT_VERSION: u8 = 1;
 const KIND_REQUESTS: u8 = 1;
 const KIND_ADVANCE: u8 = 2;
 const KIND_DESCRIBE: u8 = 3;
+const KIND_SETTINGS: u8 = 4;
+const KIND_PIN: u8 = 5;
 
 const CONDITION_NONE: u8 = 0;
 const CONDITION_IF_ABSENT: u8 = 1;
@@ -120,6 +123,10 @@ pub enum Command {
     Advance,
     /// The group's first descriptor. Without effect when there is one.
     Describe(Descriptor),
+    /// Keyspaces' settings. The group clock moves to the stamp, also when there are none.
+    Settings(Vec<Settings>),
+    /// Keeps a version readable. The group clock moves to the stamp.
+    Pin(Pin),
 }
 
 /// A command with the leader's clock.
@@ -165,6 +172,8 @@ impl Stamped {
             Command::Requests(_) => KIND_REQUESTS,
             Command::Advance => KIND_ADVANCE,
             Command::Describe(_) => KIND_DESCRIBE,
+            Command::Settings(_) => KIND_SETTINGS,
+            Command::Pin(_) => KIND_PIN,
         });
         out.put_u64(self.stamp);
         out.put_u64(self.ceiling);
@@ -175,6 +184,11 @@ impl Stamped {
             }
             Command::Advance => {}
             Command::Describe(descriptor) => descriptor.put(&mut out),
+            Command::Settings(settings) => {
+                put_len(&mut out, settings.len());
+                settings.iter().for_each(|settings| settings.put(&mut out));
+            }
+            Command::Pin(pin) => pin.put(&mut out),
         }
         out.freeze()
     }
@@ -199,6 +213,15 @@ impl Stamped {
             }
             KIND_ADVANCE => Command::Advance,
             KIND_DESCRIBE => Command::Describe(Descriptor::get(&mut reader)?),
+            KIND_SETTINGS => {
+                let count = reader.count(Settings::BYTES)?;
+                let mut settings = Vec::with_capacity(count);
+                for _ in 0..count {
+                    settings.push(Settings::get(&mut reader)?);
+                }
+                Command::Settings(settings)
+            }
+            KIND_PIN => Command::Pin(Pin::get(&mut reader)?),
             found => {
                 return Err(DecodeError::UnknownKind { what: "command", found });
             }
@@ -216,6 +239,8 @@ impl Command {
                 Command::Requests(requests) => requests.iter().map(Request::size).sum(),
                 Command::Advance => 0,
                 Command::Describe(_) => 64,
+                Command::Settings(settings) => settings.len() * Settings::BYTES,
+                Command::Pin(_) => Pin::BYTES,
             }
     }
 }

@@ -38,6 +38,10 @@ use crate::state_machine::{ReadState, SharedState, StateMachine};
 use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
 
+mod past;
+
+pub use past::Reclaimed;
+
 /// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
 const FLUSH_MAX: Duration = Duration::from_secs(60);
 /// How often a flush is asked for until it is seen to be done.

@@ -23,7 +23,8 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Circumstances, Clock};
 use crate::descriptor::Descriptor;
 use crate::environment::Environment;
-use crate::group::{Group, Start};
+use crate::error::GroupError;
+use crate::group::{Group, Reclaimed, Start};
 use crate::health::{Disk, PROBE_INTERVAL, Probe};
 use crate::leadership::Standing;
 use crate::lease::Timing;
@@ -44,6 +45,8 @@ const FLUSH_PAUSE: Duration = Duration::from_secs(5);
 /// A replica with unflushed state is flushed at least this often: a crash then replays no more than
 /// this, and versions beyond the history are reclaimed soon after.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(300);
+/// When to come back while another replica's store is being rewritten.
+const RECLAIM_RETRY: Duration = Duration::from_secs(5);
 /// The local record of what a replica was created as.
 const HOME: MetaName = MetaName(0x80);
 
@@ -86,6 +89,8 @@ pub struct Host {
     on_hang: Arc<dyn Fn() + Send + Sync>,
     /// Replicas that did not open, and why.
     failed: Mutex<Vec<String>>,
+    /// See [`Host::reclaim`].
+    reclaiming: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Host {
@@ -112,6 +117,7 @@ impl Host {
             changing: tokio::sync::Mutex::default(),
             on_hang: options.on_hang,
             failed: Mutex::default(),
+            reclaiming: Arc::default(),
         });
         let exec = host.environment.exec.clone();
         exec.spawn("health", Box::pin(host.clone().watch_health()));
@@ -390,6 +396,22 @@ impl Host {
         let handed = led.iter().map(|group| group.hand_over(None, deadline));
         let results = futures_util::future::join_all(handed).await;
         results.iter().filter(|result| result.is_err()).count()
+    }
+
+    /// See [`Group::reclaim`]. One at a time on a node, since each takes what the disk gives; another
+    /// is refused meanwhile.
+    pub async fn reclaim(&self, group: Arc<Group>) -> Result<Reclaimed, GroupError> {
+        let Ok(turn) = self.reclaiming.clone().try_lock_owned() else {
+            return Err(GroupError::Overloaded { retry_after: RECLAIM_RETRY });
+        };
+        let (answer, done) = oneshot::channel();
+        let reclaim = async move {
+            let _ = answer.send(group.reclaim().await);
+            // Kept until here, whether anybody waits or not.
+            drop(turn);
+        };
+        self.environment.exec.spawn("reclaim", Box::pin(reclaim));
+        done.await.unwrap_or(Err(GroupError::Stopped))
     }
 
     /// Stops every group. Nothing is flushed: the log holds it all.

@@ -3,6 +3,7 @@
 mod wire;
 pub mod runtime;
 pub mod descriptor;
+pub mod history;
 pub mod command;
 pub mod dedup;
 pub mod apply;

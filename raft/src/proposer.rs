@@ -68,7 +68,7 @@ struct Waiting {
 enum Item {
     Write(Waiting),
     /// Entries that carry no request: the group's own.
-    Own(Command, oneshot::Sender<Result<(), GroupError>>),
+    Own(Command, oneshot::Sender<Result<Replies, GroupError>>),
     /// Fixes a version for reads: later stamps lie above it.
     Fix {
         version: Option<u64>,
@@ -136,7 +136,7 @@ impl Proposer {
     }
 
     /// Proposes a command of the group's own and waits until it is applied.
-    pub(crate) async fn own(&self, command: Command) -> Result<(), GroupError> {
+    pub(crate) async fn own(&self, command: Command) -> Result<Replies, GroupError> {
         let (answer, receiver) = oneshot::channel();
         self.push(64, Item::Own(command, answer))?;
         receiver.await.unwrap_or(Err(GroupError::Stopped))
@@ -265,7 +265,7 @@ impl Task {
         if let Some((command, answer)) = own {
             let result = self.propose(term, command, 0).await;
             return Some(Box::pin(async move {
-                let _ = answer.send(applied(result).await.map(|_| ()));
+                let _ = answer.send(applied(result).await);
             }));
         }
         if requests.is_empty() {

@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use coracle_storage::exec::Exec;
 use coracle_storage::fs::Fs;
 use coracle_storage::state::{
-    Engine, Engines, FilterState, MetaName, OpenState, Reader, ReplicaState, checkpoint,
+    Engine, Engines, Filter, FilterState, MetaName, OpenState, Reader, ReplicaState, checkpoint,
 };
 use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
@@ -26,6 +26,7 @@ use crate::apply::{GroupState, apply};
 use crate::descriptor::Descriptor;
 use crate::entry::{decode_stored_membership, encode_stored_membership, get_log_id, put_log_id};
 use crate::error::GroupError;
+use crate::history::History;
 use crate::observer::{Observer, Stage};
 use crate::snapshot::{CheckpointDir, SnapshotData, blocking};
 use crate::types::{
@@ -57,6 +58,7 @@ struct Seen {
     clock: u64,
     ceiling: u64,
     descriptor: Option<Descriptor>,
+    history: History,
     /// Weak: a look at figures must not keep a store open that is to be swapped.
     engine: Weak<dyn Engine>,
 }
@@ -79,8 +81,23 @@ pub struct ReadState {
     pub position: Position,
     /// The group clock: the highest version that is in it.
     pub clock: u64,
-    /// Versions that were superseded below it may be gone: reads below it are refused.
-    pub history_threshold: u64,
+    history: History,
+    filter: Arc<Filter>,
+}
+
+impl ReadState {
+    /// The lowest version that may be read in a keyspace: what was superseded below may be gone.
+    pub fn threshold(&self, keyspace: u32) -> u64 {
+        self.history.threshold(keyspace)
+    }
+
+    /// Whether the view still shows all that it did when it was taken. A compaction goes by what is
+    /// flushed meanwhile, not by views: of a keyspace with a short history it may drop what was the
+    /// newest version here. To be asked after the newest state was looked at; a look at a fixed
+    /// version compares that with the threshold instead.
+    pub fn is_whole(&self, keyspace: u32) -> bool {
+        self.filter.state().threshold(keyspace) <= self.clock
+    }
 }
 
 /// A group's clock and the highest ceiling, as replicated.
@@ -125,6 +142,26 @@ impl SharedState {
         self.0.seen.read().descriptor.clone()
     }
 
+    /// What the group keeps of the past, as of the last batch.
+    pub(crate) fn history(&self) -> History {
+        self.0.seen.read().history.clone()
+    }
+
+    /// Makes the state durable, and rewrites all of the store without what it needs no more. Blocks
+    /// for as long as that takes. Returns the bytes before and after.
+    pub(crate) fn reclaim(&self) -> io::Result<(u64, u64)> {
+        let (store, filter) = {
+            let current = self.0.current.read();
+            let store = current.store.clone();
+            let store = store.ok_or_else(|| io::Error::other("a snapshot is being swapped in"))?;
+            (store, current.filter())
+        };
+        flush(&store, filter).map_err(io::Error::other)?;
+        let before = store.engine().approximate_bytes();
+        store.compact(None).map_err(io::Error::other)?;
+        Ok((before, store.engine().approximate_bytes()))
+    }
+
     /// What a crash would have to replay; 0 when everything is durable.
     pub(crate) fn unflushed_bytes(&self) -> u64 {
         self.engine().map_or(0, |engine| engine.unflushed_bytes())
@@ -163,7 +200,8 @@ impl SharedState {
             descriptor: current.group.descriptor.clone(),
             position: current.last_applied.as_ref().map(position).unwrap_or_default(),
             clock: current.group.clock,
-            history_threshold: current.group.history_threshold,
+            history: current.group.history.clone(),
+            filter: store.filter().clone(),
         })
     }
 
@@ -255,7 +293,18 @@ impl Current {
             clock: self.group.clock,
             ceiling: self.group.ceiling,
             descriptor: self.group.descriptor.clone(),
+            history: self.group.history.clone(),
             engine: Arc::downgrade(store.engine()),
+        }
+    }
+
+    /// What compaction may go by once all this is durable.
+    fn filter(&self) -> FilterState {
+        FilterState {
+            clock: self.group.clock,
+            threshold: self.group.history.default_threshold(),
+            thresholds: self.group.history.thresholds(),
+            ..FilterState::default()
         }
     }
 
@@ -419,14 +468,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn get_snapshot_builder(&mut self) -> DurableBuilder {
         // All is taken here, between batches; what is flushed later holds at least it.
-        let filter = {
-            let current = self.shared.0.current.read();
-            FilterState {
-                clock: current.group.clock,
-                threshold: current.group.history_threshold,
-                ..FilterState::default()
-            }
-        };
+        let filter = self.shared.0.current.read().filter();
         let (shared, exec) = (self.shared.clone(), self.exec.clone());
         // Senders keep their own handle; this one would pin what compaction wants to drop, and be
         // sent again although the log is about to be purged beyond it.
@@ -518,17 +560,21 @@ impl RaftSnapshotBuilder<TypeConfig> for DurableBuilder {
         let closed = || Err(io::Error::other("the snapshot was built before"));
         let store = std::mem::replace(&mut self.store, closed())?;
         let filter = self.filter.clone();
-        let flushed = blocking(&*self.exec, move || {
-            store.flush()?;
-            // Only what is durable may decide what is dropped: a crash that replays must judge every
-            // condition as before.
-            store.filter().set(filter);
-            store.sweep(SWEEP_KEYS_MAX)
-        });
+        let flushed = blocking(&*self.exec, move || flush(&store, filter));
         flushed.await.map_err(io::Error::other)?.map_err(io::Error::other)?;
         let (meta, snapshot) = (self.meta.clone(), SnapshotData::Durable);
         Ok(openraft::Snapshot { meta, snapshot })
     }
+}
+
+/// Makes the state durable, lets compaction go by `filter`, which was taken before, and removes what
+/// it could not.
+fn flush(store: &ReplicaState, filter: FilterState) -> Result<u64, coracle_storage::Error> {
+    store.flush()?;
+    // Only what is durable may decide what is dropped: a crash that replays must judge every
+    // condition as before.
+    store.filter().set(filter);
+    store.sweep(SWEEP_KEYS_MAX)
 }
 
 /// Where a replica's store stands in the data directory.

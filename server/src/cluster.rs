@@ -1,6 +1,7 @@
 //! How nodes become a cluster, and how the cluster's records become replicas.
 //!
-//! Owns init, joining, the making of first replicas, and the spreading of the shard map. Does not
+//! Owns init, joining, the making of first replicas, and the spreading of the shard map and of the
+//! keyspaces' settings. Does not
 //! move replicas (there is no such operation yet) and does not carry messages (`transport`).
 //!
 //! **Init** writes its plan to the data directory first: run again after a crash it goes on with the
@@ -10,14 +11,13 @@
 //! not come back empty under the same id.
 
 mod found;
+mod keyspaces;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::limits::HISTORY_DEFAULT;
-use coracle_proto::reason::Reason;
 use coracle_proto::shard_map::{DEFAULT_KEYSPACE, META_SHARD, NodeId};
 use coracle_proto::{peer, v1};
 use coracle_raft::descriptor::Descriptor;
@@ -28,7 +28,6 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use peer::cluster_command::Kind;
 use prost::Message;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::map::MapCache;
@@ -132,10 +131,8 @@ impl Cluster {
             Kind::Map(bytes) => self.take_map(bytes).map(|()| Bytes::new()),
             Kind::FirstMap(bytes) => return done(self.take_first_map(bytes).await, self),
             Kind::Join(join) => return self.join(join).await,
-            Kind::CreateKeyspace(bytes) => match v1::CreateKeyspaceRequest::decode(bytes) {
-                Ok(request) => return self.create_keyspace_here(request).await,
-                Err(error) => Err(format!("not a request: {error}")),
-            },
+            Kind::CreateKeyspace(bytes) => return self.create_keyspace_here(bytes).await,
+            Kind::UpdateKeyspace(bytes) => return self.update_keyspace_here(bytes).await,
             Kind::Probe(_) => Ok(Bytes::new()),
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
@@ -200,89 +197,6 @@ impl Cluster {
                 let body = adopt.encode_to_vec().into();
                 peer::CommandDone { body, ..Default::default() }
             }
-            Err(error) => done(Err(error), self),
-        }
-    }
-
-    /// Creates a keyspace, from any node: asks the meta group's leader.
-    pub async fn create_keyspace(
-        &self,
-        request: v1::CreateKeyspaceRequest,
-        deadline: Instant,
-    ) -> Result<v1::Keyspace, peer::CommandDone> {
-        let body = Bytes::from(request.encode_to_vec());
-        let mut ask = None;
-        loop {
-            let own = self.membership.identity().map(|(_, node)| node);
-            let leader = ask.take().or_else(|| self.meta_leader());
-            let answer = match leader {
-                Some(leader) if Some(leader) != own => {
-                    let kind = Kind::CreateKeyspace(body.clone());
-                    self.commands.command(Target::Node(leader), kind, COMMAND_TIMEOUT).await
-                }
-                _ => Ok(self.create_keyspace_here(request.clone()).await),
-            };
-            match answer {
-                Ok(done) if done.error.is_empty() => {
-                    return v1::Keyspace::decode(done.body)
-                        .map_err(|error| refused(error.to_string()));
-                }
-                Ok(done) if !done.reason.is_empty() => return Err(done),
-                Ok(done) if Instant::now() >= deadline => return Err(done),
-                Ok(done) => ask = (done.ask_node != 0).then_some(NodeId(done.ask_node)),
-                Err(why) if Instant::now() >= deadline => return Err(refused(why)),
-                Err(_) => {}
-            }
-            tokio::time::sleep(RECONCILE_INTERVAL).await;
-        }
-    }
-
-    async fn create_keyspace_here(&self, request: v1::CreateKeyspaceRequest) -> peer::CommandDone {
-        let validate_only = request.validate_only;
-        let mut created = None;
-        let changed = self.records.change(|map, ids| {
-            let history = if request.has_history || request.history_ms > 0 {
-                request.history_ms
-            } else {
-                HISTORY_DEFAULT.as_millis() as u64
-            };
-            let whole =
-                v1::EntityRule { kind: Some(v1::entity_rule::Kind::Whole(v1::WholeKey {})) };
-            let keyspace = v1::Keyspace {
-                id: ids.next_keyspace,
-                name: request.name.clone(),
-                entity_rule: request.entity_rule.or(Some(whole)),
-                history_ms: history,
-            };
-            if let Some(there) = map.keyspaces.iter().find(|there| there.name == request.name) {
-                // The caller may not have heard that it succeeded.
-                if (v1::Keyspace { id: there.id, ..keyspace }) == *there {
-                    created = Some(there.clone());
-                    return Ok(false);
-                }
-                return Err(Reason::KeyspaceExists.as_str().to_owned());
-            }
-            ids.next_keyspace += 1;
-            map.keyspaces.push(keyspace.clone());
-            created = Some(keyspace);
-            Ok(!validate_only)
-        });
-        match changed.await {
-            Ok(snapshot) => {
-                self.publish(&snapshot.map).await;
-                let body = created.expect("set by the change that was taken").encode_to_vec();
-                peer::CommandDone { body: body.into(), ..Default::default() }
-            }
-            Err(RecordsError::Refused(reason)) => peer::CommandDone {
-                error: format!("a keyspace named {} exists, with other settings", request.name),
-                reason,
-                ..Default::default()
-            },
-            Err(error @ RecordsError::Invalid(_)) => peer::CommandDone {
-                error: error.to_string(),
-                reason: Reason::InvalidArgument.as_str().to_owned(),
-                ..Default::default()
-            },
             Err(error) => done(Err(error), self),
         }
     }

@@ -109,6 +109,8 @@ pub(crate) enum Refusal {
     Stale(Option<Descriptor>),
     /// What lies below this version may be gone.
     Gone { oldest: u64 },
+    /// Compaction went on while it was looked, and may have dropped what was the newest then.
+    Overtaken,
     /// Anything that does not depend on the group.
     Told(Box<Fault>),
 }
@@ -124,8 +126,11 @@ impl Refusal {
         match self {
             Refusal::Group(error) => of_group(map, shard, leader, error),
             Refusal::Stale(descriptor) => stale_route(map, shard, descriptor.as_ref()),
+            Refusal::Overtaken => of_group(map, shard, leader, GroupError::TooStale),
             Refusal::Gone { oldest } => {
-                let message = "the version is older than the keyspace's history";
+                let message = format!(
+                    "the version is older than the keyspace's history; the oldest is {oldest}"
+                );
                 about(Fault::new(Reason::VersionGone, message), map, shard)
                     .with(metadata::OLDEST_VERSION, oldest)
             }

@@ -34,6 +34,7 @@ mod answer;
 mod attempts;
 mod ids;
 mod page;
+mod pin;
 mod plan;
 pub(crate) mod range;
 mod read;
@@ -550,6 +551,7 @@ fn name_of(operation: &Operation) -> &'static str {
         Operation::Scan(_) => "scan",
         Operation::FixVersion(_) => "fix_version",
         Operation::DeleteRange(_) => "delete_range",
+        Operation::PinVersion(_) => "pin_version",
     }
 }
 
@@ -563,7 +565,7 @@ fn key_bytes(operation: &Operation) -> usize {
         Operation::BatchGet(request) => request.keys.first().map_or(0, Bytes::len),
         Operation::Scan(request) => request.start.len().max(request.prefix.len()),
         Operation::DeleteRange(request) => request.start.len().max(request.prefix.len()),
-        Operation::FixVersion(_) => 0,
+        Operation::FixVersion(_) | Operation::PinVersion(_) => 0,
     }
 }
 

@@ -14,6 +14,9 @@
 //! in flight. What it has read ahead counts in the node's budget, and is dropped when nobody asks for
 //! long ([`Scan::rest`]): it is read again behind the last key that was handed out. Nothing of the store,
 //! no iterator and no view, outlives a page; so a scan pins no file and no log.
+//!
+//! **Long scans** over several shards pin their version (see `pin`), for ten minutes at most. Beyond,
+//! and where one shard holds all of it, a scan that the history passes ends with `VERSION_GONE`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,9 +37,11 @@ use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, o
 
 mod merge;
 mod pages;
+mod pin;
 
 use merge::{Merge, OutOfOrder};
 pub use pages::{NewPins, Pages, Pins, REST_AFTER, open};
+pub use pin::pins;
 
 /// Keys and values that one scan reads ahead over all its shards; half of it more where pages meet.
 /// With small entries it takes twice that in memory, and as much again on its way. Many shards get

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::args::{Global, Keyspace};
 use crate::encoding::escape;
 use crate::failure::Failure;
-use crate::output::{Column, Output, duration};
+use crate::output::{Column, Output};
 
 use super::client;
 
@@ -24,9 +24,7 @@ struct KeyspaceView {
 const COLUMNS: &[Column<KeyspaceView>] = &[
     Column::text("NAME", |keyspace| keyspace.name.clone()),
     Column::text("ENTITY", |keyspace| keyspace.entity.clone()),
-    Column::number("HISTORY", |keyspace| {
-        duration(std::time::Duration::from_millis(keyspace.history_ms))
-    }),
+    Column::number("HISTORY", |keyspace| history(keyspace.history_ms)),
     Column::number("ID", |keyspace: &KeyspaceView| keyspace.id.to_string()).wide(),
 ];
 
@@ -35,6 +33,16 @@ pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<
     let (_, client) = client(global).await?;
     let admin = client.admin();
     match command {
+        Keyspace::Set { name, history, dry_run } => {
+            let what = format!("change keyspace {name:?}");
+            let changed = admin.set_history(&name, history, dry_run).await;
+            let view = view(changed.map_err(|error| Failure::call(what, &error))?);
+            output.item("Keyspace", &view, || {
+                let history = history(view.history_ms);
+                let verb = if dry_run { "could keep" } else { "keeps" };
+                format!("keyspace {} {verb} a history of {history}", view.name)
+            })
+        }
         Keyspace::Ls => {
             let keyspaces = admin.keyspaces().await;
             let keyspaces =
@@ -70,5 +78,26 @@ fn view(keyspace: KeyspaceInfo) -> KeyspaceView {
             EntityRule::Prefix(bytes) => format!("prefix:{bytes}"),
         },
         history_ms: keyspace.history.as_millis() as u64,
+    }
+}
+
+/// A history exactly, as it may be written again: `90s`, `2h`.
+fn history(ms: u64) -> String {
+    let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1_000, "s"), (1, "ms")];
+    let fits = units.into_iter().find(|(unit_ms, _)| ms > 0 && ms.is_multiple_of(*unit_ms));
+    fits.map_or_else(|| "0s".to_owned(), |(unit_ms, unit)| format!("{}{unit}", ms / unit_ms))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::parse_duration;
+
+    #[test]
+    fn history_is_written_as_it_is_read() {
+        for text in ["0s", "1ms", "90s", "2m", "61m", "2h", "25h", "7d"] {
+            let ms = parse_duration(text).expect("a duration").as_millis() as u64;
+            assert_eq!(history(ms), text);
+        }
     }
 }

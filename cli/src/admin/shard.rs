@@ -71,7 +71,49 @@ pub async fn run(command: Shard, global: &Global, output: &Output) -> Result<(),
             output.list("ShardList", COLUMNS, &views(&picture))
         }
         Shard::TransferLeader { shard, to } => transfer(shard, to, global, output).await,
+        Shard::Compact { shard } => compact(shard, global, output).await,
     }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct CompactView {
+    shard: u64,
+    node: u64,
+    bytes_before: u64,
+    bytes_after: u64,
+}
+
+const COMPACT_COLUMNS: &[Column<CompactView>] = &[
+    Column::text("SHARD", |done| done.shard.to_string()),
+    Column::text("NODE", |done| format!("n{}", done.node)),
+    Column::number("BEFORE", |done| bytes(done.bytes_before)),
+    Column::number("AFTER", |done| bytes(done.bytes_after)),
+];
+
+/// One replica after the other, the leader's first: the others follow its clock.
+async fn compact(shard: ShardId, global: &Global, output: &Output) -> Result<(), Failure> {
+    let picture = Picture::of(global).await?;
+    let unknown = || Failure::failed(format!("no shard {shard}")).next("coracle shard ls");
+    let known = picture.map.shard(shard).ok_or_else(unknown)?;
+    let leader = health::leader(known, &picture.nodes);
+    let mut nodes: Vec<NodeId> = known.replicas.iter().map(|replica| replica.node).collect();
+    nodes.sort_by_key(|node| (Some(*node) != leader, *node));
+    let (_, client) = client(global).await?;
+    let mut views = Vec::new();
+    for node in nodes {
+        let what = format!("compact shard {shard} on n{node}");
+        let address = picture.map.node(node).map(|node| node.address.as_str());
+        let done = client.admin().compact_shard(address.unwrap_or_default(), shard).await;
+        let done = done.map_err(|error| Failure::call(what, &error))?;
+        views.push(CompactView {
+            shard: shard.0,
+            node: node.0,
+            bytes_before: done.bytes_before,
+            bytes_after: done.bytes_after,
+        });
+    }
+    output.list("CompactionList", COMPACT_COLUMNS, &views)
 }
 
 async fn transfer(

@@ -81,6 +81,9 @@ pub struct Get {
     /// With --consistency bounded: the answer lacks nothing that was acknowledged so long ago: 100ms
     #[arg(long, value_name = "TIME", value_parser = parse_duration, required_if_eq("consistency", "bounded"))]
     pub max_staleness: Option<Duration>,
+    /// The state at this version, not the newest
+    #[arg(long, value_name = "VERSION", conflicts_with = "consistency", value_parser = clap::value_parser!(u64).range(1..))]
+    pub at: Option<u64>,
     /// What was seen.
     #[command(flatten)]
     pub session: SessionFile,
@@ -155,6 +158,9 @@ pub struct Scan {
     /// Without the values
     #[arg(long)]
     pub keys_only: bool,
+    /// The state at this version, not the newest
+    #[arg(long, value_name = "VERSION", value_parser = clap::value_parser!(u64).range(1..))]
+    pub at: Option<u64>,
     /// Where, and how it is written.
     #[command(flatten)]
     pub addressing: Addressing,

@@ -282,3 +282,23 @@ fn handles_and_calls_can_cross_threads() {
     check(|kv| async move { kv.admin().init(Default::default()).await });
     check(|kv| async move { kv.admin().transfer_leader(ShardId(1), None).await });
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_read_at_a_version_says_so_whatever_the_handle_says() {
+    let cluster = Cluster::start(3, 4);
+    let kv = cluster.client().await.with_consistency(coracle_client::Consistency::Any);
+    let _ = kv.get("a").at(Version(7)).await;
+    let _ = kv.multi_get(["a"]).at(Version(8)).await;
+    let seen = cluster.take_seen();
+    let read = |seen: &crate::fake::Seen| match &seen.operation {
+        Wire::Get(get) => get.read.clone(),
+        Wire::BatchGet(get) => get.read.clone(),
+        other => panic!("{other:?}"),
+    };
+    let reads: Vec<_> = seen.iter().map(read).map(|read| read.expect("said")).collect();
+    let versions: Vec<u64> = reads.iter().map(|read| read.at_version).collect();
+    assert_eq!(versions, [7, 8]);
+    assert!(reads.iter().all(|read| read.consistency == 0), "{reads:?}");
+    let error = kv.get("a").at(Version(0)).await.expect_err("there is no version 0");
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+}

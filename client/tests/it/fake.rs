@@ -193,6 +193,7 @@ impl Cluster {
             name: name.to_owned(),
             entity_rule: Some(coracle_proto::entity::EntityRule::Delimiter(b'/').into()),
             history_ms: 0,
+            revision: 0,
         };
         state.map.epoch += 1;
         state.map.keyspaces.push(keyspace.clone());
@@ -459,7 +460,9 @@ impl State {
                     ..Default::default()
                 })
             }
-            Operation::Scan(_) | Operation::FixVersion(_) => panic!("refused before"),
+            Operation::Scan(_) | Operation::FixVersion(_) | Operation::PinVersion(_) => {
+                panic!("refused before")
+            }
             Operation::Write(write) => {
                 let results =
                     write.operations.into_iter().map(|operation| self.step(operation)).collect();
@@ -572,6 +575,7 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
             name: "default".to_owned(),
             entity_rule: Some(coracle_proto::entity::EntityRule::Whole.into()),
             history_ms: 0,
+            revision: 0,
         }],
         server_time_ms: 1_000_000,
     }

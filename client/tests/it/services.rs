@@ -241,6 +241,13 @@ impl ClusterService for Node {
         self.cluster.announce();
         Ok(Response::new(v1::CreateKeyspaceResponse { keyspace: Some(keyspace) }))
     }
+
+    async fn update_keyspace(
+        &self,
+        _: Request<v1::UpdateKeyspaceRequest>,
+    ) -> Result<Response<v1::UpdateKeyspaceResponse>, Status> {
+        Err(Fault::new(Reason::UnknownKeyspace, "settings never change here").to_status())
+    }
 }
 
 #[async_trait]
@@ -286,6 +293,13 @@ impl AdminService for Node {
         }
         self.cluster.elect(to_node);
         Ok(Response::new(v1::TransferLeaderResponse { leader_node: to_node }))
+    }
+
+    async fn compact_shard(
+        &self,
+        _: Request<v1::CompactShardRequest>,
+    ) -> Result<Response<v1::CompactShardResponse>, Status> {
+        Err(Fault::new(Reason::Unsupported, "nothing is on a disk here").to_status())
     }
 
     async fn inject_fault(

@@ -25,6 +25,7 @@ const FUTURE: &str = "no read returns what was not yet written";
 const CONDITION: &str = "a condition is judged against the version right before";
 const SESSION: &str = "a session read is not behind what its client has seen";
 const BOUND: &str = "a bounded read lacks nothing older than its bound";
+const AT: &str = "a read at a version returns the newest write up to it";
 const ABSENT: &str = "an absent key was deleted, or never written";
 
 /// What a history of registers breaks; nothing, if all is well. Violations come by key.
@@ -97,6 +98,14 @@ struct Look<'a> {
 
 impl<'a> Look<'a> {
     fn of(operation: &'a Operation) -> Option<Look<'a>> {
+        if let Action::GetAt { .. } = operation.action {
+            return None;
+        }
+        Look::at_any(operation)
+    }
+
+    /// Also one that shows the state at a version: its place in the log says nothing of that.
+    fn at_any(operation: &'a Operation) -> Option<Look<'a>> {
         let (seen, at, upto) = match &operation.outcome {
             Outcome::Ok(Answer::Read { seen, at }) => (seen, at, at.index),
             Outcome::Ok(Answer::Mismatch { seen, at }) => (seen, at, at.index.saturating_sub(1)),
@@ -150,10 +159,51 @@ impl<'a> Register<'a> {
                 None => self.check_absent(&look),
             }
         }
+        self.check_reads_at_versions();
         self.check_conditions();
         self.check_real_time();
         self.check_bounds();
         self.found
+    }
+
+    /// Once a version was read at, no write gets it or a lower one: whatever is known by the end of the
+    /// history was there.
+    fn check_reads_at_versions(&mut self) {
+        let mut problems = Vec::new();
+        for operation in self.operations {
+            let (Action::GetAt { version }, Some(look)) =
+                (&operation.action, Look::at_any(operation))
+            else {
+                continue;
+            };
+            let upto = self.writes.partition_point(|write| write.version <= Some(*version));
+            let newest = upto.checked_sub(1).map(|at| &self.writes[at]);
+            let by = operation.call;
+            match (look.seen, newest) {
+                (Some(seen), _) if seen.version > *version => {
+                    let why = format!("version {} was read at version {version}", seen.version);
+                    problems.push((why, vec![by]));
+                }
+                (Some(seen), Some(newest)) if newest.version > Some(seen.version) => {
+                    let why = format!(
+                        "version {} was read at version {version}, where {:?} stood",
+                        seen.version, newest.version
+                    );
+                    problems.push((why, vec![newest.operation.call, by]));
+                }
+                (None, Some(newest))
+                    if !newest.is_delete() && !self.may_be_deleted(operation.end) =>
+                {
+                    let why =
+                        format!("absent at version {version}, where {:?} stood", newest.version);
+                    problems.push((why, vec![newest.operation.call, by]));
+                }
+                _ => {}
+            }
+        }
+        for (why, calls) in problems {
+            self.violation(AT, why, &calls);
+        }
     }
 
     fn violation(&mut self, rule: &'static str, why: String, calls: &[u64]) {
@@ -186,7 +236,12 @@ impl<'a> Register<'a> {
             }
         }
         let mut problems = Vec::new();
-        for look in &self.looks {
+        let at_versions = self
+            .operations
+            .iter()
+            .filter(|operation| matches!(operation.action, Action::GetAt { .. }));
+        let at_versions: Vec<Look<'_>> = at_versions.filter_map(Look::at_any).collect();
+        for look in self.looks.iter().chain(&at_versions) {
             // A retry's answer may leave the value out; its version is checked all the same.
             let Some(seen) = look.seen.filter(|seen| !seen.value.is_empty()) else {
                 continue;
@@ -455,6 +510,7 @@ fn value(action: &Action) -> Option<&str> {
         | Action::ReplicaGet
         | Action::SessionGet
         | Action::BoundedGet { .. }
+        | Action::GetAt { .. }
         | Action::Delete
         | Action::DeleteRange => None,
     }

@@ -38,6 +38,12 @@ pub(super) fn load(dice: &mut Dice) -> Load {
     }
 }
 
+/// How long the keyspace's history is, in milliseconds: what it has by itself, or so short that much
+/// of it passes within a run.
+pub(super) fn history_ms(dice: &mut Dice) -> Option<u64> {
+    [None, Some(0), Some(2_000), Some(10_000)][dice.below(4) as usize]
+}
+
 pub(super) fn clients(dice: &mut Dice) -> u32 {
     2 + dice.below(4) as u32
 }

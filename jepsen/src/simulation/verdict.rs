@@ -23,6 +23,9 @@ const AGREEMENT_WITHIN: Duration = Duration::from_secs(30);
 /// Keys that are tried to reach every shard.
 const PROBES_MAX: u64 = 128;
 
+/// The id of the keyspace that the load works on.
+const DEFAULT_KEYSPACE: u32 = 1;
+
 /// Looks at a cluster whose faults have ended; takes down in the run what does not hold.
 pub(super) async fn check(run: &mut Run) {
     if !until(LEADERS_WITHIN, || without_leader(&run.cluster).is_empty()).await {
@@ -33,6 +36,11 @@ pub(super) async fn check(run: &mut Run) {
     run.watch.borrow_mut().look(&run.cluster);
     run.trace.event(format_args!("every group has a leader"));
     serve(run).await;
+    let revision = u64::from(run.history_ms.is_some());
+    if !until(AGREEMENT_WITHIN, || without_settings(&run.cluster, revision).is_empty()).await {
+        let lacking = without_settings(&run.cluster, revision).join("; ");
+        run.violations.push(format!("every replica has its keyspaces' settings: {lacking}"));
+    }
     run.violations.extend(replicas_agree::check(&run.cluster, AGREEMENT_WITHIN).await);
     for at in 0..run.cluster.len() {
         if let Some(why) = run.cluster.why_stopped(at) {
@@ -70,6 +78,21 @@ fn without_leader(cluster: &Cluster) -> Vec<String> {
         if leading[&shard] != 1 || known.len() != 1 || known.contains(&None) {
             let leading = leading[&shard];
             lacking.push(format!("shard {shard}: {leading} lead, known leaders are {known:?}"));
+        }
+    }
+    lacking
+}
+
+/// Replicas that do not have the settings of the keyspace: of this revision.
+fn without_settings(cluster: &Cluster, revision: u64) -> Vec<String> {
+    let mut lacking = Vec::new();
+    for at in 0..cluster.len() {
+        let host = cluster.node(at).and_then(|node| node.host());
+        for group in host.iter().flat_map(|host| host.groups()) {
+            let (shard, has) = (group.shard().0, group.settings_revision(DEFAULT_KEYSPACE));
+            if shard != 0 && has != revision {
+                lacking.push(format!("shard {shard} on n{} has revision {has}", at + 1));
+            }
         }
     }
     lacking
@@ -135,7 +158,10 @@ fn lost(history: &History) -> Vec<String> {
     }
     let mut read: BTreeMap<&str, Option<u64>> = BTreeMap::new();
     for event in &history.events {
-        if let (Kind::Ok, Some(Answer::Read { seen, .. })) = (event.kind, &event.answer) {
+        let past = matches!(event.action, Action::GetAt { .. });
+        if let (Kind::Ok, Some(Answer::Read { seen, .. }), false) =
+            (event.kind, &event.answer, past)
+        {
             read.insert(&event.key, seen.as_ref().map(|seen| seen.version));
         }
     }

@@ -42,7 +42,12 @@ pub struct Worker {
     written: u64,
     /// The version at which it last saw each key.
     versions: BTreeMap<String, u64>,
+    /// Versions that it saw, of any key, up to [`PAST_MAX`] of them.
+    past: Vec<u64>,
 }
+
+/// Versions that a client remembers to read at: enough to reach far behind every history.
+const PAST_MAX: usize = 500;
 
 impl Worker {
     /// A client that has done nothing yet.
@@ -54,8 +59,8 @@ impl Worker {
         dice: Dice,
         load: Load,
     ) -> Worker {
-        let (written, versions) = (0, BTreeMap::new());
-        Worker { number, client, recorder, trace, dice, load, written, versions }
+        let (written, versions, past) = (0, BTreeMap::new(), Vec::new());
+        Worker { number, client, recorder, trace, dice, load, written, versions, past }
     }
 
     /// One operation after the other, until told to stop.
@@ -84,14 +89,21 @@ impl Worker {
     }
 
     fn draw_action(&mut self, key: &str) -> Action {
-        match self.dice.below(24) {
+        match self.dice.below(26) {
             0..=3 => Action::Get,
             4..=6 => Action::ReplicaGet,
             7..=8 => Action::SessionGet,
             9..=10 => Action::BoundedGet { ms: BOUNDS_MS[self.dice.below(4) as usize] },
-            11..=16 => Action::Put { value: self.fresh_value() },
-            17..=18 => Action::PutIfAbsent { value: self.fresh_value() },
-            19..=21 => match self.versions.get(key).copied() {
+            11..=12 => match self.past.len() as u64 {
+                0 => Action::Get,
+                // Its own, or the last that a neighbour's may have: right before it.
+                seen => Action::GetAt {
+                    version: self.past[self.dice.below(seen) as usize] - self.dice.below(2),
+                },
+            },
+            13..=18 => Action::Put { value: self.fresh_value() },
+            19..=20 => Action::PutIfAbsent { value: self.fresh_value() },
+            21..=23 => match self.versions.get(key).copied() {
                 Some(version) => Action::PutIfVersion { value: self.fresh_value(), version },
                 None => Action::Get,
             },
@@ -118,7 +130,7 @@ impl Worker {
         let number = self.number;
         match answer {
             Ok(answer) => {
-                self.remember(key, &answer);
+                self.remember(key, &action, &answer);
                 let told = brief(&answer);
                 self.trace.event(format_args!("c{number} #{call} {} {key}: {told}", verb(&action)));
                 self.recorder.ok(now, call, answer);
@@ -162,6 +174,10 @@ impl Worker {
                 self.trace.event(format_args!("{} by {who}: {staleness:?}", verb(action)));
                 Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
             }
+            Action::GetAt { version } => {
+                let read = self.client.get(key).at(Version(*version)).read().await?;
+                Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
+            }
             Action::Put { value } => {
                 let written = self.client.put(key, value.clone()).await?;
                 Answer::Written { version: written.version.0, at: position(&written.served) }
@@ -186,13 +202,22 @@ impl Worker {
         })
     }
 
-    fn remember(&mut self, key: &str, answer: &Answer) {
+    fn remember(&mut self, key: &str, action: &Action, answer: &Answer) {
+        if let Action::GetAt { .. } = action {
+            return;
+        }
         let version = match answer {
             Answer::Written { version, .. } => Some(*version),
             Answer::Read { seen, .. } | Answer::Mismatch { seen, .. } => {
                 seen.as_ref().map(|seen| seen.version)
             }
         };
+        if let Some(version) = version {
+            match self.past.len() {
+                PAST_MAX => self.past[self.dice.below(PAST_MAX as u64) as usize] = version,
+                _ => self.past.push(version),
+            }
+        }
         match version {
             Some(version) => self.versions.insert(key.to_owned(), version),
             None => self.versions.remove(key),
@@ -211,6 +236,7 @@ fn verb(action: &Action) -> &'static str {
         Action::ReplicaGet => "replica-get",
         Action::SessionGet => "session-get",
         Action::BoundedGet { .. } => "bounded-get",
+        Action::GetAt { .. } => "get-at",
         Action::Put { .. } => "put",
         Action::PutIfAbsent { .. } => "put-if-absent",
         Action::PutIfVersion { .. } => "put-if-version",

@@ -451,3 +451,39 @@ fn a_replicas_linearizable_read_is_judged_as_one() {
     script.end(call, read(Some(("a", 10)), 1));
     script.expect("had completed when it began");
 }
+
+#[test]
+fn read_at_a_version_that_returns_another_than_the_newest_up_to_it() {
+    let script = |at: u64, seen: Option<(&str, u64)>| {
+        let script = Script::default();
+        script.put("a", 10, 1);
+        script.put("b", 20, 2);
+        script.delete(30, 3);
+        script.put("c", 40, 4);
+        let call = script.begin(Action::GetAt { version: at });
+        script.end(call, read(seen, 4));
+        script
+    };
+    for (at, seen) in [(10, Some(("a", 10))), (19, Some(("a", 10))), (9, None), (35, None)] {
+        script(at, seen).expect_none();
+    }
+    for (at, seen) in [
+        (20, Some(("a", 10))),
+        (15, None),
+        (15, Some(("b", 20))),
+        (35, Some(("b", 20))),
+        (40, None),
+    ] {
+        script(at, seen).expect("a read at a version");
+    }
+}
+
+#[test]
+fn write_that_appears_below_a_version_that_was_read_at() {
+    let script = Script::default();
+    script.put("a", 10, 1);
+    let call = script.begin(Action::GetAt { version: 15 });
+    script.end(call, read(Some(("a", 10)), 1));
+    script.put("b", 14, 2);
+    script.expect("a read at a version");
+}

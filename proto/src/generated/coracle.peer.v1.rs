@@ -130,7 +130,7 @@ pub struct ClusterCommand {
     /// Matches answer to question.
     #[prost(uint64, tag = "1")]
     pub call: u64,
-    #[prost(oneof = "cluster_command::Kind", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "cluster_command::Kind", tags = "2, 3, 4, 5, 6, 7, 8, 9, 13")]
     pub kind: ::core::option::Option<cluster_command::Kind>,
 }
 /// Nested message and enum types in `ClusterCommand`.
@@ -161,6 +161,9 @@ pub mod cluster_command {
         /// Whether anybody is there. The answer is always done.
         #[prost(message, tag = "9")]
         Probe(super::Probe),
+        /// A coracle.v1.UpdateKeyspaceRequest, for the meta group's leader.
+        #[prost(bytes, tag = "13")]
+        UpdateKeyspace(::prost::bytes::Bytes),
     }
 }
 /// Asks for nothing.
@@ -211,7 +214,8 @@ pub struct CommandDone {
     /// A reason of the closed list, where the error has one.
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
-    /// The answer's body: of a join an Adopt, of create_keyspace a coracle.v1.Keyspace.
+    /// The answer's body: of a join an Adopt, of create_keyspace and update_keyspace a
+    /// coracle.v1.Keyspace.
     #[prost(bytes = "bytes", tag = "3")]
     pub body: ::prost::bytes::Bytes,
     /// The node to ask instead; 0 means none known.

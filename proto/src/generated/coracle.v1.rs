@@ -487,7 +487,7 @@ pub struct PipelineRequest {
     /// Milliseconds that the operation may take; 0 means the server's maximum.
     #[prost(uint64, tag = "2")]
     pub timeout_ms: u64,
-    #[prost(oneof = "pipeline_request::Operation", tags = "3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "pipeline_request::Operation", tags = "3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub operation: ::core::option::Option<pipeline_request::Operation>,
 }
 /// Nested message and enum types in `PipelineRequest`.
@@ -521,6 +521,9 @@ pub mod pipeline_request {
         /// with the next step.
         #[prost(message, tag = "10")]
         DeleteRange(super::DeleteRangeRequest),
+        /// See PinVersionRequest.
+        #[prost(message, tag = "11")]
+        PinVersion(super::PinVersionRequest),
     }
 }
 /// Fixes a version at which one shard can be read: no later write of it gets this version or a lower
@@ -553,13 +556,44 @@ pub struct FixVersionResponse {
     #[prost(uint64, tag = "5")]
     pub epoch: u64,
 }
+/// Keeps a version of a keyspace readable on one shard beyond the keyspace's history: what a long scan
+/// asks of each of its shards, and asks again while it goes on. Pins of one version are one pin, which
+/// holds until the latest time that anybody asked for.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PinVersionRequest {
+    /// The shard.
+    #[prost(message, optional, tag = "1")]
+    pub route: ::core::option::Option<Route>,
+    /// The keyspace; empty means default.
+    #[prost(string, tag = "2")]
+    pub keyspace: ::prost::alloc::string::String,
+    /// The version: it and every later one stay readable.
+    #[prost(uint64, tag = "3")]
+    pub version: u64,
+    /// Until then, in milliseconds since 1970; at most ten minutes beyond the version's time, and from now.
+    #[prost(uint64, tag = "4")]
+    pub until_ms: u64,
+}
+/// See PinVersionRequest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PinVersionResponse {
+    /// Until when the version is held: as asked for, or longer.
+    #[prost(uint64, tag = "1")]
+    pub until_ms: u64,
+    /// Who holds it.
+    #[prost(message, optional, tag = "2")]
+    pub served: ::core::option::Option<Served>,
+}
 /// One answer on a pipeline.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PipelineResponse {
     /// Of the operation.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "pipeline_response::Result", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(
+        oneof = "pipeline_response::Result",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+    )]
     pub result: ::core::option::Option<pipeline_response::Result>,
 }
 /// Nested message and enum types in `PipelineResponse`.
@@ -593,6 +627,9 @@ pub mod pipeline_response {
         /// See PipelineRequest.
         #[prost(message, tag = "10")]
         DeleteRange(super::DeleteRangeResponse),
+        /// See PinVersionRequest.
+        #[prost(message, tag = "11")]
+        PinVersion(super::PinVersionResponse),
     }
 }
 /// A failed operation of a pipeline: what a gRPC status with ErrorInfo would say.
@@ -1538,6 +1575,9 @@ pub struct Keyspace {
     /// How long old versions stay readable, in milliseconds.
     #[prost(uint64, tag = "4")]
     pub history_ms: u64,
+    /// Counts the changes of the settings: the higher one is newer. 0: the defaults.
+    #[prost(uint64, tag = "5")]
+    pub revision: u64,
 }
 /// One replica of a shard.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1690,6 +1730,30 @@ pub struct CreateKeyspaceRequest {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateKeyspaceResponse {
     /// As created.
+    #[prost(message, optional, tag = "1")]
+    pub keyspace: ::core::option::Option<Keyspace>,
+}
+/// See ClusterService.UpdateKeyspace. What is not said stays.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateKeyspaceRequest {
+    /// Which one.
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// How long old versions shall stay readable, in milliseconds; 0 is allowed and said by
+    /// has_history. A longer one begins to count now: what is gone stays gone.
+    #[prost(uint64, tag = "2")]
+    pub history_ms: u64,
+    /// True when history_ms is meant as it stands.
+    #[prost(bool, tag = "3")]
+    pub has_history: bool,
+    /// Only checks.
+    #[prost(bool, tag = "4")]
+    pub validate_only: bool,
+}
+/// See ClusterService.UpdateKeyspace.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UpdateKeyspaceResponse {
+    /// As it is now, or with validate_only would be.
     #[prost(message, optional, tag = "1")]
     pub keyspace: ::core::option::Option<Keyspace>,
 }
@@ -1964,6 +2028,31 @@ pub mod cluster_service_client {
                 .insert(GrpcMethod::new("coracle.v1.ClusterService", "CreateKeyspace"));
             self.inner.unary(req, path, codec).await
         }
+        /// Changes a keyspace's settings; done already is no error.
+        pub async fn update_keyspace(
+            &mut self,
+            request: impl tonic::IntoRequest<super::UpdateKeyspaceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UpdateKeyspaceResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.ClusterService/UpdateKeyspace",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.ClusterService", "UpdateKeyspace"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -2009,6 +2098,14 @@ pub mod cluster_service_server {
             request: tonic::Request<super::CreateKeyspaceRequest>,
         ) -> std::result::Result<
             tonic::Response<super::CreateKeyspaceResponse>,
+            tonic::Status,
+        >;
+        /// Changes a keyspace's settings; done already is no error.
+        async fn update_keyspace(
+            &self,
+            request: tonic::Request<super::UpdateKeyspaceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::UpdateKeyspaceResponse>,
             tonic::Status,
         >;
     }
@@ -2271,6 +2368,52 @@ pub mod cluster_service_server {
                     };
                     Box::pin(fut)
                 }
+                "/coracle.v1.ClusterService/UpdateKeyspace" => {
+                    #[allow(non_camel_case_types)]
+                    struct UpdateKeyspaceSvc<T: ClusterService>(pub Arc<T>);
+                    impl<
+                        T: ClusterService,
+                    > tonic::server::UnaryService<super::UpdateKeyspaceRequest>
+                    for UpdateKeyspaceSvc<T> {
+                        type Response = super::UpdateKeyspaceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::UpdateKeyspaceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ClusterService>::update_keyspace(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = UpdateKeyspaceSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
                 _ => {
                     Box::pin(async move {
                         let mut response = http::Response::new(
@@ -2457,6 +2600,23 @@ pub struct InjectFaultRequest {
 /// See AdminService.InjectFault.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct InjectFaultResponse {}
+/// See AdminService.CompactShard.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompactShardRequest {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+}
+/// See AdminService.CompactShard.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CompactShardResponse {
+    /// What its state took before, in bytes.
+    #[prost(uint64, tag = "1")]
+    pub bytes_before: u64,
+    /// What it takes now.
+    #[prost(uint64, tag = "2")]
+    pub bytes_after: u64,
+}
 /// Generated client implementations.
 pub mod admin_service_client {
     #![allow(
@@ -2621,6 +2781,32 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("coracle.v1.AdminService", "TransferLeader"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes the state of a shard's replica on this node durable, and rewrites it without what nobody can
+        /// read any more. Takes as long as reading and writing all of it does; one at a time on a node.
+        pub async fn compact_shard(
+            &mut self,
+            request: impl tonic::IntoRequest<super::CompactShardRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CompactShardResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/CompactShard",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "CompactShard"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Cuts this node off from peers, for fault tests and the demo; refused unless the server was
         /// started with fault injection.
         pub async fn inject_fault(
@@ -2681,6 +2867,15 @@ pub mod admin_service_server {
             request: tonic::Request<super::TransferLeaderRequest>,
         ) -> std::result::Result<
             tonic::Response<super::TransferLeaderResponse>,
+            tonic::Status,
+        >;
+        /// Makes the state of a shard's replica on this node durable, and rewrites it without what nobody can
+        /// read any more. Takes as long as reading and writing all of it does; one at a time on a node.
+        async fn compact_shard(
+            &self,
+            request: tonic::Request<super::CompactShardRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::CompactShardResponse>,
             tonic::Status,
         >;
         /// Cuts this node off from peers, for fault tests and the demo; refused unless the server was
@@ -2888,6 +3083,51 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = TransferLeaderSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/CompactShard" => {
+                    #[allow(non_camel_case_types)]
+                    struct CompactShardSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::CompactShardRequest>
+                    for CompactShardSvc<T> {
+                        type Response = super::CompactShardResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::CompactShardRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::compact_shard(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = CompactShardSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

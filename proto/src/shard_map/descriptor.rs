@@ -109,6 +109,8 @@ pub struct Keyspace {
     pub rule: EntityRule,
     /// How long old versions stay readable, in milliseconds.
     pub history_ms: u64,
+    /// Counts the changes of the settings; 0: the defaults.
+    pub revision: u64,
 }
 
 /// One server process as the map knows it. An address may be empty where none is known.
@@ -301,7 +303,7 @@ impl Keyspace {
         }
         let rule = keyspace.entity_rule.as_ref().ok_or(EntityRuleError::Unknown)?;
         let (rule, name) = (EntityRule::try_from(rule)?, keyspace.name.clone());
-        Ok(Keyspace { id, name, rule, history_ms: keyspace.history_ms })
+        Ok(Keyspace { id, name, rule, history_ms: keyspace.history_ms, revision: keyspace.revision })
     }
 
     /// As it travels.
@@ -311,6 +313,7 @@ impl Keyspace {
             name: self.name.clone(),
             entity_rule: Some(self.rule.into()),
             history_ms: self.history_ms,
+            revision: self.revision,
         }
     }
 }

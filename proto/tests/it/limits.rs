@@ -282,6 +282,7 @@ fn the_largest_map_fits_into_a_message() {
         name: "k".repeat(KEYSPACE_NAME_MAX),
         entity_rule: Some(coracle_proto::entity::EntityRule::Prefix(4096).into()),
         history_ms: MOST,
+        revision: MOST,
     };
     let map = v1::ShardMap {
         cluster_id: "c".repeat(64),

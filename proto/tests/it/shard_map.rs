@@ -25,7 +25,7 @@ fn shard(id: u64, start: u64, end: u64) -> v1::Shard {
 
 fn keyspace(id: u32, name: &str, rule: EntityRule) -> v1::Keyspace {
     let (name, entity_rule) = (name.to_owned(), Some(rule.into()));
-    v1::Keyspace { id, name, entity_rule, history_ms: 60_000 }
+    v1::Keyspace { id, name, entity_rule, history_ms: 60_000, revision: 2 }
 }
 
 fn map(shards: u32) -> v1::ShardMap {

@@ -7,6 +7,7 @@ use coracle_storage::state::{MetaName, Overlay};
 use crate::apply::ApplyError;
 use crate::dedup::Dedup;
 use crate::descriptor::Descriptor;
+use crate::history::{History, Keyspaces, Pins};
 use crate::wire::{Malformed, Reader};
 
 const FORMAT_VERSION: u8 = 1;
@@ -15,7 +16,7 @@ const FORMAT_VERSION: u8 = 1;
 /// into every batch before it is written; after an error it must be thrown away together with the
 /// batch.
 ///
-/// Invariants: clock, ceiling, threshold, floor and epoch never fall; `clock ≤ ceiling`.
+/// Invariants: clock, ceiling, thresholds, floor and epoch never fall; `clock ≤ ceiling`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GroupState {
     /// The group clock: no version that was given, and no stamp of an entry with requests, is
@@ -23,8 +24,8 @@ pub struct GroupState {
     pub clock: u64,
     /// The highest version that any leader may have served: the next leader stamps above it.
     pub ceiling: u64,
-    /// Versions that were superseded below it may be gone; reads below it are refused.
-    pub history_threshold: u64,
+    /// Below which version of a keyspace what was superseded may be gone, and reads are refused.
+    pub history: History,
     /// What the group holds; `None` until the first `Describe`, and then it serves nothing.
     pub descriptor: Option<Descriptor>,
     /// The memory of request ids.
@@ -42,26 +43,29 @@ impl GroupState {
         };
         let clock = number(MetaName::CLOCK, "clock")?.unwrap_or_default();
         let ceiling = number(MetaName::CEILING, "ceiling")?.unwrap_or_default();
-        let history_threshold = number(MetaName::HISTORY, "history")?.unwrap_or_default();
+        let keyspaces = record_of(overlay, MetaName::KEYSPACES, "keyspaces", Keyspaces::get)?;
+        let pins = record_of(overlay, MetaName::PINS, "pins", Pins::get)?;
+        let (keyspaces, pins) = (keyspaces.unwrap_or_default(), pins.unwrap_or_default());
+        let history = History::load(clock, keyspaces, pins);
         let descriptor = record_of(overlay, MetaName::DESCRIPTOR, "descriptor", Descriptor::get)?;
         let dedup = record_of(overlay, MetaName::FLOOR, "floor", Dedup::get)?.unwrap_or_default();
-        Ok(GroupState { clock, ceiling, history_threshold, descriptor, dedup })
+        Ok(GroupState { clock, ceiling, history, descriptor, dedup })
     }
 
     /// Writes the state into the batch. Once per batch, after its last entry and before it is
     /// written.
-    pub fn store(&self, overlay: &mut Overlay) {
+    pub fn store(&mut self, overlay: &mut Overlay) {
         assert!(self.clock <= self.ceiling, "every version that is used is at most the ceiling");
-        let numbers = [
-            (MetaName::CLOCK, self.clock),
-            (MetaName::CEILING, self.ceiling),
-            (MetaName::HISTORY, self.history_threshold),
-        ];
+        let numbers = [(MetaName::CLOCK, self.clock), (MetaName::CEILING, self.ceiling)];
         for (name, number) in numbers {
             let mut out = BytesMut::with_capacity(9);
             out.put_u8(FORMAT_VERSION);
             out.put_u64(number);
             overlay.put_meta(name, out.freeze());
+        }
+        if let Some((keyspaces, pins)) = self.history.take_changed() {
+            overlay.put_meta(MetaName::KEYSPACES, keyspaces.freeze());
+            overlay.put_meta(MetaName::PINS, pins.freeze());
         }
         let mut out = BytesMut::new();
         self.dedup.put(&mut out);

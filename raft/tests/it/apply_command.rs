@@ -7,6 +7,7 @@ use coracle_raft::command::{
     Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
+use coracle_raft::history::{Pin, Settings};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -96,6 +97,19 @@ fn golden_bytes_of_every_command() {
         "010300000000000000010000000000000002".to_string()
             + "0100000000000000030000000000000001"
             + "0100000000000000040000000000000000"
+    );
+    let settings = Settings { keyspace: 7, history_ms: 0x0102, revision: 3 };
+    assert_eq!(
+        hex(&stamped(Command::Settings(vec![settings])).encode()),
+        "010400000000000000010000000000000002".to_string()
+            + "00000001"
+            + "0000000700000000000001020000000000000003"
+    );
+    let pin = Pin { keyspace: 7, version: 0x0A_0001, until_ms: 0x0B };
+    assert_eq!(
+        hex(&stamped(Command::Pin(pin)).encode()),
+        "010500000000000000010000000000000002".to_string()
+            + "0000000700000000000a0001000000000000000b"
     );
 }
 
@@ -225,6 +239,14 @@ fn entries() -> impl Strategy<Value = Stamped> {
             let arc = (!meta).then_some((epoch / 2, epoch));
             Command::Describe(Descriptor { shard, arc, epoch })
         }),
+        1 => vec(any::<(u32, u64, u64)>(), 0..4).prop_map(|all| Command::Settings(
+            all.into_iter()
+                .map(|(keyspace, history_ms, revision)| Settings { keyspace, history_ms, revision })
+                .collect(),
+        )),
+        1 => any::<(u32, u64, u64)>().prop_map(|(keyspace, version, until_ms)| {
+            Command::Pin(Pin { keyspace, version, until_ms })
+        }),
     ];
     (any::<u64>(), any::<u64>(), command).prop_map(|(stamp, ceiling, command)| Stamped {
         stamp,
@@ -237,7 +259,7 @@ proptest! {
     #[test]
     fn what_was_encoded_comes_back_and_its_length_was_foretold(entry in entries()) {
         let bytes = entry.encode();
-        if let Command::Requests(_) = &entry.command {
+        if let Command::Requests(_) | Command::Settings(_) = &entry.command {
             prop_assert_eq!(bytes.len(), entry.command.size());
         }
         prop_assert!(bytes.len() <= entry.command.size());

@@ -304,12 +304,11 @@ fn golden_bytes_of_the_records() {
         .map(|(key, value)| format!("{} = {}", hex(key), hex(value)))
         .collect();
     let golden = [
-        // Clock, ceiling, floor with the counters, descriptor, history.
+        // Clock, ceiling, floor with the counters, descriptor.
         "0104 = 010000000100000000",
         "0105 = 010000000100fa0000",
         "0106 = 0100000000000000000000000000000001000000000000009200000000000000010000000000010000",
         "0107 = 01000000000000000100000000000000010100000000000000000000000000000000",
-        "0108 = 010000000015a00000",
         // Result, its age, its client's mark in the age index, the mark.
         "0200000000000000c100000000000000090000000000010000 = \
          0100000000000000010000000000000002000000010000000001\

@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use coracle_raft::apply::{Outcome, Reply};
 use coracle_raft::dedup::Dedup;
-use coracle_storage::state::Key;
+use coracle_raft::history::Pinned;
+use coracle_storage::state::{Key, Kind};
 use proptest::prelude::*;
 
 use crate::apply_history::{Writer, steps};
-use crate::apply_model::{BOUNDS, Model, mark, number};
+use crate::apply_model::{BOUNDS, Cell, KEYSPACES, Model, mark, number};
 use crate::apply_store::{Entry, Raw, Store};
 
 /// What must hold of the records after every batch.
@@ -19,11 +20,11 @@ fn check_records(store: &Store, model: &Model, floor_before: u64) -> u64 {
     let raw = store.raw();
     let state = store.state();
     let dedup = &state.dedup;
-    let threshold = state.history_threshold;
-    assert_eq!(
-        (state.clock, state.ceiling, threshold),
-        (model.clock, model.ceiling, model.history_threshold)
-    );
+    assert_eq!((state.clock, state.ceiling), (model.clock, model.ceiling));
+    for (keyspace, threshold) in &model.thresholds {
+        let found = state.history.threshold(*keyspace);
+        assert_eq!(found, *threshold, "the threshold of keyspace {keyspace}");
+    }
     assert!(dedup.floor_ms >= floor_before, "the floor never falls");
 
     // What makes it exactly once: no judged id is ever new again.
@@ -173,6 +174,61 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// What compaction drops by the thresholds that were flushed, nobody who may ask misses: not a
+    /// reader at the threshold or above, and not a condition, a retry, a replay after a crash.
+    #[test]
+    fn compaction_changes_no_reply_and_no_read(
+        steps in prop::collection::vec(steps(), 1..120),
+        (flushed, crash) in any::<[prop::sample::Index; 2]>().prop_map(<(_, _)>::from),
+    ) {
+        let log = Writer::log(&steps);
+        let flushed = flushed.index(log.len());
+        let crash = flushed + crash.index(log.len() - flushed);
+        let apply = |store: &mut Store, entry: &Entry| {
+            store.apply(std::slice::from_ref(entry)).expect("a sound entry")
+        };
+        let mut plain = Store::new(BOUNDS);
+        let mut model = Model::default();
+        let mut replies = Vec::new();
+        for entry in &log {
+            let before = plain.raw();
+            replies.push(apply(&mut plain, entry));
+            model.follow(entry, replies.last().expect("just pushed"), &before);
+        }
+
+        let mut compacted = Store::new(BOUNDS);
+        for (entry, wanted) in log[..crash].iter().zip(&replies) {
+            prop_assert_eq!(&apply(&mut compacted, entry), wanted);
+            if entry.1 as usize == flushed {
+                compacted.flush_and_compact(KEYSPACES);
+            }
+        }
+        let mut compacted = compacted.crash_to(flushed);
+        for (entry, wanted) in log[flushed..].iter().zip(&replies[flushed..]) {
+            prop_assert_eq!(&apply(&mut compacted, entry), wanted, "in a replay");
+        }
+        compacted.flush_and_compact(KEYSPACES);
+        let threshold = compacted.state().history.threshold(1);
+        let versions = model.judged.values().map(|judged| judged.version);
+        let versions = versions.flat_map(|version| [version - 1, version]).chain([threshold]);
+        for version in versions.filter(|version| *version >= threshold) {
+            for key in model.cells.keys() {
+                let read = |store: &Store| store.read(1, key, version);
+                prop_assert_eq!(read(&compacted), read(&plain), "{:?} at {}", key, version);
+            }
+        }
+        // And it does drop: of no key is more left than the threshold allows.
+        let below = |cell: &Cell| cell.version <= threshold;
+        let kept = model.cells.values().map(|cells| {
+            cells.len() - cells.iter().filter(|cell| below(cell)).count().saturating_sub(1)
+        });
+        prop_assert!(compacted.count(Kind::Data) <= kept.sum::<usize>());
+    }
+}
+
 /// The histories must come to what they are meant to test.
 #[test]
 fn histories_meet_every_outcome() {
@@ -199,6 +255,10 @@ fn histories_meet_every_outcome() {
                     (Outcome::RangeDeleted { deleted: 0, .. }, _) => "nothing in the range",
                     (Outcome::RangeDeleted { .. }, _) => "range deleted",
                     (Outcome::RangeTooLarge { .. }, _) => "range too large",
+                    (Outcome::Pinned(Pinned::Held { .. }), _) => "pinned",
+                    (Outcome::Pinned(Pinned::Gone { .. }), _) => "pinned too late",
+                    (Outcome::Pinned(Pinned::OutOfRange), _) => "pinned out of range",
+                    (Outcome::Pinned(Pinned::Full), _) => "pinned beyond the bound",
                 };
                 *met.entry(name).or_default() += 1;
             }

@@ -10,6 +10,7 @@ use coracle_raft::command::{
     Change, Command, Condition, DeleteRange, Operation, Owned, Request, RequestId, Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
+use coracle_raft::history::{Pin, Settings};
 use proptest::prelude::*;
 
 use crate::apply_store::{Entry, Logged};
@@ -47,6 +48,13 @@ pub(crate) enum Step {
     Advance,
     Membership,
     Describe,
+    Settings(Vec<Settings>),
+    /// Of a version so long ago, for so long from now.
+    Pin {
+        keyspace: u32,
+        ago_ms: i64,
+        for_ms: i64,
+    },
 }
 
 #[derive(Copy, Clone, Debug)]
@@ -56,6 +64,31 @@ pub(crate) enum Route {
     OldEpoch,
     OutsideArc,
     System,
+}
+
+fn settings() -> impl Strategy<Value = Settings> {
+    let history = prop_oneof![
+        2 => Just(0),
+        2 => 1..10_000u64,
+        1 => Just(60_000),
+        2 => 60_000..1_000_000u64,
+        1 => Just(u64::MAX),
+    ];
+    (1..3u32, history, 0..6u64).prop_map(|(keyspace, history_ms, revision)| Settings {
+        keyspace,
+        history_ms,
+        revision,
+    })
+}
+
+fn pin() -> impl Strategy<Value = Step> {
+    let ago = prop_oneof![-600..2_000i64, 0..70_000i64, 500_000..700_000i64];
+    let long = prop_oneof![-100..100i64, 0..100_000i64, 590_000..610_000i64];
+    (1..4u32, ago, long).prop_map(|(keyspace, ago_ms, for_ms)| Step::Pin {
+        keyspace,
+        ago_ms,
+        for_ms,
+    })
 }
 
 fn operations() -> impl Strategy<Value = Operation> {
@@ -129,6 +162,8 @@ pub(crate) fn steps() -> impl Strategy<Value = Step> {
         1 => Just(Step::Advance),
         1 => Just(Step::Membership),
         1 => Just(Step::Describe),
+        2 => prop::collection::vec(settings(), 0..3).prop_map(Step::Settings),
+        3 => pin(),
     ]
 }
 
@@ -198,6 +233,16 @@ impl Writer {
             Step::Describe => {
                 self.cut();
                 self.push(Command::Describe(Descriptor { shard: 9, arc: None, epoch: 77 }));
+            }
+            Step::Settings(settings) => {
+                self.cut();
+                self.push(Command::Settings(settings.clone()));
+            }
+            Step::Pin { keyspace, ago_ms, for_ms } => {
+                self.cut();
+                let version = self.now_ms.saturating_add_signed(-ago_ms) << 16;
+                let until_ms = self.now_ms.saturating_add_signed(*for_ms);
+                self.push(Command::Pin(Pin { keyspace: *keyspace, version, until_ms }));
             }
         }
     }

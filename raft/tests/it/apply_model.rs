@@ -10,6 +10,7 @@ use coracle_raft::apply::{Current, OperationResult, Outcome, Reply};
 use coracle_raft::command::{Change, Command, Condition, DeleteRange, Request, Stamped};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
+use coracle_raft::history::{Pin, Pinned, Settings};
 use coracle_storage::state::Key;
 
 use crate::apply_history::ARC;
@@ -17,6 +18,9 @@ use crate::apply_store::{Entry, Logged, Raw};
 
 /// Small enough that every history meets them.
 pub(crate) const BOUNDS: Bounds = Bounds { results: 12, result_bytes: 3_000, marks: 3 };
+/// Those that the histories name, and one more.
+pub(crate) const KEYSPACES: std::ops::Range<u32> = 0..5;
+
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Cell {
     pub(crate) version: u64,
@@ -48,8 +52,12 @@ enum Verdict {
 pub(crate) struct Model {
     pub(crate) clock: u64,
     pub(crate) ceiling: u64,
-    /// Moves at the end of an entry.
-    pub(crate) history_threshold: u64,
+    /// By keyspace; it moves at the end of an entry, and never back.
+    pub(crate) thresholds: BTreeMap<u32, u64>,
+    /// By keyspace: revision, history in milliseconds.
+    settings: BTreeMap<u32, (u64, u64)>,
+    /// Every pin that was ever taken: keyspace, version, until.
+    pins: Vec<(u32, u64, u64)>,
     epoch: u64,
     pub(crate) cells: BTreeMap<Bytes, Vec<Cell>>,
     /// Everything that was ever judged; a duplicate of anything else is a lie.
@@ -80,10 +88,56 @@ impl Model {
             // Only the first one counts.
             Command::Describe(descriptor) if self.epoch == 0 => self.epoch = descriptor.epoch,
             Command::Describe(_) => assert!(replies.is_empty()),
+            Command::Settings(settings) => {
+                assert!(replies.is_empty());
+                for Settings { keyspace, history_ms, revision } in settings {
+                    let known = self.settings.entry(keyspace).or_insert((0, 60_000));
+                    if revision > known.0 {
+                        *known = (revision, history_ms);
+                    }
+                    // One after the other, as if each were an entry without a stamp.
+                    self.end_entry();
+                }
+                self.clock = self.clock.max(stamped.stamp);
+            }
+            Command::Pin(pin) => {
+                self.clock = self.clock.max(stamped.stamp);
+                let outcome = Outcome::Pinned(self.pin(&pin));
+                let [reply] = replies else { panic!("one reply to a pin") };
+                let wanted = Reply { outcome, term: *term, index: *index, duplicate: false };
+                assert_eq!(*reply, wanted, "{pin:?}");
+            }
         }
         self.ceiling = self.ceiling.max(stamped.ceiling).max(self.clock);
-        let reach_ms = (self.clock >> 16).saturating_sub(60_000);
-        self.history_threshold = self.history_threshold.max(reach_ms << 16);
+        self.end_entry();
+    }
+
+    fn end_entry(&mut self) {
+        for keyspace in KEYSPACES {
+            let asked_ms = self.settings.get(&keyspace).map_or(60_000, |(_, history)| *history);
+            let reach_ms = (self.clock >> 16).saturating_sub(asked_ms.max(5_000));
+            let held = self
+                .pins
+                .iter()
+                .filter(|(of, _, until_ms)| *of == keyspace && *until_ms > self.clock >> 16);
+            let wanted = held.map(|(_, version, _)| *version).fold(reach_ms << 16, u64::min);
+            let threshold = self.thresholds.entry(keyspace).or_default();
+            *threshold = wanted.max(*threshold);
+        }
+    }
+
+    fn pin(&mut self, pin: &Pin) -> Pinned {
+        let (now_ms, oldest) = (self.clock >> 16, self.thresholds[&pin.keyspace]);
+        if pin.version < oldest {
+            return Pinned::Gone { oldest };
+        }
+        let too_far = |from_ms: u64| pin.until_ms > from_ms + 600_000;
+        if pin.until_ms <= now_ms || too_far(now_ms) || too_far(pin.version >> 16) {
+            return Pinned::OutOfRange;
+        }
+        self.pins.push((pin.keyspace, pin.version, pin.until_ms));
+        let same = self.pins.iter().filter(|held| (held.0, held.1) == (pin.keyspace, pin.version));
+        Pinned::Held { until_ms: same.map(|held| held.2).max().expect("this one") }
     }
 
     fn follow_request(
@@ -271,7 +325,7 @@ impl Model {
             },
             Verdict::Failed(met) => {
                 assert_eq!(met.len(), request.operations.len());
-                let reachable = judged.version >= self.history_threshold;
+                let reachable = judged.version >= self.thresholds[&request.keyspace];
                 let results = met.iter().map(|met| OperationResult {
                     condition_failed: met.is_some(),
                     current: met.clone().flatten().map(|cell| Current {

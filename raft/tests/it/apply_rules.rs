@@ -2,9 +2,7 @@
 //! `apply_dedup` for retries and `apply_model` for all of it mixed.
 
 use bytes::Bytes;
-use coracle_raft::apply::{
-    ApplyError, CURRENT_BYTES_MAX, Current, HISTORY_MS, OperationResult, Outcome,
-};
+use coracle_raft::apply::{ApplyError, CURRENT_BYTES_MAX, Current, OperationResult, Outcome};
 use coracle_raft::command::{Change, Command, Condition, RequestId, Stamped};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
@@ -118,20 +116,6 @@ fn no_version_that_is_used_lies_above_the_ceiling() {
     group.store.apply(&log).expect("sound entries");
     let state = group.store.state();
     assert_eq!((state.clock, state.ceiling), (stamp + 1, stamp + 1));
-}
-
-#[test]
-fn history_threshold_follows_the_clock_and_never_falls() {
-    let mut group = group();
-    group.write(request(group.id(1, 1), vec![put("k", "v")]));
-    let first = group.store.state();
-    assert_eq!(first.history_threshold, ((first.clock >> 16) - HISTORY_MS) << 16);
-    group.now_ms -= 10_000;
-    group.write(request(group.id(1, 2), vec![put("k", "v")]));
-    assert_eq!(group.store.state().history_threshold, first.history_threshold);
-    group.now_ms += 11_000;
-    group.write(request(group.id(1, 3), vec![put("k", "v")]));
-    assert!(group.store.state().history_threshold > first.history_threshold);
 }
 
 #[test]

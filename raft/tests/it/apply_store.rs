@@ -47,10 +47,7 @@ impl Store {
 
     /// Drops all that compaction may, by what is flushed.
     pub(crate) fn compact(&self) {
-        self.flush();
-        let GroupState { clock, history_threshold: threshold, .. } = self.state();
-        self.engine.filter().set(FilterState { clock, threshold, ..FilterState::default() });
-        self.engine.compact(None).expect("a healthy disk");
+        self.flush_and_compact(0..4);
     }
 
     /// Over all that can be read at the group clock.
@@ -58,6 +55,25 @@ impl Store {
         let overlay = self.overlay();
         let reader = overlay.reader().expect("a healthy disk");
         state_hash(&reader, &self.state(), None).expect("own records")
+    }
+
+    /// Makes all durable, and compacts by what the group says of these keyspaces.
+    pub(crate) fn flush_and_compact(&self, keyspaces: std::ops::Range<u32>) {
+        let state = self.state();
+        self.flush();
+        let threshold = |keyspace: u32| state.history.threshold(keyspace);
+        self.engine.filter().set(FilterState {
+            clock: state.clock,
+            threshold: threshold(u32::MAX),
+            thresholds: keyspaces.map(|keyspace| (keyspace, threshold(keyspace))).collect(),
+            ..FilterState::default()
+        });
+        self.engine.compact(None).expect("a healthy disk");
+    }
+
+    /// Loses what was not flushed; `flushed` entries were.
+    pub(crate) fn crash_to(self, flushed: usize) -> Store {
+        if flushed == 0 { Store::new(self.bounds) } else { self.crash() }
     }
 
     /// Loses what was not flushed.

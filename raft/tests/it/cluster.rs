@@ -95,7 +95,7 @@ impl Clock for WallClock {
     }
 }
 
-struct Deaf;
+pub(crate) struct Deaf;
 
 impl Observer for Deaf {
     fn stage(&self, _: Stage, _: Duration) {}
@@ -178,14 +178,14 @@ impl Cluster {
     }
 
     /// Ends a node; what it had not synced is gone.
-    async fn stop(&mut self, id: NodeId) {
+    pub(crate) async fn stop(&mut self, id: NodeId) {
         let node = self.nodes.remove(&id).expect("it runs");
         node.stop(id, &self.wires).await;
         let after = self.disks[&id].crash(Loss::All);
         self.disks.insert(id, after);
     }
 
-    async fn restart(&mut self, id: NodeId, count: u64) {
+    pub(crate) async fn restart(&mut self, id: NodeId, count: u64) {
         let node = start(id, &self.disks[&id], &self.wires, count).await;
         self.nodes.insert(id, node);
     }

@@ -347,6 +347,7 @@ fn default_keyspace() -> v1::Keyspace {
         name: DEFAULT_KEYSPACE_NAME.to_owned(),
         entity_rule: Some(v1::EntityRule { kind: Some(whole) }),
         history_ms: HISTORY_DEFAULT.as_millis() as u64,
+        revision: 0,
     }
 }
 

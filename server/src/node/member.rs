@@ -80,6 +80,9 @@ impl Member {
         let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
         parts.exec.spawn("reconcile", Box::pin(async move { reconciled.reconcile(stop).await }));
+        let (settled, stop) = (cluster.clone(), shared.stop.clone());
+        let settle = async move { settled.settle_keyspaces(stop).await };
+        parts.exec.spawn("settle keyspaces", Box::pin(settle));
         let recovering = recovery.recovering;
         Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
     }
@@ -361,7 +364,7 @@ impl Commands for CommandsOverTransport {
     }
 }
 
-/// Creates keyspaces through the meta group's leader.
+/// Creates and changes keyspaces through the meta group's leader.
 pub(crate) struct KeyspacesOfCluster(pub(crate) Arc<Cluster>);
 
 impl Keyspaces for KeyspacesOfCluster {
@@ -372,13 +375,20 @@ impl Keyspaces for KeyspacesOfCluster {
     ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
         let cluster = self.0.clone();
         let deadline = Instant::now() + call.left();
-        async move {
-            let created = cluster.create_keyspace(request, deadline).await;
-            created.map_err(|done| {
-                let reason = Reason::parse(&done.reason).unwrap_or(Reason::NoQuorum);
-                Fault::new(reason, done.error)
-            })
-        }
-        .boxed()
+        async move { cluster.create_keyspace(request, deadline).await.map_err(not_done) }.boxed()
     }
+
+    fn update(
+        &self,
+        request: v1::UpdateKeyspaceRequest,
+        call: Call,
+    ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
+        let cluster = self.0.clone();
+        let deadline = Instant::now() + call.left();
+        async move { cluster.update_keyspace(request, deadline).await.map_err(not_done) }.boxed()
+    }
+}
+
+fn not_done(done: peer::CommandDone) -> Fault {
+    Fault::new(Reason::parse(&done.reason).unwrap_or(Reason::NoQuorum), done.error)
 }

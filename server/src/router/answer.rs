@@ -137,6 +137,7 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
         apply::Outcome::Applied { .. } | apply::Outcome::ConditionFailed { .. } => {
             unreachable!("the caller has taken the answers")
         }
+        apply::Outcome::Pinned(_) => unreachable!("said of pins, and never of writes"),
     }
 }
 
@@ -202,7 +203,7 @@ pub(crate) fn bytes(answer: &Answer) -> u64 {
             page.entries.iter().map(|found| found.key.len() + entry(&found.entry)).sum()
         }
         Answer::DeleteRange(answer) => answer.resume_token.len(),
-        Answer::FixVersion(_) | Answer::Error(_) => 0,
+        Answer::FixVersion(_) | Answer::PinVersion(_) | Answer::Error(_) => 0,
     };
     bytes as u64
 }

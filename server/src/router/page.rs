@@ -194,7 +194,7 @@ pub(crate) async fn read_page(
         Ok::<_, Refusal>((page, state.position))
     };
     let page = group.read_at(fixed, deadline, look).await??;
-    still_there(group, version, deadline).await?;
+    still_there(group, spec.keyspace, version, deadline).await?;
     Ok(page)
 }
 

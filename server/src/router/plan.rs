@@ -43,6 +43,8 @@ pub(crate) enum Task {
     Page(PageSpec),
     /// A version to read at; 0: the leader's choice.
     Fix { version: u64 },
+    /// A version to keep readable.
+    Pin { version: u64, until_ms: u64 },
 }
 
 /// Which answer a write gets.
@@ -167,7 +169,23 @@ pub(crate) fn plan(map: &ShardMap, operation: &Operation, origin: Origin) -> Res
         Operation::Scan(request) => page(map, request, origin),
         Operation::FixVersion(request) => fix_version(request),
         Operation::DeleteRange(request) => delete_range(map, request, origin),
+        Operation::PinVersion(request) => pin_version(map, request, origin),
     }
+}
+
+fn pin_version(
+    map: &ShardMap,
+    request: &v1::PinVersionRequest,
+    origin: Origin,
+) -> Result<Plan, Fault> {
+    let route = request.route.unwrap_or_default();
+    if route.shard == 0 {
+        return Err(Fault::invalid("route.shard", "a version is pinned on a named shard"));
+    }
+    let keyspace = keyspace(map, &request.keyspace, origin)?.id;
+    let (shard, epoch) = (ShardId(route.shard), route.shard_epoch);
+    let task = Task::Pin { version: request.version, until_ms: request.until_ms };
+    Ok(Plan { shard, epoch, position: None, keyspace, task })
 }
 
 fn delete_range(
@@ -255,6 +273,7 @@ pub(crate) fn named(operation: &Operation, plan: &Plan) -> Operation {
         Operation::Write(request) => request.route = route,
         Operation::Scan(request) => request.only_shard = route,
         Operation::FixVersion(request) => request.route = route,
+        Operation::PinVersion(request) => request.route = route,
         Operation::DeleteRange(request) => request.only_shard = route,
         // Its keys are of one shard here; the next hop answers only those that it holds.
         Operation::BatchGet(_) => {}
@@ -272,6 +291,7 @@ pub(crate) fn route_named(operation: &Operation) -> bool {
         Operation::Scan(request) => &request.only_shard,
         Operation::FixVersion(request) => &request.route,
         Operation::DeleteRange(request) => &request.only_shard,
+        Operation::PinVersion(request) => &request.route,
         Operation::BatchGet(_) => return true,
     };
     route.is_some_and(|route| route.shard != 0)

@@ -49,8 +49,25 @@ struct Question {
     keys: Arc<Vec<(u64, Bytes)>>,
 }
 
-/// Reads keys of a group as fresh as is asked for.
+/// Reads keys of a group as fresh as is asked for. A look that took longer than the keyspace's history
+/// lasts may have missed what compaction dropped meanwhile, and is made again.
 pub(crate) async fn look_up(
+    group: &Group,
+    keyspace: u32,
+    epoch: u64,
+    lookup: &Lookup,
+    now_ms: u64,
+    deadline: Instant,
+) -> Result<Found, Refusal> {
+    loop {
+        match look_up_once(group, keyspace, epoch, lookup, now_ms, deadline).await {
+            Err(Refusal::Overtaken) if Instant::now() < deadline => {}
+            result => return result,
+        }
+    }
+}
+
+async fn look_up_once(
     group: &Group,
     keyspace: u32,
     epoch: u64,
@@ -93,7 +110,7 @@ pub(crate) async fn look_up(
             let mut found = question.read_at(group, Some(version), deadline).await?;
             found.judge(version);
             found.judged_at = version;
-            still_there(group, version, deadline).await?;
+            still_there(group, keyspace, version, deadline).await?;
             Ok(found)
         }
         Freshness::Newest { judged_from } => newest(group, question, judged_from, deadline).await,
@@ -121,6 +138,10 @@ async fn newest(
     }
     if fixed.version >= expiry {
         found = question.look_at(group, fixed, deadline).await?;
+        match still_there(group, question.keyspace, fixed.version, deadline).await {
+            Err(Refusal::Gone { .. }) => return Err(Refusal::Overtaken),
+            checked => checked?,
+        }
     }
     found.judge(fixed.version);
     found.judged_at = fixed.version;
@@ -141,10 +162,11 @@ pub(crate) async fn fix(
 /// the state as it is, not by the view.
 pub(crate) async fn still_there(
     group: &Group,
+    keyspace: u32,
     version: u64,
     deadline: Instant,
 ) -> Result<(), Refusal> {
-    let oldest = group.read_local(0, deadline, |state| state.history_threshold).await?;
+    let oldest = group.read_local(0, deadline, move |state| state.threshold(keyspace)).await?;
     if version < oldest {
         return Err(Refusal::Gone { oldest });
     }
@@ -189,6 +211,9 @@ impl Question {
             bytes += found.as_ref().map_or(0, |found| found.value.len());
             limits::check_batch_get_answer(bytes).map_err(Fault::from)?;
             entries.push(found);
+        }
+        if !state.is_whole(self.keyspace) {
+            return Err(Refusal::Overtaken);
         }
         Ok(Found { entries, at: state.position, clock: state.clock, judged_at: 0, age: None })
     }

@@ -9,6 +9,7 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_raft::clock::HybridTime;
 use coracle_raft::command::{self, Change};
 use coracle_raft::group::Group;
+use coracle_raft::history::Pin;
 use coracle_raft::types::Position;
 use tokio::time::Instant;
 
@@ -18,7 +19,7 @@ use crate::metrics::{ReadServed, Stage};
 use crate::router::plan::{Freshness, Lookup, Plan, Task};
 use crate::router::steps::{Step, Steps};
 use crate::router::whom::leader_in;
-use crate::router::{Router, answer, page, range, read};
+use crate::router::{Router, answer, page, pin, range, read};
 
 impl Router {
     /// Serves a plan by a group of this node.
@@ -83,6 +84,13 @@ impl Router {
                 let (fixed, at) = fixed.map_err(told)?;
                 let served = Some(self.served(plan.shard, at, group.leads()));
                 Ok(Answer::FixVersion(v1::FixVersionResponse { served, ..fixed }))
+            }
+            Task::Pin { version, until_ms } => {
+                let pin = Pin { keyspace: plan.keyspace.0, version, until_ms };
+                let until_ms = pin::pin_version(group, pin, plan.epoch, deadline).await;
+                let until_ms = until_ms.map_err(told)?;
+                let served = Some(self.served(plan.shard, Position::default()));
+                Ok(Answer::PinVersion(v1::PinVersionResponse { until_ms, served }))
             }
         }
     }

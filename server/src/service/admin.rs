@@ -1,4 +1,4 @@
-//! Owns the gRPC face of operating: init, a node's own view, leadership, faults for tests. Decides
+//! Owns the gRPC face of operating: init, a node's own view, leadership, reclaiming, faults for tests. Decides
 //! nothing: `cluster`, the host and the transport do.
 
 use std::collections::BTreeSet;
@@ -9,6 +9,7 @@ use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::shard_map::{NodeId, ShardId};
 use coracle_proto::v1;
 use coracle_proto::v1::admin_service_server::AdminService;
+use coracle_raft::error::GroupError;
 use coracle_raft::host::Host;
 use coracle_raft::leadership::Standing;
 use tokio::time::Instant;
@@ -81,9 +82,7 @@ impl AdminService for Admin {
         let asked = request.into_inner();
         let shard = ShardId(asked.shard);
         let host = self.0.host().ok_or_else(not_initialized)?;
-        let group = host.group(shard).ok_or_else(|| {
-            Fault::new(Reason::UnknownShard, format!("shard {shard} has no replica on this node"))
-        })?;
+        let group = host.group(shard).ok_or_else(|| not_here(shard))?;
         if group.status().state != Standing::Leader {
             let message = format!("shard {shard} is not led here: ask its leader's node");
             return Err(Fault::new(Reason::NotLeader, message).into());
@@ -95,6 +94,29 @@ impl AdminService for Admin {
             Fault::new(Reason::Conflict, message)
         })?;
         Ok(Response::new(v1::TransferLeaderResponse { leader_node: leader.0 }))
+    }
+
+    async fn compact_shard(
+        &self,
+        request: Request<v1::CompactShardRequest>,
+    ) -> Result<Response<v1::CompactShardResponse>, Status> {
+        let shard = ShardId(request.into_inner().shard);
+        let host = self.0.host().ok_or_else(not_initialized)?;
+        let group = host.group(shard).ok_or_else(|| not_here(shard))?;
+        let reclaimed = host.reclaim(group).await.map_err(|error| match error {
+            GroupError::Overloaded { retry_after } => {
+                let message = "this node is compacting a shard already";
+                Fault::new(Reason::Overloaded, message).with_retry_after(retry_after)
+            }
+            error => {
+                let message = format!("shard {shard} was not compacted: {error}");
+                Fault::new(Reason::Conflict, message)
+            }
+        })?;
+        Ok(Response::new(v1::CompactShardResponse {
+            bytes_before: reclaimed.before,
+            bytes_after: reclaimed.after,
+        }))
     }
 
     async fn inject_fault(
@@ -114,6 +136,10 @@ impl AdminService for Admin {
 pub(crate) fn not_initialized() -> Fault {
     let message = "this node has no cluster yet: run `coracle init` on one of the nodes, or start it with the seeds of a cluster";
     Fault::new(Reason::NotInitialized, message).with_outcome(Outcome::NotApplied)
+}
+
+fn not_here(shard: ShardId) -> Fault {
+    Fault::new(Reason::UnknownShard, format!("shard {shard} has no replica on this node"))
 }
 
 fn init_fault(error: InitError) -> Fault {

@@ -1,12 +1,12 @@
 //! Owns the gRPC face of the cluster service: the cached map, its changes, the keyspaces. Serves from
-//! the cache, also without quorum; only creating a keyspace needs the meta group (see [`Keyspaces`]).
+//! the cache, also without quorum; only changing keyspaces needs the meta group (see [`Keyspaces`]).
 
 use std::sync::Arc;
 
 use coracle_proto::entity::EntityRule;
 use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Reason};
-use coracle_proto::shard_map::ShardMap;
+use coracle_proto::shard_map::{SYSTEM_KEYSPACE_NAME, ShardMap};
 use coracle_proto::v1;
 use coracle_proto::v1::cluster_service_server::ClusterService;
 use futures_util::future::BoxFuture;
@@ -24,6 +24,14 @@ pub trait Keyspaces: Send + Sync + 'static {
     fn create(
         &self,
         request: v1::CreateKeyspaceRequest,
+        call: Call,
+    ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>>;
+
+    /// Changes a keyspace's settings by a checked request; one that has them already is no error. With
+    /// `validate_only` nothing is written.
+    fn update(
+        &self,
+        request: v1::UpdateKeyspaceRequest,
         call: Call,
     ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>>;
 }
@@ -92,6 +100,19 @@ impl ClusterService for ClusterFacts {
         let keyspace = self.keyspaces.create(request, call).await?;
         Ok(Response::new(v1::CreateKeyspaceResponse { keyspace: Some(keyspace) }))
     }
+
+    async fn update_keyspace(
+        &self,
+        request: Request<v1::UpdateKeyspaceRequest>,
+    ) -> Result<Response<v1::UpdateKeyspaceResponse>, Status> {
+        let call = Call::from_metadata(request.metadata())?;
+        let request = request.into_inner();
+        check_update(&request)?;
+        self.router.current_map()?;
+        let _permit = self.router.admission().admit(0, call.origin)?;
+        let keyspace = self.keyspaces.update(request, call).await?;
+        Ok(Response::new(v1::UpdateKeyspaceResponse { keyspace: Some(keyspace) }))
+    }
 }
 
 /// One caller that follows the map.
@@ -134,11 +155,20 @@ fn timed(router: &Router, map: &ShardMap) -> v1::ShardMap {
 fn check(request: &v1::CreateKeyspaceRequest) -> Result<(), Fault> {
     limits::check_keyspace_name(&request.name)?;
     limits::check_history(request.history_ms)?;
-    let asked = request.has_history || request.history_ms > 0;
-    if asked && request.history_ms != limits::HISTORY_DEFAULT.as_millis() as u64 {
-        let message = "every keyspace keeps a history of 60 s so far; leave `history` out";
-        return Err(Fault::new(Reason::Unsupported, message));
-    }
     let rule = EntityRule::from_request(request.entity_rule.as_ref());
     rule.map(drop).map_err(|error| Fault::invalid("entity_rule", error.to_string()))
+}
+
+/// What is wrong with a change whatever keyspaces there are.
+fn check_update(request: &v1::UpdateKeyspaceRequest) -> Result<(), Fault> {
+    limits::check_keyspace_name(&request.name)?;
+    limits::check_history(request.history_ms)?;
+    if request.name == SYSTEM_KEYSPACE_NAME {
+        let message = "the keyspace system is the cluster's own";
+        return Err(Fault::new(Reason::NotAllowed, message));
+    }
+    if !request.has_history && request.history_ms == 0 {
+        return Err(Fault::invalid("history_ms", "the request names no setting to change"));
+    }
+    Ok(())
 }

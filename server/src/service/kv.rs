@@ -165,7 +165,7 @@ impl KvService for Kv {
             Ok(scan) => scan,
             Err(fault) => return counted.end(Err(fault)).map_err(Status::from),
         };
-        let opened = scan::open(scan, &*self.exec, None);
+        let opened = scan::open(scan, &*self.exec, Some(scan::pins()));
         Ok(Response::new(pages(opened, counted)))
     }
 
@@ -194,7 +194,9 @@ impl Kv {
             Operation::Delete(_) => &self.methods.delete,
             Operation::Write(_) => &self.methods.write,
             Operation::DeleteRange(_) => &self.methods.delete_range,
-            Operation::Scan(_) | Operation::FixVersion(_) => &self.methods.scan,
+            Operation::Scan(_) | Operation::FixVersion(_) | Operation::PinVersion(_) => {
+                &self.methods.scan
+            }
         };
         Counted::begin(method, consistency_of(operation))
     }

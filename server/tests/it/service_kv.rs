@@ -45,6 +45,15 @@ impl Keyspaces for Taken {
         let exists = Fault::new(Reason::KeyspaceExists, request.name);
         Box::pin(std::future::ready(Err(exists)))
     }
+
+    fn update(
+        &self,
+        request: v1::UpdateKeyspaceRequest,
+        _: Call,
+    ) -> BoxFuture<'static, Result<v1::Keyspace, Fault>> {
+        let unknown = Fault::new(Reason::UnknownKeyspace, request.name);
+        Box::pin(std::future::ready(Err(unknown)))
+    }
 }
 
 /// Serves node one; the channel to it, and what it says of its health.

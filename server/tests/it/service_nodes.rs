@@ -190,6 +190,7 @@ pub(crate) fn shard_map(epoch: u64) -> v1::ShardMap {
         name: name.to_owned(),
         entity_rule: Some(v1::EntityRule { kind: Some(kind) }),
         history_ms: 60_000,
+        revision: 0,
     };
     let node = |id: u64| v1::Node {
         id,

@@ -300,6 +300,47 @@ async fn older_versions_are_read_until_the_history_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pinned_version_is_read_beyond_the_history_until_its_pin_runs_out() {
+    let nodes = Nodes::start().await;
+    let key = key_on(3);
+    let old = nodes.one.put(put(&key, "old")).await.unwrap().version;
+    let born_ms = old >> 16;
+    let pin = |shard: u64, version: u64, until_ms: u64| {
+        let route = Some(v1::Route { shard, shard_epoch: 1 });
+        let keyspace = String::new();
+        // Shard 3 is led by the other node.
+        let request = v1::PinVersionRequest { route, keyspace, version, until_ms };
+        nodes.one.ask(Operation::PinVersion(request))
+    };
+    let read = |at_version| {
+        let read = Some(v1::ReadOptions { at_version, ..Default::default() });
+        nodes.one.get(v1::GetRequest { read, ..get(&key) })
+    };
+    let until_ms = born_ms + 200_000;
+    match pin(3, old, until_ms).await.unwrap() {
+        Answer::PinVersion(pinned) => assert_eq!(pinned.until_ms, until_ms),
+        other => panic!("{other:?}"),
+    }
+    let far = pin(3, old, born_ms + 700_000).await.unwrap_err();
+    assert_eq!(far.reason, Reason::InvalidArgument);
+    nodes.clock.advance(Duration::from_secs(120));
+    nodes.one.put(put(&key, "new")).await.unwrap();
+    assert_eq!(&read(old).await.unwrap().entry.unwrap().value[..], b"old");
+    let gone = pin(3, old - 1, until_ms).await.unwrap_err();
+    assert_eq!(
+        (gone.reason, gone.number(metadata::OLDEST_VERSION)),
+        (Reason::VersionGone, Some(old))
+    );
+    nodes.clock.advance(Duration::from_secs(120));
+    nodes.one.put(put(&key, "newest")).await.unwrap();
+    let gone = read(old).await.unwrap_err();
+    let oldest = gone.number(metadata::OLDEST_VERSION).unwrap();
+    assert_eq!(gone.reason, Reason::VersionGone);
+    assert!(gone.message.contains(&oldest.to_string()), "{gone}");
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn full_disk_takes_only_deletes() {
     let nodes = Nodes::start().await;
     let key = key_on(3);

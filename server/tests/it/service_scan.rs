@@ -3,7 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::reason::{Fault, Reason};
@@ -388,5 +389,89 @@ async fn version_is_kept_on_all_shards_though_nobody_reads_until_the_reader_goes
     let mut reader = open(&nodes.one, &exec, row, Some(new.clone())).await.unwrap();
     until(|| Arc::strong_count(&new) == mine).await;
     assert!(reader.next().await.unwrap().unwrap().done);
+    nodes.stop().await;
+}
+
+/// The pins of the server, counted.
+struct CountedPins(Box<dyn Pins>, Arc<AtomicUsize>);
+
+impl Pins for CountedPins {
+    fn keep<'a>(
+        &'a mut self,
+        router: &'a Arc<Router>,
+        shards: &'a [v1::Route],
+        keyspace: &'a str,
+        version: u64,
+        call: &'a Call,
+    ) -> BoxFuture<'a, Result<(), Fault>> {
+        let kept = self.0.keep(router, shards, keyspace, version, call);
+        let count = self.1.clone();
+        Box::pin(async move {
+            let result = kept.await;
+            count.fetch_add(1, Ordering::SeqCst);
+            result
+        })
+    }
+}
+
+/// Lets the clock go beyond half of the history and then beyond all of it, with writes on every shard,
+/// and with time for the scan to pin its version in between, while nobody reads.
+async fn let_history_pass(nodes: &Nodes, looked: Option<&AtomicUsize>) {
+    for _ in 0..2 {
+        nodes.clock.advance(Duration::from_secs(40));
+        if let Some(looked) = looked {
+            let before = looked.load(Ordering::SeqCst);
+            // One look may have begun before.
+            until(|| looked.load(Ordering::SeqCst) >= before + 2).await;
+        }
+        for shard in 1..=4 {
+            nodes.one.put(put(&key_on(shard), "later")).await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scan_over_several_shards_outlives_the_history() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    // More than the scan reads ahead at once.
+    let value = "v".repeat(20 << 10);
+    let mut all = Vec::new();
+    for number in 0..400 {
+        let key = format!("k{number:04}");
+        nodes.one.put(put(&key, &value)).await.unwrap();
+        all.push(Bytes::from(key));
+    }
+    let request = v1::ScanRequest { prefix: Bytes::from_static(b"k0"), ..scan() };
+    let looked = Arc::new(AtomicUsize::new(0));
+    let (new, counted) = (scan::pins(), looked.clone());
+    let pins: NewPins = Arc::new(move || Box::new(CountedPins(new(), counted.clone())));
+    let mut held = open(&nodes.two, &exec, request.clone(), Some(pins)).await.unwrap();
+    let mut pages = vec![held.next().await.unwrap().unwrap()];
+    let_history_pass(&nodes, Some(&looked)).await;
+    while let Some(page) = held.next().await.unwrap() {
+        pages.push(page);
+    }
+    assert_eq!(keys(&pages), all);
+    assert!(pages.iter().all(|page| page.version == pages[0].version));
+    // Held by nothing but the pins: they run out, and nobody goes on with it any more.
+    nodes.clock.advance(Duration::from_secs(120));
+    for shard in 1..=4 {
+        nodes.one.put(put(&key_on(shard), "last")).await.unwrap();
+    }
+    let read = Some(v1::ReadOptions { at_version: pages[0].version, ..Default::default() });
+    let gone = self::pages(&nodes.one, v1::ScanRequest { read, ..request.clone() }).await;
+    assert_eq!(gone.unwrap_err().reason, Reason::VersionGone);
+    // Without pins the same scan loses its version on the way.
+    let mut loose = open(&nodes.two, &exec, request, None).await.unwrap();
+    loose.next().await.unwrap().unwrap();
+    let_history_pass(&nodes, None).await;
+    let gone = loop {
+        match loose.next().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("it was read to its end"),
+            Err(fault) => break fault,
+        }
+    };
+    assert_eq!(gone.reason, Reason::VersionGone);
     nodes.stop().await;
 }

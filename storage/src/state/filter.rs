@@ -71,8 +71,6 @@ pub struct FilterState {
     pub threshold: u64,
     /// History thresholds by keyspace.
     pub thresholds: BTreeMap<u32, u64>,
-    /// Versions that scans still read at.
-    pub pins: Vec<u64>,
     /// The arc; without one, every key counts as inside.
     pub arc: Option<ArcFilter>,
 }
@@ -81,9 +79,7 @@ impl FilterState {
     /// The lowest version that may still be read at in a keyspace: versions superseded there may
     /// go.
     pub fn threshold(&self, keyspace: u32) -> u64 {
-        let threshold = self.thresholds.get(&keyspace).copied().unwrap_or(self.threshold);
-        let pinned = self.pins.iter().copied().min().unwrap_or(u64::MAX);
-        threshold.min(pinned).min(self.clock)
+        self.thresholds.get(&keyspace).copied().unwrap_or(self.threshold).min(self.clock)
     }
 }
 
@@ -94,7 +90,6 @@ impl fmt::Debug for FilterState {
             .field("clock", &self.clock)
             .field("threshold", &self.threshold)
             .field("thresholds", &self.thresholds)
-            .field("pins", &self.pins)
             .field("arc", &self.arc.is_some())
             .finish()
     }
@@ -119,9 +114,13 @@ struct Dead {
 
 impl Filter {
     /// Replaces the state, for compactions that begin from now on. Only with what a flush has made
-    /// durable.
+    /// durable. Of two flushes that overlap the newer one's stays: readers judge by the state that
+    /// stands what compactions may have dropped until then.
     pub fn set(&self, state: FilterState) {
-        *self.state.write() = Arc::new(state);
+        let mut current = self.state.write();
+        if state.clock >= current.clock {
+            *current = Arc::new(state);
+        }
     }
 
     /// The state as it is.
@@ -414,15 +413,13 @@ mod tests {
     }
 
     #[test]
-    fn pins_and_the_clock_hold_the_threshold_down() {
+    fn the_clock_holds_the_threshold_down() {
         let mut state = FilterState { clock: 50, threshold: 90, ..FilterState::default() };
         assert_eq!(state.threshold(1), 50);
         state.clock = 100;
         assert_eq!(state.threshold(1), 90);
         state.thresholds.insert(1, 95);
         assert_eq!((state.threshold(1), state.threshold(2)), (95, 90));
-        state.pins = vec![40, 30];
-        assert_eq!(state.threshold(1), 30);
     }
 
     #[test]

@@ -51,8 +51,6 @@ impl MetaName {
     pub const FLOOR: MetaName = MetaName(0x06);
     /// The group's own descriptor: shard, arc, epoch.
     pub const DESCRIPTOR: MetaName = MetaName(0x07);
-    /// Versions below the threshold may be gone.
-    pub const HISTORY: MetaName = MetaName(0x08);
     /// Versions that running scans hold.
     pub const PINS: MetaName = MetaName(0x09);
     /// Keyspace settings that the group has adopted.

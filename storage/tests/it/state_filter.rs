@@ -88,9 +88,11 @@ impl Run {
             Step::Forget { history, pin } => {
                 let pinned = self.filter.threshold(0);
                 self.filter.clock = self.flushed.1;
-                self.filter.pins = if *pin { vec![pinned] } else { vec![] };
-                let wanted = self.flushed.1.saturating_sub(*history);
-                self.filter.threshold = self.filter.threshold.max(wanted);
+                let wanted = self.flushed.1.saturating_sub(*history).max(pinned);
+                if !*pin {
+                    self.filter.threshold = self.filter.threshold.max(wanted);
+                }
+                self.filter.thresholds.insert(0, self.filter.threshold);
                 self.state().filter().set(self.filter.clone());
             }
             Step::CompactAll => self.compact(None),

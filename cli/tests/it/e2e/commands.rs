@@ -98,7 +98,26 @@ async fn the_cluster_shows_itself() {
     bench.expect(&["keyspace", "create", "orders"], 8).await;
     // What no map may hold changes nothing, and the next one is made as before.
     bench.expect(&["keyspace", "create", "system"], 2).await;
-    bench.expect(&["keyspace", "create", "short", "--history", "1h"], 1).await;
+    bench.expect(&["keyspace", "create", "long", "--history", "1h"], 0).await;
+    bench.expect(&["keyspace", "create", "long", "--history", "2h"], 8).await;
+    bench.expect(&["keyspace", "set", "long", "--history", "2h"], 0).await;
+    bench.expect(&["keyspace", "set", "long", "--history", "2h"], 0).await;
+    bench.expect(&["keyspace", "set", "missing", "--history", "2h"], 1).await;
+    bench.expect(&["keyspace", "set", "system", "--history", "2h"], 7).await;
+    bench.expect(&["keyspace", "set", "long", "--history", "9d"], 2).await;
+    let list = bench.expect(&["keyspace", "ls"], 0).await.0;
+    assert!(list.lines().any(|line| line.starts_with("long") && line.contains("2h")), "{list}");
+    let version = |put: String| json(&put)["version"].as_str().unwrap().to_owned();
+    let old = version(bench.expect(&["put", "a", "1", "-k", "long", "-o", "json"], 0).await.0);
+    bench.expect(&["put", "a", "2", "-k", "long"], 0).await;
+    assert_eq!(bench.expect(&["get", "a", "-k", "long", "--at", &old], 0).await.0, "1");
+    let scanned = bench.expect(&["scan", "-k", "long", "--at", &old, "-o", "json"], 0).await.0;
+    let scanned = &json(&scanned)["items"];
+    assert_eq!((&scanned[0]["version"], scanned.as_array().unwrap().len()), (&old.into(), 1));
+    let (_, err) = bench.expect(&["get", "a", "-k", "long", "--at", "1"], 8).await;
+    assert!(err.contains("older than the keyspace's history"), "{err}");
+    let compacted = json(&bench.expect(&["shard", "compact", &id, "-o", "json"], 0).await.0);
+    assert_eq!(compacted["items"].as_array().unwrap().len(), 3, "{compacted}");
     bench.expect(&["keyspace", "create", "later"], 0).await;
     bench.expect(&["init"], 8).await;
 
