@@ -536,7 +536,9 @@ fn is_write(operation: &Operation) -> bool {
         Operation::Get(_)
         | Operation::BatchGet(_)
         | Operation::Scan(_)
-        | Operation::FixVersion(_) => false,
+        | Operation::FixVersion(_)
+        // Asked for again it is the same pin.
+        | Operation::PinVersion(_) => false,
     }
 }
 

@@ -38,7 +38,7 @@ pub async fn run(command: Keyspace, global: &Global, output: &Output) -> Result<
             let changed = admin.set_history(&name, history, dry_run).await;
             let view = view(changed.map_err(|error| Failure::call(what, &error))?);
             output.item("Keyspace", &view, || {
-                let history = history(view.history_ms);
+                let history = self::history(view.history_ms);
                 let verb = if dry_run { "could keep" } else { "keeps" };
                 format!("keyspace {} {verb} a history of {history}", view.name)
             })

@@ -70,7 +70,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         program: plan.program.clone(),
         nodes: plan.nodes,
         shards: plan.shards,
-        settings: Vec::new(),
+        ..Setup::default()
     };
     let mut rig = Rig {
         cluster: Cluster::start_as(setup).await?,

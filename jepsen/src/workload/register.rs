@@ -107,7 +107,7 @@ impl Worker {
                 Some(version) => Action::PutIfVersion { value: self.fresh_value(), version },
                 None => Action::Get,
             },
-            18 => Action::Delete,
+            24 => Action::Delete,
             _ => Action::DeleteRange,
         }
     }

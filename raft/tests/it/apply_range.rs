@@ -3,7 +3,8 @@
 
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
-use coracle_raft::apply::{HISTORY_MS, Outcome, Reply};
+use coracle_raft::history::HISTORY_MS;
+use coracle_raft::apply::{Outcome, Reply};
 use coracle_raft::command::{Change, Command, Condition, DeleteRange, Operation, Owned, Request};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;

@@ -83,7 +83,7 @@ impl Plan {
     /// True when any replica may answer: one that does not lead asks the leader how far it must
     /// have applied, or for a version, wherever what it has is not enough.
     pub(crate) fn any_replica(&self) -> bool {
-        !matches!(self.task, Task::Write { .. } | Task::DeleteRange(_))
+        !matches!(self.task, Task::Write { .. } | Task::DeleteRange(_) | Task::Pin { .. })
     }
 
     /// True when the caller named a shard whose map entry here does not hold the key: only the

@@ -89,7 +89,7 @@ impl Router {
                 let pin = Pin { keyspace: plan.keyspace.0, version, until_ms };
                 let until_ms = pin::pin_version(group, pin, plan.epoch, deadline).await;
                 let until_ms = until_ms.map_err(told)?;
-                let served = Some(self.served(plan.shard, Position::default()));
+                let served = Some(self.served(plan.shard, Position::default(), true));
                 Ok(Answer::PinVersion(v1::PinVersionResponse { until_ms, served }))
             }
         }
