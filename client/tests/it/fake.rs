@@ -504,6 +504,7 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
                 id: id * 100 + node,
                 node,
                 role: v1::ReplicaRole::Voter.into(),
+                joining: false,
             })
             .collect(),
         leader_node: 1,
@@ -533,5 +534,6 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
             history_ms: 0,
         }],
         server_time_ms: 1_000_000,
+        read_replicas: Vec::new(),
     }
 }
