@@ -3,6 +3,8 @@
 //! Owns the replica's tasks and the answers to its peers' questions. Which groups there are is the
 //! host's business.
 
+mod members;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_storage::log::Log;
 use coracle_storage::{Error, ReplicaId};
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::Mutex;
@@ -23,6 +24,7 @@ use crate::command::{Command, Request};
 use crate::descriptor::Descriptor;
 use crate::environment::Environment;
 use crate::error::GroupError;
+use crate::lag::Growth;
 use crate::leadership::{GroupStatus, Leadership, Raft, Standing};
 use crate::lease::{Embargo, Timing};
 use crate::log_store::LogStore;
@@ -48,7 +50,6 @@ pub struct Group {
     shard: ShardId,
     replica: ReplicaId,
     raft: Raft,
-    log: Log,
     state: SharedState,
     leadership: Leadership,
     proposer: Proposer,
@@ -58,8 +59,10 @@ pub struct Group {
     embargo: Embargo,
     appends: Appends,
     duties: Mutex<()>,
+    /// One change of the members at a time.
+    changing: tokio::sync::Mutex<()>,
+    growth: Mutex<Growth>,
     environment: Arc<Environment>,
-    live: PathBuf,
     initial: Descriptor,
     stop: CancellationToken,
 }
@@ -115,7 +118,6 @@ impl Group {
             shard: start.shard,
             replica: start.replica,
             raft,
-            log: environment.log.clone(),
             state: start.state,
             leadership,
             proposer,
@@ -125,8 +127,9 @@ impl Group {
             embargo,
             appends,
             duties: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
+            growth: Mutex::default(),
             environment: environment.clone(),
-            live: start.live,
             initial: start.initial,
             stop,
         });
@@ -478,14 +481,6 @@ impl Group {
     /// Cannot be upgraded any more once the store is closed.
     pub(crate) fn store_marker(&self) -> Option<std::sync::Weak<()>> {
         self.state.store_marker()
-    }
-
-    pub(crate) fn live(&self) -> &std::path::Path {
-        &self.live
-    }
-
-    pub(crate) fn log(&self) -> &Log {
-        &self.log
     }
 
     /// Counts leaderships, and says when the replica has stopped by itself: it does not come back

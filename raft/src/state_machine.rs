@@ -66,7 +66,7 @@ struct Current {
     store: Option<ReplicaState>,
     group: GroupState,
     last_applied: Option<LogId>,
-    membership: StoredMembership,
+    membership: Arc<StoredMembership>,
 }
 
 /// A consistent look at a replica's state.
@@ -81,6 +81,8 @@ pub struct ReadState {
     pub clock: u64,
     /// Versions that were superseded below it may be gone: reads below it are refused.
     pub history_threshold: u64,
+    /// Who belongs to the group, by this very view.
+    pub(crate) membership: Arc<StoredMembership>,
 }
 
 /// A group's clock and the highest ceiling, as replicated.
@@ -164,6 +166,7 @@ impl SharedState {
             position: current.last_applied.as_ref().map(position).unwrap_or_default(),
             clock: current.group.clock,
             history_threshold: current.group.history_threshold,
+            membership: current.membership.clone(),
         })
     }
 
@@ -206,7 +209,7 @@ impl SharedState {
                 ),
                 EntryPayload::Membership(new) => {
                     group.apply_membership();
-                    membership = StoredMembership::new(Some(entry.log_id), new.clone());
+                    membership = Arc::new(StoredMembership::new(Some(entry.log_id), new.clone()));
                     Replies::default()
                 }
             });
@@ -254,7 +257,7 @@ impl Current {
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?,
             None => StoredMembership::default(),
         };
-        Ok(Self { store: Some(store), group, last_applied, membership })
+        Ok(Self { store: Some(store), group, last_applied, membership: Arc::new(membership) })
     }
 }
 
@@ -307,7 +310,7 @@ impl StateMachine {
         let current = self.shared.0.current.read();
         SnapshotMeta {
             last_log_id: current.last_applied,
-            last_membership: current.membership.clone(),
+            last_membership: (*current.membership).clone(),
         }
     }
 
@@ -364,7 +367,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
         let current = self.shared.0.current.read();
-        Ok((current.last_applied, current.membership.clone()))
+        Ok((current.last_applied, (*current.membership).clone()))
     }
 
     async fn apply<S>(&mut self, entries: S) -> Result<(), io::Error>

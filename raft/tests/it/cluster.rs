@@ -32,7 +32,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-const SHARD: ShardId = ShardId(1);
+pub(crate) const SHARD: ShardId = ShardId(1);
 
 /// Who is reachable from whom.
 #[derive(Default)]
@@ -85,8 +85,8 @@ impl Observer for Deaf {
     fn elected(&self) {}
 }
 
-struct Node {
-    host: Arc<Host>,
+pub(crate) struct Node {
+    pub(crate) host: Arc<Host>,
     log: Log,
     stop: CancellationToken,
 }
@@ -127,15 +127,15 @@ impl Node {
     }
 }
 
-struct Cluster {
-    disks: BTreeMap<NodeId, FaultyFs>,
-    nodes: BTreeMap<NodeId, Node>,
+pub(crate) struct Cluster {
+    pub(crate) disks: BTreeMap<NodeId, FaultyFs>,
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
     wires: Arc<Wires>,
     sequence: u64,
 }
 
 impl Cluster {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let wires = Arc::new(Wires::default());
         let (mut disks, mut nodes) = (BTreeMap::new(), BTreeMap::new());
         for id in (1..=3).map(NodeId) {
@@ -156,19 +156,26 @@ impl Cluster {
     }
 
     /// Ends a node; what it had not synced is gone.
-    async fn stop(&mut self, id: NodeId) {
+    pub(crate) async fn stop(&mut self, id: NodeId) {
         let node = self.nodes.remove(&id).expect("it runs");
         node.stop(id, &self.wires).await;
         let after = self.disks[&id].crash(Loss::All);
         self.disks.insert(id, after);
     }
 
-    async fn restart(&mut self, id: NodeId, count: u64) {
+    pub(crate) async fn restart(&mut self, id: NodeId, count: u64) {
         let node = start(id, &self.disks[&id], &self.wires, count).await;
         self.nodes.insert(id, node);
     }
 
-    fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
+    /// One more node, without replicas.
+    pub(crate) async fn add(&mut self, id: NodeId) {
+        let disk = FaultyFs::new(id.0);
+        self.nodes.insert(id, start(id, &disk, &self.wires, 1).await);
+        self.disks.insert(id, disk);
+    }
+
+    pub(crate) fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
         let mut led = self.nodes.iter().filter_map(|(id, node)| {
             let group = node.host.group(SHARD)?;
             (group.status().state == Standing::Leader).then_some((*id, group))
@@ -177,7 +184,7 @@ impl Cluster {
     }
 
     /// Writes until it is acknowledged, always with the same request id.
-    async fn put(&mut self, key: &str, value: &str) -> Reply {
+    pub(crate) async fn put(&mut self, key: &str, value: &str) -> Reply {
         self.sequence += 1;
         let operation = Operation {
             key: Bytes::copy_from_slice(key.as_bytes()),
