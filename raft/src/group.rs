@@ -37,6 +37,7 @@ use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState, StateMachine};
 use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
+pub use members::Members;
 
 /// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
 const FLUSH_MAX: Duration = Duration::from_secs(60);

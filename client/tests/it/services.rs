@@ -223,6 +223,13 @@ impl AdminService for Node {
         Ok(Response::new(v1::TransferLeaderResponse { leader_node: to_node }))
     }
 
+    async fn set_read_replicas(
+        &self,
+        _: Request<v1::SetReadReplicasRequest>,
+    ) -> Result<Response<v1::SetReadReplicasResponse>, Status> {
+        Ok(Response::new(v1::SetReadReplicasResponse::default()))
+    }
+
     async fn inject_fault(
         &self,
         _: Request<v1::InjectFaultRequest>,

@@ -10,6 +10,7 @@
 //! still leads the same term. So there is one change at a time, and none upon a joint configuration.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use coracle_storage::ReplicaId;
 use openraft::ChangeMembers;
@@ -21,7 +22,7 @@ use super::Group;
 use crate::error::{ChangeError, GroupError};
 use crate::lag::Lag;
 use crate::leadership::Standing;
-use crate::types::{NodeId, Place, StoredMembership, TypeConfig};
+use crate::types::{NodeId, Place, Role, StoredMembership, TypeConfig};
 
 /// What shall become of the members.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +31,44 @@ enum Change {
     Remove { replica: u64 },
 }
 
+/// Who belongs to a group, as a majority has confirmed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Members {
+    /// The group's epoch.
+    pub epoch: u64,
+    /// Between two sets of voters: a change that is half done.
+    pub joint: bool,
+    /// By replica: its node, and what it counts for.
+    pub members: BTreeMap<u64, (NodeId, Role)>,
+}
+
 impl Group {
+    /// Who belongs to the group, confirmed by a majority: whoever goes by it does not act on the word
+    /// of a leader that was deposed. On the leader.
+    pub async fn members(&self, deadline: Instant) -> Result<Members, ChangeError> {
+        let (epoch, stored) = self.confirmed(deadline).await?;
+        let membership = stored.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let role = |id| if voters.contains(id) { Role::Voter } else { Role::Learner };
+        let members = membership.nodes().map(|(id, place)| (*id, (place.node, role(id))));
+        let joint = membership.get_joint_config().len() > 1;
+        Ok(Members { epoch, joint, members: members.collect() })
+    }
+
+    async fn confirmed(
+        &self,
+        deadline: Instant,
+    ) -> Result<(u64, Arc<StoredMembership>), ChangeError> {
+        let look = |state: &crate::state_machine::ReadState| {
+            (state.descriptor.as_ref().map(|known| known.epoch), state.membership.clone())
+        };
+        match self.reads.linearizable(deadline, look).await.map_err(unchanged)? {
+            (Some(epoch), stored) => Ok((epoch, stored)),
+            // Its first leader is about to describe it.
+            (None, _) => Err(ChangeError::UnderWay),
+        }
+    }
+
     /// Takes a read replica in, without waiting for it to catch up (see [`Group::lags`]). Its id
     /// must be new: it never was one of another log. On the leader. Returns the group's epoch
     /// behind the change; one that is in already is no error.
@@ -92,13 +130,7 @@ impl Group {
             return Err(ChangeError::UnderWay);
         };
         let term = self.leadership.leads().map_err(unchanged)?;
-        let look = |state: &crate::state_machine::ReadState| {
-            (state.descriptor.as_ref().map(|known| known.epoch), state.membership.clone())
-        };
-        let (known, stored) = self.reads.linearizable(deadline, look).await.map_err(unchanged)?;
-        let Some(known) = known else {
-            return Err(ChangeError::UnderWay);
-        };
+        let (known, stored) = self.confirmed(deadline).await?;
         if stored.membership().get_joint_config().len() > 1 {
             return Err(ChangeError::UnderWay);
         }

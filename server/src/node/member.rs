@@ -80,6 +80,8 @@ impl Member {
         let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
         parts.exec.spawn("reconcile", Box::pin(async move { reconciled.reconcile(stop).await }));
+        let (tended, stop) = (cluster.clone(), shared.stop.clone());
+        parts.exec.spawn("replicas", Box::pin(async move { tended.tend_replicas(stop).await }));
         let recovering = recovery.recovering;
         Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
     }
@@ -333,6 +335,13 @@ impl Commands for CommandsOverTransport {
             known.push(own);
         }
         known
+    }
+
+    fn silence(&self, node: NodeId) -> Option<std::time::Duration> {
+        if self.0.own().node == node.0 {
+            return Some(std::time::Duration::ZERO);
+        }
+        self.0.silence(node)
     }
 
     fn hosts(&self) -> Vec<KnownNode> {
