@@ -7,6 +7,7 @@ pub mod health;
 pub mod keyspace;
 pub mod node;
 pub mod pages;
+pub mod replica;
 pub mod shard;
 
 use std::collections::BTreeMap;

@@ -168,6 +168,9 @@ pub enum Command {
     /// Shards
     #[command(subcommand)]
     Shard(Shard),
+    /// Replicas, and how many are only for reads
+    #[command(subcommand)]
+    Replica(Replica),
     /// Keyspaces
     #[command(subcommand)]
     Keyspace(Keyspace),
@@ -295,6 +298,38 @@ pub enum Shard {
         /// The shard
         #[arg(value_parser = parse_shard)]
         shard: ShardId,
+    },
+}
+
+/// See [`Command::Replica`].
+#[derive(Debug, Subcommand)]
+pub enum Replica {
+    /// List the replicas, and how far each is behind its leader
+    #[command(after_help = "Examples:\n  coracle replica ls\n  coracle replica ls 7 -o json")]
+    Ls {
+        /// Only of this shard
+        #[arg(value_parser = parse_shard)]
+        shard: Option<ShardId>,
+    },
+    /// Set how many read replicas every shard has: they never vote, and serve reads that need not
+    /// be the newest
+    #[command(after_help = "Examples:\n  \
+        coracle replica set --learners 1 --zone c --wait\n  \
+        coracle replica set --learners 0 --zone c\n  \
+        coracle replica set --learners 2 --dry-run")]
+    Set {
+        /// How many of each shard; 0 removes them
+        #[arg(long, value_name = "N")]
+        learners: u32,
+        /// On nodes of this zone (default: on any, beside those that zones ask for)
+        #[arg(long, value_name = "ZONE", default_value = "", hide_default_value = true)]
+        zone: String,
+        /// Only say what would be made and removed
+        #[arg(long)]
+        dry_run: bool,
+        /// Wait until all are there, and those that go are gone (--timeout ends the wait)
+        #[arg(long, conflicts_with = "dry_run")]
+        wait: bool,
     },
 }
 
@@ -439,7 +474,7 @@ pub enum Script {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Try it", &["demo"]),
     ("Key-value", &["put", "get", "delete", "delete-range", "scan", "import", "export"]),
-    ("Cluster", &["server", "init", "status", "node", "shard", "keyspace"]),
+    ("Cluster", &["server", "init", "status", "node", "shard", "replica", "keyspace"]),
     ("Utility", &["config", "context", "completion", "man", "help"]),
 ];
 

@@ -66,6 +66,9 @@ async fn dispatch(cli: Cli, output: &Output) -> Result<(), Failure> {
         Command::Status => interruptible(admin::cluster::status(&global, output)).await,
         Command::Node(node) => interruptible(admin::node::run(node, &global, output)).await,
         Command::Shard(shard) => interruptible(admin::shard::run(shard, &global, output)).await,
+        Command::Replica(replica) => {
+            interruptible(admin::replica::run(replica, &global, output)).await
+        }
         Command::Keyspace(keyspace) => {
             interruptible(admin::keyspace::run(keyspace, &global, output)).await
         }

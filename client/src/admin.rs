@@ -2,6 +2,8 @@
 //! injected faults. Thin: one request, one answer, plain values. A change is not retried once it
 //! may have been carried out, because it has no request id.
 
+mod replicas;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +14,9 @@ use coracle_proto::v1;
 use tokio::time::{Instant, timeout_at};
 use tonic::{Response, Status};
 
+pub use self::replicas::{
+    MemberStatus, ReadReplicas, ReadReplicasSet, ReplicaChange, ReplicaPlace, Replicas,
+};
 use crate::connection::fault_of;
 use crate::driver::{Driver, closed};
 use crate::error::Error;
@@ -109,6 +114,8 @@ pub struct GroupStatus {
     pub epoch: u64,
     /// Approximate bytes of state.
     pub state_bytes: u64,
+    /// Of a leader: the members of its group, and how far each is.
+    pub members: Vec<MemberStatus>,
 }
 
 /// Another node, as a node sees it.
@@ -465,6 +472,7 @@ impl GroupStatus {
             first_index: group.first_index,
             epoch: group.epoch,
             state_bytes: group.state_bytes,
+            members: group.members.iter().map(MemberStatus::from_wire).collect(),
         }
     }
 }

@@ -340,6 +340,7 @@ mod tests {
                     id: id * 10 + node.0,
                     node: node.0,
                     role: v1::ReplicaRole::Voter.into(),
+                    joining: false,
                 })
                 .to_vec(),
             leader_node: leader.0,

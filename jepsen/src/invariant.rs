@@ -2,6 +2,7 @@
 //! Owns the looks at the nodes while they run; each invariant owns what it remembers of them.
 
 mod committed_is_final;
+mod learners_never_vote;
 mod one_leader_per_term;
 mod only_forward;
 pub mod replicas_agree;
@@ -11,6 +12,7 @@ use coracle_raft::leadership::GroupStatus;
 
 use crate::cluster::sim::Cluster;
 pub use committed_is_final::CommittedIsFinal;
+pub use learners_never_vote::LearnersNeverVote;
 pub use one_leader_per_term::OneLeaderPerTerm;
 pub use only_forward::OnlyForward;
 
@@ -46,7 +48,11 @@ pub struct Watch {
 impl Default for Watch {
     fn default() -> Watch {
         Watch {
-            invariants: vec![Box::<CommittedIsFinal>::default(), Box::<OnlyForward>::default()],
+            invariants: vec![
+                Box::<CommittedIsFinal>::default(),
+                Box::<OnlyForward>::default(),
+                Box::<LearnersNeverVote>::default(),
+            ],
             broken: Vec::new(),
             elections: OneLeaderPerTerm::default(),
         }

@@ -3,6 +3,7 @@
 
 mod crashes;
 mod links;
+mod replicas;
 mod times;
 
 use std::cell::RefCell;
@@ -34,6 +35,8 @@ pub struct Mix {
     pub clocks: bool,
     /// Disks hang for a while.
     pub stalls: bool,
+    /// Read replicas come and go.
+    pub replicas: bool,
 }
 
 impl Mix {
@@ -48,6 +51,7 @@ impl Mix {
             flaky_links: has(),
             clocks: has(),
             stalls: has(),
+            replicas: has(),
         };
         mix.crashes |= !(mix.partitions || mix.flaky_links || mix.clocks || mix.stalls);
         mix
@@ -108,6 +112,7 @@ impl<'a> Nemesis<'a> {
             self.set_clocks(end),
             self.stall_disks(end),
             self.keep_alive(end),
+            self.set_read_replicas(end),
         );
     }
 

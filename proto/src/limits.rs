@@ -162,6 +162,10 @@ pub const SHARDS_MAX: usize = 4_096;
 /// map is refused.
 pub const REPLICAS_MAX: usize = 32;
 
+/// Read replicas of one shard, of all zones together: a leader sends every entry to each, and a map of
+/// [`SHARDS_MAX`] shards still fits into a message. Beyond: the setting is refused with `TOO_LARGE`.
+pub const LEARNERS_MAX: u32 = 8;
+
 /// Nodes of a cluster: each keeps three connections to every other. Beyond: the map is refused.
 pub const NODES_MAX: usize = 1_000;
 
@@ -368,6 +372,12 @@ pub fn check_keyspace_name(name: &str) -> Result<(), KeyspaceNameError> {
 /// How many shards `init` is asked to make; 0 stands for the default.
 pub fn check_shards(shards: u32) -> Result<(), LimitError> {
     check("SHARDS_MAX", "shards", "shards", shards as usize, 0, SHARDS_MAX)
+}
+
+/// How many read replicas of each shard are asked for, in all zones together.
+pub fn check_learners(learners: u64) -> Result<(), LimitError> {
+    let got = usize::try_from(learners).unwrap_or(usize::MAX);
+    check("LEARNERS_MAX", "learners", "read replicas", got, 0, LEARNERS_MAX as usize)
 }
 
 /// How long the server works on a request that asks for `asked` (`None`: it does not say).

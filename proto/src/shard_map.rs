@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::limits::{KEYSPACES_MAX, NODES_MAX, SHARDS_MAX};
+use crate::limits::{KEYSPACES_MAX, LEARNERS_MAX, NODES_MAX, SHARDS_MAX};
 use crate::ring::{self, Arc, Position};
 use crate::v1;
 
@@ -12,8 +12,8 @@ mod descriptor;
 use descriptor::check_count;
 pub use descriptor::{
     DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME, Epoch, Keyspace, KeyspaceId, META_SHARD, Node, NodeId,
-    NodeState, Replica, ReplicaId, ReplicaRole, SYSTEM_KEYSPACE, SYSTEM_KEYSPACE_NAME, Shard,
-    ShardId, ShardMapError,
+    NodeState, ReadReplicas, Replica, ReplicaId, ReplicaRole, SYSTEM_KEYSPACE,
+    SYSTEM_KEYSPACE_NAME, Shard, ShardId, ShardMapError,
 };
 
 /// The versioned table of the ring, checked.
@@ -37,6 +37,7 @@ pub struct ShardMap {
     nodes: BTreeMap<NodeId, Node>,
     keyspaces: BTreeMap<KeyspaceId, Keyspace>,
     names: BTreeMap<String, KeyspaceId>,
+    read_replicas: Vec<ReadReplicas>,
 }
 
 impl ShardMap {
@@ -62,6 +63,7 @@ impl ShardMap {
             nodes: checked_nodes(&map.nodes)?,
             keyspaces,
             names,
+            read_replicas: checked_rules(&map.read_replicas)?,
         })
     }
 
@@ -75,6 +77,7 @@ impl ShardMap {
             nodes: self.nodes.values().map(Node::to_proto).collect(),
             keyspaces: self.keyspaces.values().map(Keyspace::to_proto).collect(),
             server_time_ms: self.server_time_ms,
+            read_replicas: self.read_replicas.iter().map(rule_to_proto).collect(),
         }
     }
 
@@ -155,6 +158,11 @@ impl ShardMap {
     /// The keyspaces, by id.
     pub fn keyspaces(&self) -> impl Iterator<Item = &Keyspace> {
         self.keyspaces.values()
+    }
+
+    /// How many read replicas every shard shall have, by zone.
+    pub fn read_replicas(&self) -> &[ReadReplicas] {
+        &self.read_replicas
     }
 
     /// A node by id.
@@ -239,6 +247,17 @@ fn checked_nodes(given: &[v1::Node]) -> Result<BTreeMap<NodeId, Node>, ShardMapE
         }
     }
     Ok(nodes)
+}
+
+fn checked_rules(given: &[v1::ReadReplicas]) -> Result<Vec<ReadReplicas>, ShardMapError> {
+    check_count("settings of read replicas", LEARNERS_MAX as usize, given.len())?;
+    let rule =
+        |rule: &v1::ReadReplicas| ReadReplicas { zone: rule.zone.clone(), learners: rule.learners };
+    Ok(given.iter().map(rule).collect())
+}
+
+fn rule_to_proto(rule: &ReadReplicas) -> v1::ReadReplicas {
+    v1::ReadReplicas { zone: rule.zone.clone(), learners: rule.learners }
 }
 
 type Keyspaces = (BTreeMap<KeyspaceId, Keyspace>, BTreeMap<String, KeyspaceId>);

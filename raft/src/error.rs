@@ -1,6 +1,6 @@
 //! What a group refuses, named by what the caller must do.
 //!
-//! Owns the errors of reads and writes of one group. What they become on the wire is the server's.
+//! Owns the errors of reads, writes and changes of one group. What they become on the wire is the server's.
 
 use std::time::Duration;
 
@@ -51,6 +51,35 @@ pub enum GroupError {
     /// The group is not, or no longer, hosted here.
     #[error("the group is stopped on this node")]
     Stopped,
+}
+
+/// The members of a group were not changed, or nobody knows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// Ask the leader, where one is known.
+    #[error("not the leader")]
+    NotLeader {
+        /// The node of the leader.
+        leader: Option<NodeId>,
+    },
+    /// The group is not what it was when this was planned: look again.
+    #[error("the group is at epoch {epoch}")]
+    EpochPassed {
+        /// The epoch of now.
+        epoch: u64,
+    },
+    /// Another change is under way, or half done: look again later.
+    #[error("another change of the members is under way")]
+    UnderWay,
+    /// It contradicts what is.
+    #[error("{0}")]
+    Refused(String),
+    /// Nothing was proposed: the group does not answer.
+    #[error("the group does not answer: {0}")]
+    Unavailable(String),
+    /// It was proposed, and its end is not known: look, or ask for the same again.
+    #[error("the outcome is unknown: {0}")]
+    Unknown(String),
 }
 
 impl GroupError {

@@ -3,6 +3,8 @@
 //! Owns the replica's tasks and the answers to its peers' questions. Which groups there are is the
 //! host's business.
 
+mod members;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,7 +12,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_storage::log::Log;
 use coracle_storage::{Error, ReplicaId};
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::Mutex;
@@ -23,6 +24,7 @@ use crate::command::{Command, Request};
 use crate::descriptor::Descriptor;
 use crate::environment::Environment;
 use crate::error::GroupError;
+use crate::lag::Growth;
 use crate::leadership::{GroupStatus, Leadership, Raft, Standing};
 use crate::lease::{Embargo, Timing};
 use crate::log_store::LogStore;
@@ -37,6 +39,7 @@ use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState, StateMachine};
 use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
+pub use members::Members;
 
 mod past;
 
@@ -54,7 +57,6 @@ pub struct Group {
     shard: ShardId,
     replica: ReplicaId,
     raft: Raft,
-    log: Log,
     state: SharedState,
     leadership: Leadership,
     proposer: Proposer,
@@ -64,8 +66,10 @@ pub struct Group {
     embargo: Embargo,
     appends: Appends,
     duties: Mutex<()>,
+    /// One change of the members at a time.
+    changing: tokio::sync::Mutex<()>,
+    growth: Mutex<Growth>,
     environment: Arc<Environment>,
-    live: PathBuf,
     initial: Descriptor,
     stop: CancellationToken,
 }
@@ -128,7 +132,6 @@ impl Group {
             shard: start.shard,
             replica: start.replica,
             raft,
-            log: environment.log.clone(),
             state: start.state,
             leadership,
             proposer,
@@ -138,8 +141,9 @@ impl Group {
             embargo,
             appends,
             duties: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
+            growth: Mutex::default(),
             environment: environment.clone(),
-            live: start.live,
             initial: start.initial,
             stop,
         });
@@ -507,14 +511,6 @@ impl Group {
     /// Cannot be upgraded any more once the store is closed.
     pub(crate) fn store_marker(&self) -> Option<std::sync::Weak<()>> {
         self.state.store_marker()
-    }
-
-    pub(crate) fn live(&self) -> &std::path::Path {
-        &self.live
-    }
-
-    pub(crate) fn log(&self) -> &Log {
-        &self.log
     }
 
     /// Counts leaderships, and says when the replica has stopped by itself: it does not come back

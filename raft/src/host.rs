@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use coracle_storage::exec::Exec;
-use coracle_storage::log::{Log, Recovery};
+use coracle_storage::log::{Done, Log, Recovery};
 use coracle_storage::state::{Engines, MetaName, OpenState, ReplicaState, checkpoint};
 use coracle_storage::{Error, ReplicaId};
 use parking_lot::{Mutex, RwLock};
@@ -88,7 +88,7 @@ pub struct Host {
     changing: tokio::sync::Mutex<()>,
     on_hang: Arc<dyn Fn() + Send + Sync>,
     /// Replicas that did not open, and why.
-    failed: Mutex<Vec<String>>,
+    failed: Mutex<Vec<(ReplicaId, String)>>,
     /// See [`Host::reclaim`].
     reclaiming: Arc<tokio::sync::Mutex<()>>,
 }
@@ -122,6 +122,7 @@ impl Host {
         let exec = host.environment.exec.clone();
         exec.spawn("health", Box::pin(host.clone().watch_health()));
         exec.spawn("compact", Box::pin(host.clone().bound_log()));
+        exec.spawn("growth", Box::pin(host.clone().sample_growth()));
         host
     }
 
@@ -175,7 +176,7 @@ impl Host {
 
     fn does_not_run(&self, replica: ReplicaId, why: &str) {
         tracing::error!(replica = replica.0, why, "a replica does not run");
-        self.failed.lock().push(format!("replica {}: {why}", replica.0));
+        self.failed.lock().push((replica, format!("replica {}: {why}", replica.0)));
     }
 
     /// A directory that the log does not know: its creation was cut short, and it is removed, unless
@@ -251,7 +252,12 @@ impl Host {
         }
         // What did not open is not made anew: its log, and perhaps its state, are still here.
         match self.environment.log.state(replica) {
-            Err(Error::UnknownReplica(_)) => {}
+            Err(Error::UnknownReplica(_)) => {
+                if self.environment.log.was_destroyed(replica)? {
+                    let why = format!("replica {} of {shard} was destroyed here", replica.0);
+                    return Err(Error::invalid(why));
+                }
+            }
             Err(error) => return Err(error),
             Ok(_) => {
                 let why = format!("replica {} of {shard} is here, and does not run", replica.0);
@@ -274,17 +280,8 @@ impl Host {
         let state = made.await.map_err(Error::invalid)??;
         // The store first: a crash in between leaves a directory that the log does not know.
         let (done, created) = oneshot::channel();
-        self.environment.log.create(
-            replica,
-            Box::new(move |result| {
-                let _ = done.send(result);
-            }),
-        );
-        match created.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(Error::invalid(error.to_string())),
-            Err(_) => return Err(Error::invalid("the log's writer has stopped")),
-        }
+        self.environment.log.create(replica, told(done));
+        ended(created.await)?;
         self.start(replica, live, state, initial, false).await
     }
 
@@ -308,37 +305,57 @@ impl Host {
         Ok(group)
     }
 
-    /// Stops a replica and removes all of it. Its id is remembered and never comes back.
-    pub async fn destroy(&self, shard: ShardId) -> Result<(), Error> {
-        let _changing = self.changing.lock().await;
-        let Some(group) = self.groups.write().remove(&shard) else {
-            return Ok(());
+    /// Stops a replica and removes all of it, whether it runs or not. Its id is remembered, also
+    /// where it was never made: it never comes back. Done already is no error. Goes on when the
+    /// caller gives up waiting.
+    pub async fn destroy(
+        self: &Arc<Self>,
+        shard: ShardId,
+        replica: ReplicaId,
+    ) -> Result<(), Error> {
+        let (answer, destroyed) = oneshot::channel();
+        let host = self.clone();
+        let destroy = async move {
+            let _ = answer.send(host.destroy_whole(shard, replica).await);
         };
-        let store = group.store_marker();
-        group.shutdown().await;
-        let (replica, live, log) =
-            (group.replica(), group.live().to_path_buf(), group.log().clone());
-        drop(group);
-        // openraft's worker and the last reads let go of the store in their own time.
-        while store.as_ref().is_some_and(|store| store.strong_count() > 0) {
-            tokio::time::sleep(Duration::from_millis(2)).await;
+        self.environment.exec.spawn("destroy", Box::pin(destroy));
+        destroyed.await.unwrap_or_else(|_| Err(Error::invalid("the node is stopping")))
+    }
+
+    async fn destroy_whole(&self, shard: ShardId, replica: ReplicaId) -> Result<(), Error> {
+        let _changing = self.changing.lock().await;
+        let runs = |group: &Arc<Group>| group.replica() == replica;
+        if let Some(group) = self.group(shard).filter(runs) {
+            self.groups.write().remove(&shard);
+            let store = group.store_marker();
+            group.shutdown().await;
+            drop(group);
+            // openraft's worker and the last reads let go of the store in their own time.
+            while store.as_ref().is_some_and(|store| store.strong_count() > 0) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
         }
-        let (done, destroyed) = oneshot::channel();
-        log.destroy(
-            replica,
-            Box::new(move |result| {
-                let _ = done.send(result);
-            }),
-        );
-        match destroyed.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return Err(Error::invalid(error.to_string())),
-            Err(_) => return Err(Error::invalid("the log's writer has stopped")),
+        let log = &self.environment.log;
+        if !log.was_destroyed(replica)? {
+            if matches!(log.state(replica), Err(Error::UnknownReplica(_))) {
+                // Never made. A late question to make it must find that it is gone.
+                let (done, created) = oneshot::channel();
+                log.create(replica, told(done));
+                ended(created.await)?;
+            }
+            let (done, destroyed) = oneshot::channel();
+            log.destroy(replica, told(done));
+            ended(destroyed.await)?;
         }
+        self.failed.lock().retain(|(failed, _)| *failed != replica);
+        // A crash before this: the next start knows from the log that it goes.
+        self.remove_dir(store_dir(&self.shards, replica.0)).await
+    }
+
+    async fn remove_dir(&self, dir: PathBuf) -> Result<(), Error> {
         let engines = self.environment.engines.clone();
-        blocking(&*self.environment.exec, move || engines.destroy(&live))
-            .await
-            .map_err(Error::invalid)?
+        let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir)).await;
+        removed.map_err(Error::invalid)?
     }
 
     /// The group of a shard, where this node holds a replica.
@@ -351,7 +368,8 @@ impl Host {
         let stopped = self.groups().into_iter().filter_map(|group| {
             Some(format!("replica {}: {}", group.replica().0, group.status().failed?))
         });
-        self.failed.lock().iter().cloned().chain(stopped).collect()
+        let failed: Vec<String> = self.failed.lock().iter().map(|(_, why)| why.clone()).collect();
+        failed.into_iter().chain(stopped).collect()
     }
 
     /// All groups, by shard.
@@ -454,6 +472,19 @@ impl Host {
         }
     }
 
+    /// Lets every leader remember when its log reached which index: what lag is measured by.
+    async fn sample_growth(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.environment.stop.cancelled() => return,
+                () = tokio::time::sleep(self.environment.timing.heartbeat) => {}
+            }
+            for group in self.groups() {
+                group.sample_growth();
+            }
+        }
+    }
+
     /// Keeps the shared log within its budget: flushes the replica that holds its oldest unflushed
     /// entries, and lets the log free what is behind them. And flushes every replica now and then, so
     /// that compaction learns what has left the history.
@@ -509,6 +540,20 @@ impl Host {
             }
             flushed.retain(|_, (at, _)| at.elapsed() <= FLUSH_INTERVAL);
         }
+    }
+}
+
+/// Tells whoever waits for the log.
+fn told(done: oneshot::Sender<Result<(), Arc<Error>>>) -> Done {
+    // Whoever gave up waiting wants to know no more.
+    Box::new(move |result| drop(done.send(result)))
+}
+
+fn ended(result: Result<Result<(), Arc<Error>>, oneshot::error::RecvError>) -> Result<(), Error> {
+    match result {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(Error::invalid(error.to_string())),
+        Err(_) => Err(Error::invalid("the log's writer has stopped")),
     }
 }
 

@@ -18,6 +18,7 @@ mod log_store;
 pub mod state_machine;
 mod network;
 pub mod leadership;
+pub mod lag;
 pub mod lease;
 pub mod clock;
 pub mod health;

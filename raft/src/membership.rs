@@ -109,6 +109,21 @@ mod tests {
     }
 
     #[test]
+    fn a_learner_takes_nothing_over() {
+        let (own, fresh) = (ReplicaId(10), Duration::from_millis(300));
+        let mut status = status([Some(7), None, Some(7)]);
+        let learner = status.members.get_mut(&12).expect("a member");
+        learner.role = Role::Learner;
+        assert_eq!(transfer_target(&status, own, None, fresh), None, "it holds all, and votes not");
+        assert!(!has_other_voter(&status, own, Some(NodeId(3))));
+        assert!(has_other_voter(&status, own, Some(NodeId(2))));
+        assert_eq!(campaign_rank(&status, ReplicaId(12)), None);
+        assert_eq!(campaign_rank(&status, ReplicaId(11)), Some(0));
+        status.members.get_mut(&11).expect("a member").heard = None;
+        assert!(is_alone(&status, own, fresh), "a learner is no company");
+    }
+
+    #[test]
     fn followers_campaign_in_an_order_that_turns_with_the_term() {
         let mut status = status([None, None, None]);
         let ranks = |status: &GroupStatus| {

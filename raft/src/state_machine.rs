@@ -68,7 +68,7 @@ struct Current {
     store: Option<ReplicaState>,
     group: GroupState,
     last_applied: Option<LogId>,
-    membership: StoredMembership,
+    membership: Arc<StoredMembership>,
 }
 
 /// A consistent look at a replica's state.
@@ -83,6 +83,8 @@ pub struct ReadState {
     pub clock: u64,
     history: History,
     filter: Arc<Filter>,
+    /// Who belongs to the group, by this very view.
+    pub(crate) membership: Arc<StoredMembership>,
 }
 
 impl ReadState {
@@ -202,6 +204,7 @@ impl SharedState {
             clock: current.group.clock,
             history: current.group.history.clone(),
             filter: store.filter().clone(),
+            membership: current.membership.clone(),
         })
     }
 
@@ -259,7 +262,7 @@ impl SharedState {
                 ),
                 EntryPayload::Membership(new) => {
                     group.apply_membership();
-                    membership = StoredMembership::new(Some(entry.log_id), new.clone());
+                    membership = Arc::new(StoredMembership::new(Some(entry.log_id), new.clone()));
                     Replies::default()
                 }
             });
@@ -319,7 +322,7 @@ impl Current {
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?,
             None => StoredMembership::default(),
         };
-        Ok(Self { store: Some(store), group, last_applied, membership })
+        Ok(Self { store: Some(store), group, last_applied, membership: Arc::new(membership) })
     }
 }
 
@@ -372,7 +375,7 @@ impl StateMachine {
         let current = self.shared.0.current.read();
         SnapshotMeta {
             last_log_id: current.last_applied,
-            last_membership: current.membership.clone(),
+            last_membership: (*current.membership).clone(),
         }
     }
 
@@ -429,7 +432,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
         let current = self.shared.0.current.read();
-        Ok((current.last_applied, current.membership.clone()))
+        Ok((current.last_applied, (*current.membership).clone()))
     }
 
     async fn apply<S>(&mut self, entries: S) -> Result<(), io::Error>

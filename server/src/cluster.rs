@@ -1,8 +1,8 @@
 //! How nodes become a cluster, and how the cluster's records become replicas.
 //!
-//! Owns init, joining, the making of first replicas, and the spreading of the shard map and of the
-//! keyspaces' settings. Does not
-//! move replicas (there is no such operation yet) and does not carry messages (`transport`).
+//! Owns init, joining, the making of first replicas, read replicas (`replicas`), and the spreading of
+//! the shard map and of the keyspaces' settings (`keyspaces`). Does not move voters (there is no such
+//! operation yet) and does not carry messages (`transport`).
 //!
 //! **Init** writes its plan to the data directory first: run again after a crash it goes on with the
 //! same cluster id and the same node ids. **Replicas** are made only while their shard is *forming*;
@@ -12,6 +12,8 @@
 
 mod found;
 mod keyspaces;
+mod members;
+mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -42,6 +44,7 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
 pub use found::{InitError, InitOptions, gather, join_when_alone};
+pub use members::member_statuses;
 
 /// Whom a command goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,6 +70,9 @@ pub trait Commands: Send + Sync + 'static {
 
     /// The nodes of the cluster that this node has heard of, itself included.
     fn known(&self) -> Vec<peer::KnownNode>;
+
+    /// Since a node was last heard; zero for this one, `None` for one that was not heard yet.
+    fn silence(&self, node: NodeId) -> Option<Duration>;
 
     /// Nodes without a cluster that this node has heard of, itself included as long as it is one.
     fn strangers(&self) -> Vec<peer::KnownNode>;
@@ -133,6 +139,12 @@ impl Cluster {
             Kind::Join(join) => return self.join(join).await,
             Kind::CreateKeyspace(bytes) => return self.create_keyspace_here(bytes).await,
             Kind::UpdateKeyspace(bytes) => return self.update_keyspace_here(bytes).await,
+            Kind::SetReadReplicas(bytes) => match v1::SetReadReplicasRequest::decode(bytes) {
+                Ok(request) => return self.set_read_replicas_here(request).await,
+                Err(error) => Err(format!("not a request: {error}")),
+            },
+            Kind::ChangeMembers(asked) => return self.change_members(asked).await,
+            Kind::DestroyReplica(asked) => self.destroy_here(asked).await.map(|()| Bytes::new()),
             Kind::Probe(_) => Ok(Bytes::new()),
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
@@ -199,6 +211,46 @@ impl Cluster {
             }
             Err(error) => done(Err(error), self),
         }
+    }
+
+    /// Has the meta group's leader do something, wherever it is, until it says that it is done, or
+    /// why it never will be.
+    async fn by_meta_leader(
+        &self,
+        kind: Kind,
+        deadline: Instant,
+    ) -> Result<Bytes, peer::CommandDone> {
+        let (mut ask, mut failed) = (None, 0);
+        loop {
+            let own = self.membership.identity().map(|(_, node)| node);
+            // A node without a replica of the meta group may know no leader, or one of long ago: any
+            // that votes there tells.
+            let known = ask.take().or_else(|| self.meta_leader().filter(|_| failed % 2 == 0));
+            let leader = known.or_else(|| self.meta_voter(failed));
+            failed += 1;
+            let answer = match leader {
+                Some(leader) if Some(leader) != own => {
+                    let target = Target::Node(leader);
+                    self.commands.command(target, kind.clone(), COMMAND_TIMEOUT).await
+                }
+                _ => Ok(self.answer(kind.clone()).await),
+            };
+            match answer {
+                Ok(done) if done.error.is_empty() => return Ok(done.body),
+                Ok(done) if !done.reason.is_empty() => return Err(done),
+                Ok(done) if Instant::now() >= deadline => return Err(done),
+                Ok(done) => ask = (done.ask_node != 0).then_some(NodeId(done.ask_node)),
+                Err(why) if Instant::now() >= deadline => return Err(refused(why)),
+                Err(_) => {}
+            }
+            tokio::time::sleep(RECONCILE_INTERVAL).await;
+        }
+    }
+
+    fn meta_voter(&self, number: usize) -> Option<NodeId> {
+        let map = self.map.current()?;
+        let voters: Vec<NodeId> = map.meta().voters().map(|replica| replica.node).collect();
+        voters.get(number % voters.len().max(1)).copied()
     }
 
     /// The meta group's leader, as this node's replica or its map knows it.

@@ -108,7 +108,9 @@ mod tests {
             start,
             end,
             epoch: 1,
-            replicas: [1, 2].map(|node| v1::Replica { id: id * 10 + node, node, role: 1 }).to_vec(),
+            replicas: [1, 2]
+                .map(|n| v1::Replica { id: id * 10 + n, node: n, role: 1, joining: false })
+                .to_vec(),
             leader_node: leader,
             leader_term: term,
             ..Default::default()

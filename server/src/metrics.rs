@@ -182,6 +182,10 @@ metrics! {
             "Groups with a replica on this node that know no leader";
         raft_elections: Counter, "coracle_raft_elections_total", [],
             "Leaderships that replicas on this node won";
+        replica_lag_entries: Family<Gauge, 2>, "coracle_replica_lag_entries", ["shard", "peer"],
+            "Entries of a group led here that the peer's replica is not known to hold";
+        replica_lag_seconds: Family<GaugeF64, 2>, "coracle_replica_lag_seconds", ["shard", "peer"],
+            "For how long the first entry that the peer's replica lacks has been in the log led here";
     }
     "Log" {
         log_fsync_duration_seconds: Histogram, "coracle_log_fsync_duration_seconds", [],

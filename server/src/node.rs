@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use coracle_proto::limits::MESSAGE_BYTES_MAX;
 use coracle_proto::peer::KnownNode;
+use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::v1;
 use coracle_proto::v1::admin_service_server::AdminServiceServer;
 use coracle_proto::v1::cluster_service_server::ClusterServiceServer;
@@ -204,6 +205,19 @@ impl Operator for Shared {
         member.cluster.found(&plan, options, deadline).await
     }
 
+    async fn set_read_replicas(
+        &self,
+        request: v1::SetReadReplicasRequest,
+        deadline: Instant,
+    ) -> Result<v1::SetReadReplicasResponse, Fault> {
+        let member = self.member().ok_or_else(not_initialized)?;
+        let set = member.cluster.set_read_replicas(request, deadline).await;
+        set.map_err(|done| {
+            let reason = Reason::parse(&done.reason).unwrap_or(Reason::NoQuorum);
+            Fault::new(reason, done.error)
+        })
+    }
+
     fn host(&self) -> Option<Arc<Host>> {
         self.member().map(|member| member.host.clone())
     }
@@ -262,6 +276,7 @@ fn groups(member: &Member) -> Vec<v1::GroupStatus> {
             first_index: status.purged.map_or(0, |at| at.index + 1),
             epoch: group.descriptor().map_or(0, |descriptor| descriptor.epoch),
             state_bytes: group.state_bytes(),
+            members: cluster::member_statuses(&group),
         }
     };
     member.host.groups().into_iter().map(one).collect()

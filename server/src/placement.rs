@@ -3,6 +3,8 @@
 //! Owns the choice only. Zones are spread first, then replicas, then leaders; ties go by node id, so
 //! that the same nodes give the same cluster.
 
+pub mod learners;
+
 use std::collections::BTreeMap;
 
 use coracle_proto::shard_map::NodeId;

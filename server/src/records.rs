@@ -8,7 +8,9 @@
 //! | `map` | `coracle.v1.ShardMap`: shards, nodes, keyspaces, and the map's epoch |
 //! | `ids` | `coracle.peer.v1.IdCounters`: the next id of each kind |
 //!
-//! Both change together, in one batch, conditional on the version of `map` that was read: two
+//! | `leaving` | `coracle.peer.v1.LeavingReplicas`: replicas that are out of the map, and not yet gone |
+//!
+//! They change together, in one batch, conditional on the version of `map` that was read: two
 //! controllers never overwrite each other, and an epoch names one map for ever.
 
 use std::sync::Arc;
@@ -36,6 +38,7 @@ const CONFLICTS_MAX: usize = 16;
 
 const MAP: &[u8] = b"map";
 const IDS: &[u8] = b"ids";
+const LEAVING: &[u8] = b"leaving";
 
 /// The records, as read at one version.
 #[derive(Debug, Clone)]
@@ -44,7 +47,9 @@ pub struct Snapshot {
     pub map: v1::ShardMap,
     /// The next ids.
     pub ids: peer::IdCounters,
-    version: u64,
+    /// Replicas that are out of the map, and not yet gone.
+    pub leaving: Vec<peer::LeavingReplica>,
+    pub(crate) version: u64,
 }
 
 /// Why the records did not change.
@@ -110,10 +115,18 @@ impl Records {
         &self,
         mut change: impl FnMut(&mut v1::ShardMap, &mut peer::IdCounters) -> Result<bool, String> + Send,
     ) -> Result<Snapshot, RecordsError> {
+        self.change_all(|snapshot| change(&mut snapshot.map, &mut snapshot.ids)).await
+    }
+
+    /// [`Records::change`], of all records.
+    pub async fn change_all(
+        &self,
+        mut change: impl FnMut(&mut Snapshot) -> Result<bool, String> + Send,
+    ) -> Result<Snapshot, RecordsError> {
         for _ in 0..CONFLICTS_MAX {
             let mut snapshot = self.load().await?;
             let condition = Condition::IfVersion(snapshot.version);
-            let changed = change(&mut snapshot.map, &mut snapshot.ids);
+            let changed = change(&mut snapshot);
             if !changed.map_err(RecordsError::Refused)? {
                 return Ok(snapshot);
             }
@@ -134,7 +147,7 @@ impl Records {
         map: v1::ShardMap,
         ids: peer::IdCounters,
     ) -> Result<(), RecordsError> {
-        let snapshot = Snapshot { map, ids, version: 0 };
+        let snapshot = Snapshot { map, ids, leaving: Vec::new(), version: 0 };
         self.write(&snapshot, Condition::IfAbsent).await.map(drop)
     }
 
@@ -146,6 +159,7 @@ impl Records {
             condition,
             change: Change::Put { value: value.into(), ttl_ms: 0 },
         };
+        let leaving = peer::LeavingReplicas { replicas: snapshot.leaving.clone() };
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed);
         let request = Request {
             id: RequestId {
@@ -160,6 +174,7 @@ impl Records {
             operations: vec![
                 put(MAP, snapshot.map.encode_to_vec(), Some(condition)),
                 put(IDS, snapshot.ids.encode_to_vec(), None),
+                put(LEAVING, leaving.encode_to_vec(), None),
             ],
         };
         let deadline = Instant::now() + CHANGE_TIMEOUT;
@@ -192,14 +207,18 @@ fn unavailable(error: GroupError) -> RecordsError {
 
 fn read(state: &ReadState) -> Result<Snapshot, RecordsError> {
     let unreadable = |error: &dyn std::fmt::Display| RecordsError::Unavailable(error.to_string());
-    let get = |key: &[u8]| {
+    let find = |key: &[u8]| {
         let found = state.reader.get_at(SYSTEM_KEYSPACE.0, key, u64::MAX);
-        found.map_err(|error| unreadable(&error))?.ok_or(RecordsError::NoMap)
+        found.map_err(|error| unreadable(&error))
     };
+    let get = |key: &[u8]| find(key)?.ok_or(RecordsError::NoMap);
     let (map, ids) = (get(MAP)?, get(IDS)?);
+    let leaving = find(LEAVING)?.map(|found| peer::LeavingReplicas::decode(found.value));
+    let leaving = leaving.transpose().map_err(|error| unreadable(&error))?;
     Ok(Snapshot {
         map: v1::ShardMap::decode(map.value).map_err(|error| unreadable(&error))?,
         ids: peer::IdCounters::decode(ids.value).map_err(|error| unreadable(&error))?,
+        leaving: leaving.unwrap_or_default().replicas,
         version: map.version,
     })
 }

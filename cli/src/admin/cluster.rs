@@ -76,6 +76,8 @@ struct StatusView {
     nodes: usize,
     nodes_answering: usize,
     shards: usize,
+    /// Of all shards.
+    read_replicas: usize,
     keyspaces: usize,
     state_bytes: u64,
     log_bytes: u64,
@@ -88,11 +90,14 @@ pub async fn status(global: &Global, output: &Output) -> Result<(), Failure> {
     let Picture { map, nodes } = Picture::of(global).await?;
     let health = Health::of(&map, &nodes);
     let groups = nodes.values().flat_map(|status| &status.groups);
+    let replicas = map.shards.iter().flat_map(|shard| &shard.replicas);
+    let learners = replicas.filter(|replica| !replica.voter).count();
     let view = StatusView {
         nodes: map.nodes.len(),
         nodes_answering: nodes.len(),
         // The meta group is none that holds keys.
         shards: map.shards.len().saturating_sub(1),
+        read_replicas: learners,
         keyspaces: map.keyspaces.len(),
         state_bytes: groups.map(|group| group.state_bytes).sum(),
         log_bytes: nodes.values().map(|status| status.log_bytes).sum(),
@@ -115,7 +120,10 @@ fn text(view: &StatusView) -> String {
         String::new(),
         format!("cluster    {}  (map epoch {})", view.cluster_id, view.map_epoch),
         format!("nodes      {} of {} answer", view.nodes_answering, view.nodes),
-        format!("shards     {}", view.shards),
+        match view.read_replicas {
+            0 => format!("shards     {}", view.shards),
+            learners => format!("shards     {}, {learners} read replicas", view.shards),
+        },
         format!("keyspaces  {}", view.keyspaces),
         format!("data       {}, log {}", bytes(view.state_bytes), bytes(view.log_bytes)),
     ];

@@ -194,6 +194,7 @@ mod tests {
                 first_index: 1,
                 epoch: 1,
                 state_bytes: 0,
+                members: Vec::new(),
             }],
             peers: Vec::new(),
             disk_free_bytes: 0,

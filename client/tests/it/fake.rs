@@ -548,6 +548,7 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
                 id: id * 100 + node,
                 node,
                 role: v1::ReplicaRole::Voter.into(),
+                joining: false,
             })
             .collect(),
         leader_node: 1,
@@ -578,5 +579,6 @@ fn map(nodes: u64, shards: u32) -> v1::ShardMap {
             revision: 0,
         }],
         server_time_ms: 1_000_000,
+        read_replicas: Vec::new(),
     }
 }

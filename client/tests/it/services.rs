@@ -302,6 +302,13 @@ impl AdminService for Node {
         Err(Fault::new(Reason::Unsupported, "nothing is on a disk here").to_status())
     }
 
+    async fn set_read_replicas(
+        &self,
+        _: Request<v1::SetReadReplicasRequest>,
+    ) -> Result<Response<v1::SetReadReplicasResponse>, Status> {
+        Ok(Response::new(v1::SetReadReplicasResponse::default()))
+    }
+
     async fn inject_fault(
         &self,
         _: Request<v1::InjectFaultRequest>,

@@ -11,6 +11,10 @@ use crate::cluster::sim::Cluster;
 use crate::history::{Action, Answer, History, Kind};
 use crate::invariant::replicas_agree;
 
+/// What was asked of read replicas last is made true: a few snapshots, one after the other, and what
+/// came late is noticed.
+const REPLICAS_WITHIN: Duration = Duration::from_secs(60);
+
 /// Embargo, campaigns, and some bad luck with them.
 const LEADERS_WITHIN: Duration = Duration::from_secs(20);
 
@@ -28,6 +32,8 @@ const DEFAULT_KEYSPACE: u32 = 1;
 
 /// Looks at a cluster whose faults have ended; takes down in the run what does not hold.
 pub(super) async fn check(run: &mut Run) {
+    // Of replicas that are about to go, leaders need not be known.
+    settle_replicas(run).await;
     if !until(LEADERS_WITHIN, || without_leader(&run.cluster).is_empty()).await {
         let lacking = without_leader(&run.cluster).join("; ");
         run.violations.push(format!("every group has one leader again: {lacking}"));
@@ -53,6 +59,53 @@ pub(super) async fn check(run: &mut Run) {
     }
     let history = run.recorder.history();
     run.violations.extend(lost(&history));
+}
+
+/// Waits until every replica that the map has is there, and no other: none joins, none is left over.
+async fn settle_replicas(run: &mut Run) {
+    let client = match run.cluster.client("replicas").connect_lazy() {
+        Ok(client) => client,
+        Err(error) => return run.violations.push(format!("a client: {error}")),
+    };
+    let deadline = tokio::time::Instant::now() + REPLICAS_WITHIN;
+    let different = loop {
+        let different = match client.admin().replicas().await {
+            Ok(replicas) => misplaced(&run.cluster, &replicas),
+            Err(error) => format!("nobody knows: {error}"),
+        };
+        if different.is_empty() || tokio::time::Instant::now() >= deadline {
+            break different;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    if !different.is_empty() {
+        run.violations
+            .push(format!("replicas are where the map says, and only there: {different}"));
+    }
+    client.close().await;
+}
+
+fn misplaced(cluster: &Cluster, replicas: &coracle_client::admin::Replicas) -> String {
+    let wanted: BTreeSet<(u64, u64, u64)> = replicas
+        .places
+        .iter()
+        .map(|place| (place.shard.0, place.replica.0, place.node.0))
+        .collect();
+    let mut there = BTreeSet::new();
+    for at in 0..cluster.len() {
+        let node = cluster.node(at);
+        let id = node.as_ref().and_then(|node| node.status().node).map_or(0, |node| node.id);
+        for group in node.and_then(|node| node.host()).iter().flat_map(|host| host.groups()) {
+            there.insert((group.shard().0, group.replica().0, id));
+        }
+    }
+    let joining = replicas.places.iter().filter(|place| place.joining).count();
+    let (missing, over): (Vec<_>, Vec<_>) =
+        (wanted.difference(&there).collect(), there.difference(&wanted).collect());
+    match (missing.is_empty(), over.is_empty(), joining) {
+        (true, true, 0) => String::new(),
+        _ => format!("missing {missing:?}, left over {over:?}, {joining} joining"),
+    }
 }
 
 /// Groups that not every node takes to be led by the same one.

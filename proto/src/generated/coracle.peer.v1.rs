@@ -130,7 +130,10 @@ pub struct ClusterCommand {
     /// Matches answer to question.
     #[prost(uint64, tag = "1")]
     pub call: u64,
-    #[prost(oneof = "cluster_command::Kind", tags = "2, 3, 4, 5, 6, 7, 8, 9, 13")]
+    #[prost(
+        oneof = "cluster_command::Kind",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
+    )]
     pub kind: ::core::option::Option<cluster_command::Kind>,
 }
 /// Nested message and enum types in `ClusterCommand`.
@@ -161,6 +164,15 @@ pub mod cluster_command {
         /// Whether anybody is there. The answer is always done.
         #[prost(message, tag = "9")]
         Probe(super::Probe),
+        /// To a group's leader: look at its members, or change them.
+        #[prost(message, tag = "10")]
+        ChangeMembers(super::ChangeMembers),
+        /// A coracle.v1.SetReadReplicasRequest, for the meta group's leader.
+        #[prost(bytes, tag = "11")]
+        SetReadReplicas(::prost::bytes::Bytes),
+        /// Tells a node to remove a replica for ever.
+        #[prost(message, tag = "12")]
+        DestroyReplica(super::DestroyReplica),
         /// A coracle.v1.UpdateKeyspaceRequest, for the meta group's leader.
         #[prost(bytes, tag = "13")]
         UpdateKeyspace(::prost::bytes::Bytes),
@@ -169,6 +181,36 @@ pub mod cluster_command {
 /// Asks for nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Probe {}
+/// Changes a group's members, on its leader. Done already is no error.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ChangeMembers {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The epoch on which the change was planned: under another one nothing is changed.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    /// What is asked for.
+    #[prost(enumeration = "MemberChange", tag = "3")]
+    pub change: i32,
+    /// The replica that comes or goes.
+    #[prost(uint64, tag = "4")]
+    pub replica: u64,
+    /// Its node.
+    #[prost(uint64, tag = "5")]
+    pub node: u64,
+}
+/// Removes a replica of the receiving node with all that it holds, and remembers its id. One that was
+/// never made is only remembered. Done already is no error.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DestroyReplica {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The replica.
+    #[prost(uint64, tag = "2")]
+    pub replica: u64,
+}
 /// Gives a node its identity.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Adopt {
@@ -215,7 +257,8 @@ pub struct CommandDone {
     #[prost(string, tag = "2")]
     pub reason: ::prost::alloc::string::String,
     /// The answer's body: of a join an Adopt, of create_keyspace and update_keyspace a
-    /// coracle.v1.Keyspace.
+    /// coracle.v1.Keyspace, of change_members the leader's coracle.v1.GroupStatus, of
+    /// set_read_replicas a coracle.v1.SetReadReplicasResponse.
     #[prost(bytes = "bytes", tag = "3")]
     pub body: ::prost::bytes::Bytes,
     /// The node to ask instead; 0 means none known.
@@ -237,6 +280,27 @@ pub struct IdCounters {
     /// See the type.
     #[prost(uint32, tag = "4")]
     pub next_keyspace: u32,
+}
+/// Record "leaving" of the system keyspace: replicas that are in the map no more, and of which their
+/// group, or their node, may still know.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LeavingReplicas {
+    /// In the order in which they were taken out of the map.
+    #[prost(message, repeated, tag = "1")]
+    pub replicas: ::prost::alloc::vec::Vec<LeavingReplica>,
+}
+/// See LeavingReplicas.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LeavingReplica {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The replica.
+    #[prost(uint64, tag = "2")]
+    pub replica: u64,
+    /// The node that holds it.
+    #[prost(uint64, tag = "3")]
+    pub node: u64,
 }
 /// Which of the four connections this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
@@ -275,6 +339,39 @@ impl Lane {
             "LANE_APPENDS" => Some(Self::Appends),
             "LANE_BULK" => Some(Self::Bulk),
             "LANE_FORWARD" => Some(Self::Forward),
+            _ => None,
+        }
+    }
+}
+/// What shall become of a group's members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MemberChange {
+    /// Nothing: only the answer is wanted.
+    Unspecified = 0,
+    /// A read replica comes in.
+    AddLearner = 1,
+    /// A read replica goes.
+    RemoveLearner = 2,
+}
+impl MemberChange {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "MEMBER_CHANGE_UNSPECIFIED",
+            Self::AddLearner => "MEMBER_CHANGE_ADD_LEARNER",
+            Self::RemoveLearner => "MEMBER_CHANGE_REMOVE_LEARNER",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "MEMBER_CHANGE_UNSPECIFIED" => Some(Self::Unspecified),
+            "MEMBER_CHANGE_ADD_LEARNER" => Some(Self::AddLearner),
+            "MEMBER_CHANGE_REMOVE_LEARNER" => Some(Self::RemoveLearner),
             _ => None,
         }
     }

@@ -1591,6 +1591,9 @@ pub struct Replica {
     /// Its role.
     #[prost(enumeration = "ReplicaRole", tag = "3")]
     pub role: i32,
+    /// In the map before it holds what the others hold: readers go elsewhere.
+    #[prost(bool, tag = "4")]
+    pub joining: bool,
 }
 /// One arc \[start, end) of the ring and who replicates it. end = 0 means 2^64.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1672,6 +1675,19 @@ pub struct ShardMap {
     /// The answering server's wall clock in milliseconds: a first birth for writes.
     #[prost(uint64, tag = "7")]
     pub server_time_ms: u64,
+    /// How many read replicas every shard shall have, by zone.
+    #[prost(message, repeated, tag = "8")]
+    pub read_replicas: ::prost::alloc::vec::Vec<ReadReplicas>,
+}
+/// Read replicas that every shard of the ring shall have beside its voters.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReadReplicas {
+    /// On nodes of this zone; empty: on any nodes, beside those that zones ask for.
+    #[prost(string, tag = "1")]
+    pub zone: ::prost::alloc::string::String,
+    /// How many of each shard.
+    #[prost(uint32, tag = "2")]
+    pub learners: u32,
 }
 /// See ClusterService.WatchMap.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2487,7 +2503,7 @@ pub struct InitResponse {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct NodeStatusRequest {}
 /// One replica on the answering node.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GroupStatus {
     /// The shard.
     #[prost(uint64, tag = "1")]
@@ -2519,6 +2535,34 @@ pub struct GroupStatus {
     /// Approximate bytes of state.
     #[prost(uint64, tag = "10")]
     pub state_bytes: u64,
+    /// Of a leader: the members of its group, and how far each is.
+    #[prost(message, repeated, tag = "11")]
+    pub members: ::prost::alloc::vec::Vec<MemberStatus>,
+}
+/// A member of a group, as the group's leader sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MemberStatus {
+    /// The replica.
+    #[prost(uint64, tag = "1")]
+    pub replica: u64,
+    /// The node that holds it.
+    #[prost(uint64, tag = "2")]
+    pub node: u64,
+    /// What it counts for.
+    #[prost(enumeration = "ReplicaRole", tag = "3")]
+    pub role: i32,
+    /// Up to which index it is known to hold the log; 0 also when that is not known yet.
+    #[prost(uint64, tag = "4")]
+    pub matched_index: u64,
+    /// Entries of the leader's log that it is not known to hold.
+    #[prost(uint64, tag = "5")]
+    pub lag_entries: u64,
+    /// For how long the first of them has been in the leader's log, in milliseconds.
+    #[prost(uint64, tag = "6")]
+    pub lag_ms: u64,
+    /// Since it last answered a heartbeat, in milliseconds; the largest number when it never did.
+    #[prost(uint64, tag = "7")]
+    pub heard_ms: u64,
 }
 /// A peer as this node sees it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2616,6 +2660,45 @@ pub struct CompactShardResponse {
     /// What it takes now.
     #[prost(uint64, tag = "2")]
     pub bytes_after: u64,
+}
+/// See AdminService.SetReadReplicas.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetReadReplicasRequest {
+    /// The zone; empty: any nodes, beside what zones ask for.
+    #[prost(string, tag = "1")]
+    pub zone: ::prost::alloc::string::String,
+    /// Read replicas of each shard there; 0 ends them.
+    #[prost(uint32, tag = "2")]
+    pub learners: u32,
+    /// Only says what would be made and removed.
+    #[prost(bool, tag = "3")]
+    pub validate_only: bool,
+}
+/// A read replica that is made or removed.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplicaChange {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// Its node.
+    #[prost(uint64, tag = "2")]
+    pub node: u64,
+    /// The replica; 0 of one that has no id yet.
+    #[prost(uint64, tag = "3")]
+    pub replica: u64,
+}
+/// See AdminService.SetReadReplicas.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SetReadReplicasResponse {
+    /// What will be made.
+    #[prost(message, repeated, tag = "1")]
+    pub made: ::prost::alloc::vec::Vec<ReplicaChange>,
+    /// What will be removed.
+    #[prost(message, repeated, tag = "2")]
+    pub removed: ::prost::alloc::vec::Vec<ReplicaChange>,
+    /// Where there will be fewer than asked for, and why.
+    #[prost(string, repeated, tag = "3")]
+    pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// Generated client implementations.
 pub mod admin_service_client {
@@ -2807,6 +2890,32 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("coracle.v1.AdminService", "CompactShard"));
             self.inner.unary(req, path, codec).await
         }
+        /// Sets how many read replicas every shard has in a zone. Answers when the setting is recorded;
+        /// the replicas are made and removed afterwards.
+        pub async fn set_read_replicas(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetReadReplicasRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetReadReplicasResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/SetReadReplicas",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "SetReadReplicas"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Cuts this node off from peers, for fault tests and the demo; refused unless the server was
         /// started with fault injection.
         pub async fn inject_fault(
@@ -2876,6 +2985,15 @@ pub mod admin_service_server {
             request: tonic::Request<super::CompactShardRequest>,
         ) -> std::result::Result<
             tonic::Response<super::CompactShardResponse>,
+            tonic::Status,
+        >;
+        /// Sets how many read replicas every shard has in a zone. Answers when the setting is recorded;
+        /// the replicas are made and removed afterwards.
+        async fn set_read_replicas(
+            &self,
+            request: tonic::Request<super::SetReadReplicasRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetReadReplicasResponse>,
             tonic::Status,
         >;
         /// Cuts this node off from peers, for fault tests and the demo; refused unless the server was
@@ -3128,6 +3246,52 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = CompactShardSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/SetReadReplicas" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetReadReplicasSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::SetReadReplicasRequest>
+                    for SetReadReplicasSvc<T> {
+                        type Response = super::SetReadReplicasResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetReadReplicasRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::set_read_replicas(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetReadReplicasSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -75,6 +75,17 @@ pub struct Replica {
     pub node: NodeId,
     /// What it may do.
     pub role: ReplicaRole,
+    /// It does not hold what the others hold yet: readers go elsewhere.
+    pub joining: bool,
+}
+
+/// How many read replicas every shard of the ring shall have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadReplicas {
+    /// On nodes of this zone; empty: on any nodes, beside those that zones ask for.
+    pub zone: String,
+    /// Of each shard.
+    pub learners: u32,
 }
 
 /// One shard and who replicates it.
@@ -215,7 +226,12 @@ impl Shard {
             if !nodes.insert(replica.node) {
                 return Err(wrong("a node holds two of its replicas"));
             }
-            replicas.push(Replica { id: ReplicaId(replica.id), node: NodeId(replica.node), role });
+            replicas.push(Replica {
+                id: ReplicaId(replica.id),
+                node: NodeId(replica.node),
+                role,
+                joining: replica.joining,
+            });
         }
         if !replicas.iter().any(|replica| replica.role == ReplicaRole::Voter) {
             return Err(wrong("it has no voter"));
@@ -244,6 +260,7 @@ impl Shard {
                 ReplicaRole::Learner => v1::ReplicaRole::Learner,
             }
             .into(),
+            joining: replica.joining,
         };
         v1::Shard {
             id: self.id.0,
@@ -270,6 +287,11 @@ impl Shard {
     /// The replicas that vote.
     pub fn voters(&self) -> impl Iterator<Item = &Replica> {
         self.replicas.iter().filter(|replica| replica.role == ReplicaRole::Voter)
+    }
+
+    /// The read replicas.
+    pub fn learners(&self) -> impl Iterator<Item = &Replica> {
+        self.replicas.iter().filter(|replica| replica.role == ReplicaRole::Learner)
     }
 
     /// Takes a leader hint when its term is higher, or the same and none was known. True when it

@@ -256,12 +256,13 @@ fn the_largest_read_fits_into_a_message() {
 
 #[test]
 fn the_largest_map_fits_into_a_message() {
+    let replica = v1::Replica { id: MOST, node: MOST, role: 2, joining: true };
     let shard = v1::Shard {
         id: MOST,
         start: MOST,
         end: MOST,
         epoch: MOST,
-        replicas: vec![v1::Replica { id: MOST, node: MOST, role: 1 }; 7],
+        replicas: vec![replica; 3 + LEARNERS_MAX as usize],
         leader_node: MOST,
         leader_term: MOST,
         forming: true,
@@ -284,6 +285,7 @@ fn the_largest_map_fits_into_a_message() {
         history_ms: MOST,
         revision: MOST,
     };
+    let rule = v1::ReadReplicas { zone: "z".repeat(100), learners: u32::MAX };
     let map = v1::ShardMap {
         cluster_id: "c".repeat(64),
         hash_seed: MOST,
@@ -292,6 +294,7 @@ fn the_largest_map_fits_into_a_message() {
         nodes: vec![node; NODES_MAX],
         keyspaces: vec![keyspace; KEYSPACES_MAX + 2],
         server_time_ms: MOST,
+        read_replicas: vec![rule; LEARNERS_MAX as usize],
     };
     assert_fits("map", &v1::WatchMapResponse { map: Some(map) });
 }

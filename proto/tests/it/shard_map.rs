@@ -6,7 +6,7 @@ use coracle_proto::{entity::EntityRule, v1};
 use proptest::prelude::*;
 
 fn replica(id: u64, node: u64) -> v1::Replica {
-    v1::Replica { id, node, role: v1::ReplicaRole::Voter.into() }
+    v1::Replica { id, node, role: v1::ReplicaRole::Voter.into(), joining: false }
 }
 
 /// Shard `id` on nodes 1 to 3.
@@ -51,6 +51,7 @@ fn map(shards: u32) -> v1::ShardMap {
             keyspace(2, "users", EntityRule::Delimiter(b'/')),
         ],
         server_time_ms: 99,
+        read_replicas: vec![v1::ReadReplicas { zone: "a".into(), learners: 2 }],
     }
 }
 
@@ -253,7 +254,7 @@ proptest! {
     ) {
         let shards = shards.into_iter().map(|(id, start, end, replicas)| {
             let replicas = replicas.into_iter().map(|(id, node, role)| {
-                v1::Replica { id, node, role }
+                v1::Replica { id, node, role, joining: id % 2 == 0 }
             });
             v1::Shard { replicas: replicas.collect(), ..shard(id, start, end) }
         });

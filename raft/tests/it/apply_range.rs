@@ -3,11 +3,11 @@
 
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
-use coracle_raft::history::HISTORY_MS;
 use coracle_raft::apply::{Outcome, Reply};
 use coracle_raft::command::{Change, Command, Condition, DeleteRange, Operation, Owned, Request};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
+use coracle_raft::history::HISTORY_MS;
 use coracle_storage::state::Kind;
 
 use crate::apply_words::{Group, KEYSPACE, operation, put, put_for, request, when};

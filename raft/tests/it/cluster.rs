@@ -146,7 +146,7 @@ impl Node {
 }
 
 pub(crate) struct Cluster {
-    disks: BTreeMap<NodeId, FaultyFs>,
+    pub(crate) disks: BTreeMap<NodeId, FaultyFs>,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) wires: Arc<Wires>,
     sequence: u64,
@@ -188,6 +188,13 @@ impl Cluster {
     pub(crate) async fn restart(&mut self, id: NodeId, count: u64) {
         let node = start(id, &self.disks[&id], &self.wires, count).await;
         self.nodes.insert(id, node);
+    }
+
+    /// One more node, without replicas.
+    pub(crate) async fn add(&mut self, id: NodeId) {
+        let disk = FaultyFs::new(id.0);
+        self.nodes.insert(id, start(id, &disk, &self.wires, 1).await);
+        self.disks.insert(id, disk);
     }
 
     pub(crate) fn leader(&self) -> Option<(NodeId, Arc<Group>)> {

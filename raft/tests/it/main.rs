@@ -12,5 +12,6 @@ mod apply_store;
 mod apply_words;
 mod cluster;
 mod cluster_past;
-mod reclaim;
+mod members;
 mod reads;
+mod reclaim;

@@ -309,7 +309,7 @@ fn first_map(
             .map(|node| {
                 next_replica += 1;
                 let role = v1::ReplicaRole::Voter.into();
-                v1::Replica { id: next_replica, node: node.0, role }
+                v1::Replica { id: next_replica, node: node.0, role, joining: false }
             })
             .collect(),
         leader_node: 0,
@@ -324,6 +324,7 @@ fn first_map(
         nodes,
         keyspaces: vec![default_keyspace()],
         server_time_ms: 0,
+        read_replicas: Vec::new(),
     }
 }
 

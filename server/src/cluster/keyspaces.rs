@@ -9,18 +9,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_proto::limits::HISTORY_DEFAULT;
 use coracle_proto::reason::Reason;
-use coracle_proto::shard_map::{META_SHARD, NodeId, SYSTEM_KEYSPACE_NAME, ShardId, ShardMap};
+use coracle_proto::shard_map::{META_SHARD, SYSTEM_KEYSPACE_NAME, ShardId, ShardMap};
 use coracle_proto::{peer, v1};
 use coracle_raft::group::Group;
 use coracle_raft::history::Settings;
 use coracle_raft::leadership::Standing;
-use futures_util::future::BoxFuture;
 use peer::cluster_command::Kind;
 use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{COMMAND_TIMEOUT, Cluster, RECONCILE_INTERVAL, Target, done, refused};
+use super::{Cluster, RECONCILE_INTERVAL, done, refused};
 use crate::records::RecordsError;
 
 /// How long one group may take to adopt settings: one without a quorum must not hold up the others.
@@ -33,9 +32,8 @@ impl Cluster {
         request: v1::CreateKeyspaceRequest,
         deadline: Instant,
     ) -> Result<v1::Keyspace, peer::CommandDone> {
-        let body = Bytes::from(request.encode_to_vec());
-        let here = |body| -> BoxFuture<'_, _> { Box::pin(self.create_keyspace_here(body)) };
-        self.ask_meta_leader(body, Kind::CreateKeyspace, here, deadline).await
+        let kind = Kind::CreateKeyspace(Bytes::from(request.encode_to_vec()));
+        keyspace_of(self.by_meta_leader(kind, deadline).await?)
     }
 
     /// Changes a keyspace's settings, from any node: asks the meta group's leader.
@@ -44,52 +42,8 @@ impl Cluster {
         request: v1::UpdateKeyspaceRequest,
         deadline: Instant,
     ) -> Result<v1::Keyspace, peer::CommandDone> {
-        let body = Bytes::from(request.encode_to_vec());
-        let here = |body| -> BoxFuture<'_, _> { Box::pin(self.update_keyspace_here(body)) };
-        self.ask_meta_leader(body, Kind::UpdateKeyspace, here, deadline).await
-    }
-
-    async fn ask_meta_leader<'a>(
-        &'a self,
-        body: Bytes,
-        kind: impl Fn(Bytes) -> Kind,
-        here: impl Fn(Bytes) -> BoxFuture<'a, peer::CommandDone>,
-        deadline: Instant,
-    ) -> Result<v1::Keyspace, peer::CommandDone> {
-        let mut ask = None;
-        for number in 0.. {
-            let own = self.membership.identity().map(|(_, node)| node);
-            let known = ask.take().or_else(|| self.meta_leader());
-            let leader = known.or_else(|| self.meta_replica(number));
-            let answer = match leader {
-                Some(leader) if Some(leader) != own => {
-                    let kind = kind(body.clone());
-                    self.commands.command(Target::Node(leader), kind, COMMAND_TIMEOUT).await
-                }
-                _ => Ok(here(body.clone()).await),
-            };
-            match answer {
-                Ok(done) if done.error.is_empty() => {
-                    return v1::Keyspace::decode(done.body)
-                        .map_err(|error| refused(error.to_string()));
-                }
-                Ok(done) if !done.reason.is_empty() => return Err(done),
-                Ok(done) if Instant::now() >= deadline => return Err(done),
-                Ok(done) => ask = (done.ask_node != 0).then_some(NodeId(done.ask_node)),
-                Err(why) if Instant::now() >= deadline => return Err(refused(why)),
-                Err(_) => {}
-            }
-            tokio::time::sleep(RECONCILE_INTERVAL).await;
-        }
-        unreachable!("it is asked again until it is answered, or the deadline passes")
-    }
-
-    /// One of the meta group's nodes after the other: a node that holds none of its replicas may not
-    /// have heard who leads it.
-    fn meta_replica(&self, number: usize) -> Option<NodeId> {
-        let map = self.map.current()?;
-        let replicas = &map.shard(META_SHARD)?.replicas;
-        replicas.get(number % replicas.len()).map(|replica| replica.node)
+        let kind = Kind::UpdateKeyspace(Bytes::from(request.encode_to_vec()));
+        keyspace_of(self.by_meta_leader(kind, deadline).await?)
     }
 
     pub(super) async fn create_keyspace_here(&self, body: Bytes) -> peer::CommandDone {
@@ -126,7 +80,8 @@ impl Cluster {
         });
         let changed = changed.await;
         let why = format!("a keyspace named {} exists, with other settings", request.name);
-        self.keyspace_changed(changed.map(|snapshot| snapshot.map), created, why).await
+        let map = changed.map(|snapshot| snapshot.map);
+        self.keyspace_changed(map, created, validate_only, why).await
     }
 
     pub(super) async fn update_keyspace_here(&self, body: Bytes) -> peer::CommandDone {
@@ -153,7 +108,8 @@ impl Cluster {
         });
         let changed = changed.await;
         let why = format!("there is no keyspace named {}", request.name);
-        self.keyspace_changed(changed.map(|snapshot| snapshot.map), updated, why).await
+        let map = changed.map(|snapshot| snapshot.map);
+        self.keyspace_changed(map, updated, request.validate_only, why).await
     }
 
     /// The answer to a change. `why` is said where the change itself refused, by its reason.
@@ -161,11 +117,15 @@ impl Cluster {
         &self,
         changed: Result<v1::ShardMap, RecordsError>,
         keyspace: Option<v1::Keyspace>,
+        validate_only: bool,
         why: String,
     ) -> peer::CommandDone {
         match changed {
             Ok(map) => {
-                self.publish(&map).await;
+                // What was only checked is in no record, and must not be in any cached map.
+                if !validate_only {
+                    self.publish(&map).await;
+                }
                 let body = keyspace.expect("set by the change that was taken").encode_to_vec();
                 peer::CommandDone { body: body.into(), ..Default::default() }
             }
@@ -211,6 +171,10 @@ impl Cluster {
             futures_util::future::join_all(adopting).await;
         }
     }
+}
+
+fn keyspace_of(body: Bytes) -> Result<v1::Keyspace, peer::CommandDone> {
+    v1::Keyspace::decode(body).map_err(|error| refused(error.to_string()))
 }
 
 /// The settings that a map has and a group lacks.

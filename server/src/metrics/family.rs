@@ -32,6 +32,11 @@ impl<M: Clone, const N: usize> Family<M, N> {
         self.series.write().entry(values).or_insert_with(self.new).clone()
     }
 
+    /// All that it told about is looked at anew.
+    pub fn clear(&self) {
+        self.series.write().clear();
+    }
+
     /// What it told about is gone (a peer that left, a shard that moved away).
     pub fn remove(&self, values: [impl AsRef<str>; N]) {
         self.series.write().remove(&values.map(|value| value.as_ref().to_owned()));

@@ -16,12 +16,25 @@ pub(super) fn collect(
 ) {
     let groups = member.host.groups();
     let (mut led, mut orphaned) = (0, 0);
+    // Of groups that are led elsewhere by now nothing is left.
+    metrics.replica_lag_entries.clear();
+    metrics.replica_lag_seconds.clear();
     for group in &groups {
         let status = group.status();
         led += i64::from(status.state == Standing::Leader);
         orphaned += i64::from(status.leader.is_none());
         let shard = format!("s{}", group.shard());
         metrics.shard_size_bytes.with([shard.as_str()]).set(group.state_bytes() as i64);
+        for (replica, lag) in group.lags() {
+            let Some(member) = status.members.get(&replica) else { continue };
+            if replica == group.replica().0 {
+                continue;
+            }
+            let peer = format!("n{}", member.node);
+            let series = [shard.as_str(), peer.as_str()];
+            metrics.replica_lag_entries.with(series).set(lag.entries as i64);
+            metrics.replica_lag_seconds.with(series).set(lag.age.as_secs_f64());
+        }
     }
     metrics.raft_groups.set(groups.len() as i64);
     metrics.raft_leaders.set(led);

@@ -83,6 +83,8 @@ impl Member {
         let (settled, stop) = (cluster.clone(), shared.stop.clone());
         let settle = async move { settled.settle_keyspaces(stop).await };
         parts.exec.spawn("settle keyspaces", Box::pin(settle));
+        let (tended, stop) = (cluster.clone(), shared.stop.clone());
+        parts.exec.spawn("replicas", Box::pin(async move { tended.tend_replicas(stop).await }));
         let recovering = recovery.recovering;
         Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
     }
@@ -348,6 +350,13 @@ impl Commands for CommandsOverTransport {
             known.push(own);
         }
         known
+    }
+
+    fn silence(&self, node: NodeId) -> Option<std::time::Duration> {
+        if self.0.own().node == node.0 {
+            return Some(std::time::Duration::ZERO);
+        }
+        self.0.silence(node)
     }
 
     fn hosts(&self) -> Vec<KnownNode> {

@@ -61,8 +61,7 @@ pub(crate) fn whom(
     if local.is_some() && trail.avoid.is_none() {
         return Whom::Nobody;
     }
-    let others: Vec<NodeId> =
-        shard.replicas.iter().map(|replica| replica.node).filter(usable).collect();
+    let others: Vec<NodeId> = shard.voters().map(|replica| replica.node).filter(usable).collect();
     match others.len() {
         // Only the silent one is left: what was lost may have been the answer alone.
         0 => trail
@@ -94,7 +93,8 @@ mod tests {
     const OWN: NodeId = NodeId(1);
 
     fn shard(leader: u64, term: u64) -> Shard {
-        let replicas = [1, 2, 3].map(|node| v1::Replica { id: node, node, role: 1 }).to_vec();
+        let replicas =
+            [1, 2, 3].map(|node| v1::Replica { id: node, node, role: 1, joining: false }).to_vec();
         let shard = v1::Shard { id: 4, epoch: 1, replicas, ..Default::default() };
         Shard::from_proto(&v1::Shard { leader_node: leader, leader_term: term, ..shard }).unwrap()
     }

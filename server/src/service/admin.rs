@@ -22,6 +22,10 @@ const INIT_TIMEOUT: Duration = Duration::from_secs(60);
 /// A transfer takes an election at most.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A setting takes a round of the meta group, which may just be electing; less than callers wait, so
+/// that they hear why it failed.
+const SET_TIMEOUT: Duration = Duration::from_secs(8);
+
 /// What a node does for its operators.
 #[tonic::async_trait]
 pub trait Operator: Send + Sync + 'static {
@@ -32,6 +36,13 @@ pub trait Operator: Send + Sync + 'static {
         options: InitOptions,
         deadline: Instant,
     ) -> Result<(v1::ShardMap, Vec<String>), InitError>;
+
+    /// Sets how many read replicas every shard has in a zone.
+    async fn set_read_replicas(
+        &self,
+        request: v1::SetReadReplicasRequest,
+        deadline: Instant,
+    ) -> Result<v1::SetReadReplicasResponse, Fault>;
 
     /// The node's groups, once it is in a cluster.
     fn host(&self) -> Option<Arc<Host>>;
@@ -117,6 +128,16 @@ impl AdminService for Admin {
             bytes_before: reclaimed.before,
             bytes_after: reclaimed.after,
         }))
+    }
+
+    async fn set_read_replicas(
+        &self,
+        request: Request<v1::SetReadReplicasRequest>,
+    ) -> Result<Response<v1::SetReadReplicasResponse>, Status> {
+        let asked = request.into_inner();
+        coracle_proto::limits::check_learners(asked.learners.into()).map_err(Fault::from)?;
+        let set = self.0.set_read_replicas(asked, Instant::now() + SET_TIMEOUT).await;
+        Ok(Response::new(set?))
     }
 
     async fn inject_fault(

@@ -183,6 +183,11 @@ impl PeerTransport {
         self.hub.directory(|directory| directory.own().clone())
     }
 
+    /// Since a node was last heard; `None` when it was not heard since this node started.
+    pub fn silence(&self, node: NodeId) -> Option<Duration> {
+        self.hub.peers().get(&node)?.silence()
+    }
+
     /// The connections to and from every known node.
     pub fn status(&self) -> Vec<PeerStatus> {
         let peers = self.hub.peers();

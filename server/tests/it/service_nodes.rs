@@ -174,7 +174,7 @@ pub(crate) struct Nodes {
 
 /// The map: four shards, the keyspaces `system`, `default` (whole keys) and `rows` (entity up to `/`).
 pub(crate) fn shard_map(epoch: u64) -> v1::ShardMap {
-    let replica = |shard: u64, node| v1::Replica { id: 100 + shard, node, role: 1 };
+    let replica = |shard: u64, node| v1::Replica { id: 100 + shard, node, role: 1, joining: false };
     let mut shards =
         vec![v1::Shard { id: 0, epoch: 1, replicas: vec![replica(0, 1)], ..Default::default() }];
     for (id, arc) in (1..).zip(equal_arcs(4)) {
@@ -207,6 +207,7 @@ pub(crate) fn shard_map(epoch: u64) -> v1::ShardMap {
         nodes: vec![node(1), node(2)],
         keyspaces: keyspaces.map(keyspace).to_vec(),
         server_time_ms: 0,
+        read_replicas: Vec::new(),
     }
 }
 

@@ -173,6 +173,13 @@ impl Log {
         });
     }
 
+    /// Whether a replica was destroyed, and is remembered.
+    pub fn was_destroyed(&self, replica: ReplicaId) -> Result<bool, Error> {
+        let state = self.shared.state.lock();
+        state.check_open()?;
+        Ok(state.index.destroyed.contains_key(&replica))
+    }
+
     /// Ends the memory of a destroyed replica. Only when nothing in the cluster can name it any
     /// more.
     pub fn forget(&self, replica: ReplicaId, done: Done) {

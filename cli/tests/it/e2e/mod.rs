@@ -9,6 +9,7 @@ mod join;
 mod kill_all;
 mod python;
 mod ranges;
+mod read_replicas;
 mod replicas;
 mod session;
 mod stop;
@@ -74,6 +75,21 @@ impl Bench {
             let found = output.status.code();
             assert_eq!(found, Some(code), "{place}: {args:?}\nstdout: {out}\nstderr: {err}");
             (out, err)
+        }
+    }
+
+    /// The place of the node that leads the meta group.
+    async fn meta_leader(&self) -> usize {
+        loop {
+            let statuses = self.cluster.statuses().await;
+            let leads = |status: &Option<coracle_client::admin::NodeStatus>| {
+                let groups = status.iter().flat_map(|status| &status.groups);
+                groups.into_iter().any(|group| group.shard.0 == 0 && group.role == "leader")
+            };
+            if let Some(at) = statuses.iter().position(leads) {
+                return at;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
 

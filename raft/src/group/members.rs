@@ -1,0 +1,214 @@
+//! Who belongs to a group, and its changes: read replicas that come and go.
+//!
+//! Owns the conditions under which a change is proposed. Does not wait for a new member to catch up,
+//! and does not plan: whoever does names the epoch on which it did, so that one who was paused and
+//! wakes changes nothing.
+//!
+//! What is committed is looked at first, by a read that a majority confirms: a leader that was deposed
+//! a moment ago must not say of a member that it has gone. Then openraft is asked, on the condition
+//! that the last membership in its log is still the one that was looked at, and that this replica
+//! still leads the same term. So there is one change at a time, and none upon a joint configuration.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use coracle_storage::ReplicaId;
+use openraft::ChangeMembers;
+use openraft::errors::{ClientWriteError, RaftError};
+use openraft::raft::Precondition;
+use tokio::time::Instant;
+
+use super::Group;
+use crate::error::{ChangeError, GroupError};
+use crate::lag::Lag;
+use crate::leadership::Standing;
+use crate::types::{NodeId, Place, Role, StoredMembership, TypeConfig};
+
+/// What shall become of the members.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Change {
+    Add { replica: u64, node: NodeId },
+    Remove { replica: u64 },
+}
+
+/// Who belongs to a group, as a majority has confirmed it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Members {
+    /// The group's epoch.
+    pub epoch: u64,
+    /// Between two sets of voters: a change that is half done.
+    pub joint: bool,
+    /// By replica: its node, and what it counts for.
+    pub members: BTreeMap<u64, (NodeId, Role)>,
+}
+
+impl Group {
+    /// Who belongs to the group, confirmed by a majority: whoever goes by it does not act on the word
+    /// of a leader that was deposed. On the leader.
+    pub async fn members(&self, deadline: Instant) -> Result<Members, ChangeError> {
+        let (epoch, stored) = self.confirmed(deadline).await?;
+        let membership = stored.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        let role = |id| if voters.contains(id) { Role::Voter } else { Role::Learner };
+        let members = membership.nodes().map(|(id, place)| (*id, (place.node, role(id))));
+        let joint = membership.get_joint_config().len() > 1;
+        Ok(Members { epoch, joint, members: members.collect() })
+    }
+
+    async fn confirmed(
+        &self,
+        deadline: Instant,
+    ) -> Result<(u64, Arc<StoredMembership>), ChangeError> {
+        let look = |state: &crate::state_machine::ReadState| {
+            (state.descriptor.as_ref().map(|known| known.epoch), state.membership.clone())
+        };
+        match self.reads.linearizable(deadline, look).await.map_err(unchanged)? {
+            (Some(epoch), stored) => Ok((epoch, stored)),
+            // Its first leader is about to describe it.
+            (None, _) => Err(ChangeError::UnderWay),
+        }
+    }
+
+    /// Takes a read replica in, without waiting for it to catch up (see [`Group::lags`]). Its id
+    /// must be new: it never was one of another log. On the leader. Returns the group's epoch
+    /// behind the change; one that is in already is no error.
+    pub async fn add_learner(
+        &self,
+        replica: ReplicaId,
+        node: NodeId,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        self.change(Change::Add { replica: replica.0, node }, epoch, deadline).await
+    }
+
+    /// Ends a read replica's membership; it is not told. On the leader. Returns the group's epoch
+    /// behind the change; one that is gone already is no error.
+    pub async fn remove_learner(
+        &self,
+        replica: ReplicaId,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        self.change(Change::Remove { replica: replica.0 }, epoch, deadline).await
+    }
+
+    /// On the leader: how far each member is behind; empty elsewhere.
+    pub fn lags(&self) -> BTreeMap<u64, Lag> {
+        let status = self.status();
+        let (Standing::Leader, Some(last)) = (status.state, status.last_index) else {
+            return BTreeMap::new();
+        };
+        let (now, growth) = (Instant::now(), self.growth.lock());
+        let lag = |(id, member): (&u64, &crate::leadership::Member)| {
+            let matched = member.matched.map(|at| at.index);
+            // Its own log is what it is measured by.
+            let own = *id == self.replica.0;
+            (*id, if own { Lag::default() } else { growth.lag(now, last, matched) })
+        };
+        status.members.iter().map(lag).collect()
+    }
+
+    /// Takes down how far the log is, where this replica leads.
+    pub(crate) fn sample_growth(&self) {
+        let status = self.status();
+        match (status.state, status.last_index) {
+            (Standing::Leader, Some(last)) => {
+                self.growth.lock().sample(Instant::now(), status.term, last);
+            }
+            _ => self.growth.lock().forget(),
+        }
+    }
+
+    async fn change(
+        &self,
+        change: Change,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let term = self.leadership.leads().map_err(unchanged)?;
+        let (known, stored) = self.confirmed(deadline).await?;
+        if stored.membership().get_joint_config().len() > 1 {
+            return Err(ChangeError::UnderWay);
+        }
+        if is_done(&stored, change)? {
+            return Ok(known);
+        }
+        if known != epoch {
+            return Err(ChangeError::EpochPassed { epoch: known });
+        }
+        let conditions = [
+            Precondition::LastMembershipLogId { last_membership_log_id: *stored.log_id() },
+            Precondition::CommittedLeaderId {
+                committed_leader_id: openraft::vote::leader_id_std::CommittedLeaderId::new(term),
+            },
+        ];
+        let change = match change {
+            Change::Add { replica, node } => {
+                ChangeMembers::AddNodes(BTreeMap::from([(replica, Place { node })]))
+            }
+            Change::Remove { replica } => ChangeMembers::RemoveNodes(BTreeSet::from([replica])),
+        };
+        let asked = self.raft.change_membership_if(change, true, conditions);
+        match tokio::time::timeout_at(deadline, asked).await {
+            // The entry is applied here by now.
+            Ok(Ok(_)) => Ok(self.descriptor().map_or(known, |descriptor| descriptor.epoch)),
+            Ok(Err(error)) => Err(refusal(error)),
+            Err(_) => Err(ChangeError::Unknown("it was proposed, and is not applied yet".into())),
+        }
+    }
+}
+
+/// Whether the members are as the change would leave them; an error when it must not be made.
+fn is_done(stored: &StoredMembership, change: Change) -> Result<bool, ChangeError> {
+    let membership = stored.membership();
+    let votes = |replica: u64| membership.voter_ids().any(|id| id == replica);
+    let refused = |why: String| Err(ChangeError::Refused(why));
+    match change {
+        Change::Remove { replica } if votes(replica) => {
+            refused(format!("replica {replica} votes: it is no read replica"))
+        }
+        Change::Remove { replica } => Ok(membership.get_node(&replica).is_none()),
+        Change::Add { replica, node } => {
+            let other =
+                membership.nodes().find(|(id, place)| **id != replica && place.node == node);
+            match (membership.get_node(&replica), other) {
+                (Some(place), _) if place.node != node => {
+                    refused(format!("replica {replica} is on n{} already", place.node))
+                }
+                (Some(_), _) if votes(replica) => {
+                    refused(format!("replica {replica} votes already"))
+                }
+                (Some(_), _) => Ok(true),
+                (None, Some((id, _))) => refused(format!("replica {id} is on n{node} already")),
+                (None, None) => Ok(false),
+            }
+        }
+    }
+}
+
+/// Before anything was proposed.
+fn unchanged(error: GroupError) -> ChangeError {
+    match error {
+        GroupError::NotLeader { leader } => ChangeError::NotLeader { leader },
+        GroupError::Stopped => ChangeError::NotLeader { leader: None },
+        other => ChangeError::Unavailable(other.to_string()),
+    }
+}
+
+fn refusal(error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> ChangeError {
+    match error {
+        RaftError::APIError(ClientWriteError::ForwardToLeader(forward)) => {
+            ChangeError::NotLeader { leader: forward.leader_node.map(|place| place.node) }
+        }
+        RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => {
+            ChangeError::Unknown("another leader was elected meanwhile".to_owned())
+        }
+        // Another membership is in the log: of a change that is not committed, or was made since.
+        RaftError::APIError(_) => ChangeError::UnderWay,
+        RaftError::Fatal(fatal) => ChangeError::Unknown(fatal.to_string()),
+    }
+}

@@ -1,0 +1,116 @@
+//! A group's members: what its leader tells of them, and the changes that it is asked for.
+//!
+//! Owns the answer of a node to `ChangeMembers` and `DestroyReplica`. Does not plan (see
+//! `super::replicas`).
+
+use coracle_proto::shard_map::{NodeId, ShardId};
+use coracle_proto::{peer, v1};
+use coracle_raft::error::ChangeError;
+use coracle_raft::group::Group;
+use coracle_raft::types::Role;
+use coracle_storage::ReplicaId;
+use peer::MemberChange;
+use prost::Message;
+use tokio::time::Instant;
+
+use super::{COMMAND_TIMEOUT, Cluster, refused};
+
+/// The members of a group, as its leader on this node sees them; none where another leads.
+pub fn member_statuses(group: &Group) -> Vec<v1::MemberStatus> {
+    let (status, lags) = (group.status(), group.lags());
+    let one = |(id, lag): (u64, coracle_raft::lag::Lag)| {
+        let member = status.members.get(&id)?;
+        let ms = |time: std::time::Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let own = Some(id) == status.leader_replica;
+        Some(v1::MemberStatus {
+            replica: id,
+            node: member.node.0,
+            role: role(member.role).into(),
+            matched_index: match own {
+                true => status.last_index.unwrap_or(0),
+                false => member.matched.map_or(0, |at| at.index),
+            },
+            lag_entries: lag.entries,
+            lag_ms: ms(lag.age),
+            heard_ms: if own { 0 } else { member.heard.map_or(u64::MAX, ms) },
+        })
+    };
+    lags.into_iter().filter_map(one).collect()
+}
+
+fn role(role: Role) -> v1::ReplicaRole {
+    match role {
+        Role::Voter => v1::ReplicaRole::Voter,
+        Role::Learner => v1::ReplicaRole::Learner,
+    }
+}
+
+impl Cluster {
+    /// Changes a group's members, or only looks, where this node leads it. The answer tells of the
+    /// group as a majority has confirmed it behind the change.
+    pub(super) async fn change_members(&self, asked: peer::ChangeMembers) -> peer::CommandDone {
+        let shard = ShardId(asked.shard);
+        let Some(group) = self.host.group(shard) else {
+            return refused(format!("shard {shard} has no replica on this node"));
+        };
+        // Its end comes before that of whoever waits for the answer.
+        let deadline = Instant::now() + COMMAND_TIMEOUT * 3 / 4;
+        let (replica, node) = (ReplicaId(asked.replica), NodeId(asked.node));
+        let changed = match asked.change() {
+            MemberChange::Unspecified => Ok(0),
+            MemberChange::AddLearner => {
+                group.add_learner(replica, node, asked.epoch, deadline).await
+            }
+            MemberChange::RemoveLearner => {
+                group.remove_learner(replica, asked.epoch, deadline).await
+            }
+        };
+        let looked = match changed {
+            Ok(_) => group.members(deadline).await,
+            Err(error) => Err(error),
+        };
+        let told = match looked {
+            Ok(members) => members,
+            Err(error) => return not_changed(&error),
+        };
+        // How far each is, from a look of its own; who they are, from the one that was confirmed.
+        let far = member_statuses(&group);
+        let member = |(id, (node, is)): (u64, (NodeId, Role))| {
+            let known = far.iter().find(|member| member.replica == id).copied();
+            let unknown = v1::MemberStatus {
+                lag_entries: u64::MAX,
+                lag_ms: u64::MAX,
+                heard_ms: u64::MAX,
+                ..Default::default()
+            };
+            v1::MemberStatus {
+                replica: id,
+                node: node.0,
+                role: role(is).into(),
+                ..known.unwrap_or(unknown)
+            }
+        };
+        let status = v1::GroupStatus {
+            shard: shard.0,
+            replica: group.replica().0,
+            epoch: told.epoch,
+            members: told.members.into_iter().map(member).collect(),
+            ..Default::default()
+        };
+        peer::CommandDone { body: status.encode_to_vec().into(), ..Default::default() }
+    }
+
+    /// Removes a replica of this node for ever.
+    pub(super) async fn destroy_here(&self, asked: peer::DestroyReplica) -> Result<(), String> {
+        let (shard, replica) = (ShardId(asked.shard), ReplicaId(asked.replica));
+        self.host.destroy(shard, replica).await.map_err(|error| error.to_string())
+    }
+}
+
+fn not_changed(error: &ChangeError) -> peer::CommandDone {
+    let ask_node = match error {
+        ChangeError::NotLeader { leader } => leader.map_or(0, |node| node.0),
+        _ => 0,
+    };
+    peer::CommandDone { error: error.to_string(), ask_node, ..Default::default() }
+}

@@ -1,0 +1,470 @@
+//! How replicas come to shards and go: the setting of read replicas, made true step by step.
+//!
+//! Owns the work of the meta group's leader: it records what shall be, then does one step after the
+//! other (`step`), each first in the records or idempotent where it is done, so that whoever leads
+//! the meta group next goes on from what it finds. Groups know best who belongs to them; the map
+//! copies their epochs. Who votes is not changed here.
+//!
+//! A read replica is *recorded* as joining, under a fresh id; *made* on its node; *taken in* by its
+//! group; and when it holds nearly all that the leader holds, *settled*: from then on it is read
+//! from. One that goes is taken out of the map first, where the record `leaving` remembers it; then
+//! its group lets it go, its node removes it, and the record forgets it.
+
+mod enter;
+mod step;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use bytes::Bytes;
+use coracle_proto::limits;
+use coracle_proto::reason::Reason;
+use coracle_proto::shard_map::{META_SHARD, NodeId, ShardId};
+use coracle_proto::{peer, v1};
+use coracle_raft::leadership::Standing;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use peer::MemberChange;
+use peer::cluster_command::Kind;
+use prost::Message;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use self::enter::{Change, enter, enter_plan, is_tended, is_voter, planned, told};
+use self::step::{Home, Membership, Recorded, Seen, Step, next};
+use super::{COMMAND_TIMEOUT, Cluster, Target, create_command, done, refused};
+use crate::records::{RecordsError, Snapshot};
+
+/// Between two looks at what is to be done.
+const TEND_INTERVAL: Duration = Duration::from_millis(200);
+/// Shards that are worked on at a time: each takes a question to its leader.
+const SHARDS_AT_ONCE: usize = 16;
+/// Every shard is looked at this often though nothing is to be done: a change may have come late.
+const AUDIT_INTERVAL: Duration = Duration::from_secs(10);
+/// A node that was not heard for so long is asked for nothing.
+const SILENT: Duration = Duration::from_secs(5);
+/// A replica that is joining is given up when its node is silent for so long: another node may do.
+const GRACE: Duration = Duration::from_secs(60);
+/// A replica has caught up when it lacks nothing older than this...
+const CAUGHT_UP_LAG: Duration = Duration::from_millis(500);
+/// ...and no more than this, because a leader that has just been elected knows no ages.
+const CAUGHT_UP_ENTRIES: u64 = 1_000;
+
+/// What a controller remembers, only as long as it leads the meta group.
+#[derive(Default)]
+struct Tending {
+    /// Replicas that their nodes say they have made.
+    made: BTreeSet<u64>,
+    /// By shard: who leads it, as somebody said.
+    leaders: BTreeMap<u64, NodeId>,
+    /// By shard: when it was last worked on.
+    worked: BTreeMap<u64, Instant>,
+    /// By node: since when it is silent.
+    silent: BTreeMap<u64, Instant>,
+    /// By shard: how often it was asked in vain, and nobody named its leader.
+    failed: BTreeMap<u64, usize>,
+}
+
+/// One shard's turn.
+struct Job {
+    shard: v1::Shard,
+    leaving: Vec<peer::LeavingReplica>,
+    ask: NodeId,
+    made: BTreeSet<u64>,
+    homes: BTreeMap<u64, Home>,
+    silent: BTreeSet<u64>,
+}
+
+/// What came of it.
+#[derive(Default)]
+struct Outcome {
+    shard: u64,
+    made: Vec<u64>,
+    leader: Option<NodeId>,
+    changes: Vec<Change>,
+}
+
+impl Cluster {
+    /// Makes the setting of read replicas come true, where this node leads the meta group.
+    pub async fn tend_replicas(&self, stop: CancellationToken) {
+        let mut tending = Tending::default();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(TEND_INTERVAL) => {}
+            }
+            let group = self.host.group(META_SHARD);
+            if group.is_none_or(|group| group.status().state != Standing::Leader) {
+                tending = Tending::default();
+                continue;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.tend(&mut tending) => {}
+            }
+        }
+    }
+
+    async fn tend(&self, tending: &mut Tending) {
+        let Ok(snapshot) = self.records.load().await else {
+            return;
+        };
+        self.note_silence(&snapshot.map, tending);
+        let snapshot = match self.record_plan(snapshot, tending).await {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                tracing::info!(%error, "read replicas could not be planned");
+                return;
+            }
+        };
+        let jobs = self.jobs(&snapshot, tending);
+        let mut working: FuturesUnordered<_> =
+            jobs.into_iter().map(|job| self.work_on(job)).collect();
+        // Each shard's outcome at once: from a change of its members until the map says so, its
+        // clients are told that their route is old.
+        while let Some(outcome) = working.next().await {
+            tending.made.extend(outcome.made);
+            match outcome.leader {
+                Some(leader) => {
+                    tending.leaders.insert(outcome.shard, leader);
+                    tending.failed.remove(&outcome.shard);
+                }
+                None => {
+                    tending.leaders.remove(&outcome.shard);
+                    *tending.failed.entry(outcome.shard).or_default() += 1;
+                }
+            }
+            if !outcome.changes.is_empty() {
+                self.record(&outcome.changes).await;
+            }
+        }
+    }
+
+    fn note_silence(&self, map: &v1::ShardMap, tending: &mut Tending) {
+        for node in &map.nodes {
+            match self.commands.silence(NodeId(node.id)).is_some_and(|silence| silence < SILENT) {
+                true => drop(tending.silent.remove(&node.id)),
+                false => drop(tending.silent.entry(node.id).or_insert_with(Instant::now)),
+            }
+        }
+        tending.silent.retain(|node, _| map.nodes.iter().any(|known| known.id == *node));
+    }
+
+    /// Records which replicas shall come and go. Returns the records as they are then.
+    async fn record_plan(
+        &self,
+        snapshot: Snapshot,
+        tending: &Tending,
+    ) -> Result<Snapshot, RecordsError> {
+        let mut probe = snapshot.clone();
+        if !enter_plan(&mut probe, &tending.silent) {
+            return Ok(snapshot);
+        }
+        let entered =
+            self.records.change_all(|snapshot| Ok(enter_plan(snapshot, &tending.silent))).await?;
+        self.publish(&entered.map).await;
+        Ok(entered)
+    }
+
+    /// The shards whose turn it is, the longest unseen first.
+    fn jobs(&self, snapshot: &Snapshot, tending: &mut Tending) -> Vec<Job> {
+        let now = Instant::now();
+        let has_work = |shard: &v1::Shard| {
+            shard.replicas.iter().any(|replica| replica.joining)
+                || snapshot.leaving.iter().any(|leaving| leaving.shard == shard.id)
+        };
+        let audit_due = |shard: &v1::Shard| {
+            let worked = tending.worked.get(&shard.id);
+            worked.is_none_or(|at| now.duration_since(*at) >= AUDIT_INTERVAL)
+        };
+        let shards = snapshot.map.shards.iter().filter(|shard| is_tended(shard));
+        let mut due: Vec<&v1::Shard> =
+            shards.filter(|shard| has_work(shard) || audit_due(shard)).collect();
+        due.sort_by_key(|shard| tending.worked.get(&shard.id).copied());
+        due.truncate(SHARDS_AT_ONCE);
+        let homes: BTreeMap<u64, Home> =
+            snapshot.map.nodes.iter().map(|node| (node.id, tending.home(node))).collect();
+        let silent: BTreeSet<u64> = tending.silent.keys().copied().collect();
+        let mut jobs = Vec::new();
+        for shard in due {
+            let leaving = snapshot.leaving.iter().filter(|leaving| leaving.shard == shard.id);
+            tending.worked.insert(shard.id, now);
+            jobs.push(Job {
+                ask: self.whom_to_ask(shard, tending),
+                leaving: leaving.copied().collect(),
+                made: tending.made.clone(),
+                homes: homes.clone(),
+                silent: silent.clone(),
+                shard: shard.clone(),
+            });
+        }
+        jobs
+    }
+
+    /// Who was named leads, as a rule; when that came to nothing, any voter tells who does.
+    fn whom_to_ask(&self, shard: &v1::Shard, tending: &Tending) -> NodeId {
+        let failed = tending.failed.get(&shard.id).copied().unwrap_or(0);
+        let told = tending.leaders.get(&shard.id).copied();
+        let hint = || self.map.current()?.shard(ShardId(shard.id))?.leader;
+        let voters = shard.replicas.iter().filter(|replica| is_voter(replica));
+        let voters: Vec<NodeId> = voters.map(|replica| NodeId(replica.node)).collect();
+        let any = voters[failed % voters.len()];
+        told.or_else(|| hint().filter(|_| failed == 0)).unwrap_or(any)
+    }
+
+    /// Looks at a shard's group and does what comes next to each of its read replicas.
+    async fn work_on(&self, job: Job) -> Outcome {
+        let shard = &job.shard;
+        let mut outcome = Outcome { shard: shard.id, ..Outcome::default() };
+        let look = peer::ChangeMembers { shard: shard.id, ..Default::default() };
+        let mut group = match self.ask_leader(job.ask, look).await {
+            Ok(group) => group,
+            Err((why, leader)) => {
+                tracing::debug!(shard = shard.id, node = job.ask.0, why, "a group was not asked");
+                outcome.leader = leader;
+                outcome.changes = given_up(&job);
+                return outcome;
+            }
+        };
+        outcome.leader = Some(job.ask);
+        for (replica, node, recorded) in concerned(&job, &group) {
+            let member = group.members.iter().find(|member| member.replica == replica);
+            let step =
+                job.next(replica, node, recorded, member.map_or(Membership::Absent, membership));
+            if step != Step::Wait {
+                tracing::info!(shard = shard.id, replica, node, ?step, "a read replica");
+            }
+            if let Err(why) = self.take(step, &job, (replica, node), &mut group, &mut outcome).await
+            {
+                tracing::info!(shard = shard.id, replica, node, ?step, why, "not done yet");
+                break;
+            }
+        }
+        if group.epoch > shard.epoch {
+            outcome.changes.push(Change::Epoch { shard: shard.id, epoch: group.epoch });
+        }
+        outcome
+    }
+
+    async fn take(
+        &self,
+        step: Step,
+        job: &Job,
+        (replica, node): (u64, u64),
+        group: &mut v1::GroupStatus,
+        outcome: &mut Outcome,
+    ) -> Result<(), String> {
+        let shard = job.shard.id;
+        let changed = |change| peer::ChangeMembers {
+            shard,
+            epoch: group.epoch,
+            change: i32::from(change),
+            replica,
+            node,
+        };
+        match step {
+            Step::Wait => {}
+            Step::Make | Step::Destroy if job.silent.contains(&node) => {}
+            Step::Make => {
+                let made = v1::Replica { id: replica, node, ..Default::default() };
+                // The epoch of a description that its own log will overtake.
+                self.tell_create(node, create_command(&job.shard, &made, false)).await?;
+                outcome.made.push(replica);
+            }
+            Step::Add | Step::Remove => {
+                let change = match step {
+                    Step::Add => MemberChange::AddLearner,
+                    _ => MemberChange::RemoveLearner,
+                };
+                let told = self.ask_leader(job.ask, changed(change)).await;
+                *group = told.map_err(|(why, _)| why)?;
+            }
+            Step::Settle => outcome.changes.push(Change::Settle { shard, replica }),
+            Step::Withdraw => {
+                let stray = job.is_stray(replica);
+                outcome.changes.push(Change::Withdraw { shard, replica, node, stray });
+            }
+            Step::Destroy => {
+                self.tell_destroy(node, peer::DestroyReplica { shard, replica }).await?;
+                outcome.changes.push(Change::Forget { replica });
+            }
+            Step::Forget => outcome.changes.push(Change::Forget { replica }),
+        }
+        Ok(())
+    }
+
+    /// Asks whoever leads a group. The error names who leads instead, where that is known.
+    async fn ask_leader(
+        &self,
+        node: NodeId,
+        asked: peer::ChangeMembers,
+    ) -> Result<v1::GroupStatus, (String, Option<NodeId>)> {
+        let own = self.membership.identity().is_some_and(|(_, own)| own == node);
+        let answer = match own {
+            true => Ok(self.change_members(asked).await),
+            false => {
+                let kind = Kind::ChangeMembers(asked);
+                self.commands.command(Target::Node(node), kind, COMMAND_TIMEOUT).await
+            }
+        };
+        let told = answer.map_err(|why| (why, None))?;
+        if !told.error.is_empty() {
+            let instead = (told.ask_node != 0).then_some(NodeId(told.ask_node));
+            return Err((told.error, instead));
+        }
+        v1::GroupStatus::decode(told.body).map_err(|error| (error.to_string(), None))
+    }
+
+    async fn tell_destroy(&self, node: u64, destroy: peer::DestroyReplica) -> Result<(), String> {
+        if self.membership.identity().is_some_and(|(_, own)| own.0 == node) {
+            return self.destroy_here(destroy).await;
+        }
+        let target = Target::Node(NodeId(node));
+        let kind = Kind::DestroyReplica(destroy);
+        let answer = self.commands.command(target, kind, COMMAND_TIMEOUT).await?;
+        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
+    }
+
+    async fn record(&self, changes: &[Change]) {
+        let recorded = self.records.change_all(|snapshot| {
+            let mut changed = false;
+            for change in changes {
+                changed |= enter(snapshot, change);
+            }
+            Ok(changed)
+        });
+        match recorded.await {
+            Ok(snapshot) => self.publish(&snapshot.map).await,
+            Err(error) => tracing::info!(%error, "replicas could not be recorded"),
+        }
+    }
+
+    /// Sets how many read replicas there shall be in a zone, from any node: asks the meta group's
+    /// leader.
+    pub async fn set_read_replicas(
+        &self,
+        request: v1::SetReadReplicasRequest,
+        deadline: Instant,
+    ) -> Result<v1::SetReadReplicasResponse, peer::CommandDone> {
+        let kind = Kind::SetReadReplicas(Bytes::from(request.encode_to_vec()));
+        let body = self.by_meta_leader(kind, deadline).await?;
+        v1::SetReadReplicasResponse::decode(body).map_err(|error| refused(error.to_string()))
+    }
+
+    pub(super) async fn set_read_replicas_here(
+        &self,
+        request: v1::SetReadReplicasRequest,
+    ) -> peer::CommandDone {
+        let mut response = v1::SetReadReplicasResponse::default();
+        let silent = |snapshot: &Snapshot| {
+            let nodes = snapshot.map.nodes.iter().filter(|node| {
+                let silence = self.commands.silence(NodeId(node.id));
+                silence.is_none_or(|silence| silence >= SILENT)
+            });
+            nodes.map(|node| (node.id, Instant::now())).collect()
+        };
+        let changed = self.records.change_all(|snapshot| {
+            let rules = &mut snapshot.map.read_replicas;
+            let before = rules.clone();
+            rules.retain(|rule| rule.zone != request.zone);
+            if request.learners > 0 {
+                let (zone, learners) = (request.zone.clone(), request.learners);
+                rules.push(v1::ReadReplicas { zone, learners });
+            }
+            rules.sort_by(|a, b| a.zone.cmp(&b.zone));
+            let wanted = rules.iter().map(|rule| u64::from(rule.learners)).sum();
+            if limits::check_learners(wanted).is_err() {
+                return Err(Reason::TooLarge.as_str().to_owned());
+            }
+            let changed = before != *rules;
+            response = told(&planned(snapshot, &silent(snapshot)));
+            Ok(changed && !request.validate_only)
+        });
+        match changed.await {
+            Ok(snapshot) => {
+                if !request.validate_only {
+                    self.publish(&snapshot.map).await;
+                }
+                let body = response.encode_to_vec().into();
+                peer::CommandDone { body, ..Default::default() }
+            }
+            Err(RecordsError::Refused(reason)) => peer::CommandDone {
+                error: format!(
+                    "a shard has at most {} read replicas, of all zones together",
+                    limits::LEARNERS_MAX
+                ),
+                reason,
+                ..Default::default()
+            },
+            Err(error @ RecordsError::Invalid(_)) => peer::CommandDone {
+                error: error.to_string(),
+                reason: Reason::InvalidArgument.as_str().to_owned(),
+                ..Default::default()
+            },
+            Err(error) => done(Err(error), self),
+        }
+    }
+}
+
+impl Job {
+    fn next(&self, replica: u64, node: u64, recorded: Recorded, member: Membership) -> Step {
+        let home = self.homes.get(&node).copied().unwrap_or(Home::Gone);
+        next(Seen { recorded, member, home, made: self.made.contains(&replica) })
+    }
+
+    fn is_stray(&self, replica: u64) -> bool {
+        !self.shard.replicas.iter().any(|known| known.id == replica)
+    }
+}
+
+impl Tending {
+    fn home(&self, node: &v1::Node) -> Home {
+        match (node.state(), self.silent.get(&node.id)) {
+            (v1::NodeState::Gone | v1::NodeState::Decommissioned, _) => Home::Gone,
+            (_, Some(since)) if since.elapsed() >= GRACE => Home::Silent,
+            _ => Home::Hoped,
+        }
+    }
+}
+
+/// What can be done though a group cannot be asked: nobody waits for a node that does not come back.
+fn given_up(job: &Job) -> Vec<Change> {
+    let mut changes = Vec::new();
+    for (replica, node, recorded) in concerned(job, &v1::GroupStatus::default()) {
+        if job.next(replica, node, recorded, Membership::NotAsked) == Step::Withdraw {
+            let (shard, stray) = (job.shard.id, false);
+            changes.push(Change::Withdraw { shard, replica, node, stray });
+        }
+    }
+    changes
+}
+
+/// The replicas of a shard of which something may have to be done: those that leave first, because one
+/// that comes may want their place.
+fn concerned(job: &Job, group: &v1::GroupStatus) -> Vec<(u64, u64, Recorded)> {
+    let leaving =
+        job.leaving.iter().map(|leaving| (leaving.replica, leaving.node, Recorded::Leaving));
+    let learners = job.shard.replicas.iter().filter(|replica| !is_voter(replica));
+    let learners = learners.map(|replica| {
+        let recorded = if replica.joining { Recorded::Joining } else { Recorded::Present };
+        (replica.id, replica.node, recorded)
+    });
+    let known: Vec<_> = leaving.chain(learners).collect();
+    let strays = group.members.iter().filter(|member| {
+        member.role() == v1::ReplicaRole::Learner
+            && known.iter().all(|(replica, _, _)| *replica != member.replica)
+    });
+    let strays = strays.map(|member| (member.replica, member.node, Recorded::Unknown));
+    let strays: Vec<_> = strays.collect();
+    known.into_iter().chain(strays).collect()
+}
+
+fn membership(member: &v1::MemberStatus) -> Membership {
+    if member.role() == v1::ReplicaRole::Voter {
+        return Membership::Voter;
+    }
+    let near = member.lag_entries <= CAUGHT_UP_ENTRIES
+        && u128::from(member.lag_ms) <= CAUGHT_UP_LAG.as_millis();
+    // Of one that was not heard yet nothing is known.
+    Membership::Learner { caught_up: member.matched_index > 0 && near }
+}
