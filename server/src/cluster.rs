@@ -30,6 +30,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use peer::cluster_command::Kind;
 use prost::Message;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::map::MapCache;
