@@ -17,6 +17,7 @@ pub mod answer;
 pub mod request;
 pub mod scan;
 mod client;
+pub mod testing;
 
 pub use admin::Admin;
 pub use answer::{
