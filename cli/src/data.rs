@@ -144,15 +144,26 @@ pub async fn delete(delete: Delete, global: &Global, output: &Output) -> Result<
     report(&what, &key, outcome, "deleted", output)
 }
 
+fn consistency(get: &Get) -> Result<Consistency, Failure> {
+    Ok(match (get.consistency, get.max_staleness, &get.session.file) {
+        (Some(Freshness::Bounded), Some(bound), _) => Consistency::Bounded(bound),
+        (Some(Freshness::Bounded), None, _) => {
+            return Err(Failure::usage("--consistency bounded needs --max-staleness"));
+        }
+        (_, Some(_), _) => {
+            return Err(Failure::usage("--max-staleness goes with --consistency bounded"));
+        }
+        (Some(Freshness::Session), None, _) | (None, None, Some(_)) => Consistency::Session,
+        (Some(Freshness::Any), None, _) => Consistency::Any,
+        (Some(Freshness::Linearizable), None, _) | (None, None, None) => Consistency::Linearizable,
+    })
+}
+
 /// `coracle get`.
 pub async fn get(get: Get, global: &Global, output: &Output) -> Result<(), Failure> {
+    let consistency = consistency(&get)?;
     let place = Place::new(global, &get.addressing, get.session.file.as_deref()).await?;
     let key = place.bytes("KEY", &get.key)?;
-    let consistency = match (get.consistency, &get.session.file) {
-        (Some(Freshness::Session), _) | (None, Some(_)) => Consistency::Session,
-        (Some(Freshness::Any), _) => Consistency::Any,
-        (Some(Freshness::Linearizable), _) | (None, None) => Consistency::Linearizable,
-    };
     let entry = place.keyspace.get(key.clone()).consistency(consistency).await;
     place.keep_session()?;
     let entry =

@@ -281,7 +281,8 @@ impl Builder {
         let driver = Arc::new(Driver::new(follower, self.settings, tasks));
         let keyspace = Arc::from(DEFAULT_KEYSPACE_NAME);
         let consistency = Consistency::default();
-        let target = Target { driver, keyspace, timeout: None, consistency };
+        let (timeout, any_replica) = (None, false);
+        let target = Target { driver, keyspace, timeout, consistency, any_replica };
         Ok(Client { default: Keyspace { target } })
     }
 

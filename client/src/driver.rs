@@ -58,6 +58,8 @@ pub(crate) struct Call {
     pub(crate) timeout: Option<Duration>,
     /// What a read asks for.
     pub(crate) consistency: Consistency,
+    /// Whether a read may go to any replica, whatever it asks for.
+    pub(crate) any_replica: bool,
 }
 
 impl Driver {
@@ -142,7 +144,7 @@ struct Attempts<'a> {
     /// Whom the next attempt leaves out, as long as there is a choice and no other leader is known
     /// than then.
     avoid: Option<(NodeId, Leader)>,
-    /// Any replica may be asked: a first attempt at a read that is content with what one has seen.
+    /// Any replica may be asked: a first attempt at a read that the leader need not serve.
     anybody: bool,
     /// The map has been asked for again because it lacks the keyspace.
     looked_again: bool,
@@ -168,7 +170,7 @@ impl<'a> Attempts<'a> {
             call.operation,
             Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)
         );
-        let call_is_local = call.consistency != Consistency::Linearizable;
+        let call_is_local = call.any_replica || call.consistency != Consistency::Linearizable;
         Attempts {
             deadline: now + call.timeout.unwrap_or(driver.settings.operation_timeout),
             driver,
@@ -380,10 +382,16 @@ impl<'a> Attempts<'a> {
             (Consistency::Session, None) => {
                 (v1::Consistency::Session, session.mark().as_bytes().clone())
             }
+            (Consistency::Bounded(_), _) => (v1::Consistency::Bounded, bytes::Bytes::new()),
             (Consistency::Any, _) => (v1::Consistency::Any, bytes::Bytes::new()),
         };
+        let max_staleness_ms = match self.call.consistency {
+            // Rounded down: never older than asked for.
+            Consistency::Bounded(bound) => u64::try_from(bound.as_millis()).unwrap_or(u64::MAX),
+            _ => 0,
+        };
         let consistency = consistency.into();
-        Some(v1::ReadOptions { consistency, session, ..Default::default() })
+        Some(v1::ReadOptions { consistency, session, max_staleness_ms, ..Default::default() })
     }
 
     /// Takes from an answer who leads, what time it is, and what was seen.
@@ -407,9 +415,12 @@ impl<'a> Attempts<'a> {
         let Some(served) = served else { return };
         self.driver.follower.session.observe(served, version);
         self.driver.follower.session.saw_server_time(served.server_time_ms);
+        let (shard, node) = (ShardId(served.shard), NodeId(served.node));
         if served.leader {
-            let (shard, node) = (ShardId(served.shard), NodeId(served.node));
             self.driver.follower.routes.saw_leader(shard, node, served.term, true);
+        } else {
+            // It serves, but whoever took it for the leader looks for the right one.
+            self.driver.follower.routes.saw_follower(shard, node);
         }
     }
 

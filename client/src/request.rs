@@ -28,12 +28,14 @@ pub(crate) struct Target {
     pub(crate) keyspace: Arc<str>,
     pub(crate) timeout: Option<Duration>,
     pub(crate) consistency: Consistency,
+    pub(crate) any_replica: bool,
 }
 
 impl Target {
     async fn call(self, key: Bytes, operation: Wire) -> Result<Answer, Error> {
-        let Target { driver, keyspace, timeout, consistency } = self;
-        driver.call(Call { keyspace, key, operation, timeout, consistency }).await
+        let Target { driver, keyspace, timeout, consistency, any_replica } = self;
+        let call = Call { keyspace, key, operation, timeout, consistency, any_replica };
+        driver.call(call).await
     }
 
     fn name(&self) -> String {
@@ -62,6 +64,14 @@ impl Get {
     /// How fresh the answer must be, instead of what the handle says.
     pub fn consistency(mut self, consistency: Consistency) -> Get {
         self.target.consistency = consistency;
+        self
+    }
+
+    /// Asks any replica first, also for the newest state: one that does not lead asks the leader how
+    /// far it must have come, and reads what it has itself. Spares the leader the reading, and costs
+    /// a way between two nodes.
+    pub fn from_any_replica(mut self) -> Get {
+        self.target.any_replica = true;
         self
     }
 
@@ -424,6 +434,14 @@ impl MultiGet {
     /// How fresh the answers must be, instead of what the handle says.
     pub fn consistency(mut self, consistency: Consistency) -> MultiGet {
         self.target.consistency = consistency;
+        self
+    }
+
+    /// Asks any replica first, also for the newest state: one that does not lead asks the leader how
+    /// far it must have come, and reads what it has itself. Spares the leader the reading, and costs
+    /// a way between two nodes.
+    pub fn from_any_replica(mut self) -> MultiGet {
+        self.target.any_replica = true;
         self
     }
 

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::token::{Need, Seen, SessionToken, TokenError};
@@ -18,13 +19,19 @@ use crate::topology::ShardId;
 /// How fresh a read is.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Hash)]
 pub enum Consistency {
-    /// Holds everything that was acknowledged to anybody before the call. Served by the leader.
+    /// Holds everything that was acknowledged to anybody before the call. The leader is asked, unless
+    /// the call says that any replica may serve.
     #[default]
     Linearizable,
     /// Holds everything that this client was told of before the call: its own writes, and what it has
     /// read. Never goes back. Served by any replica that has come so far; one that has not waits a
     /// moment, then the leader serves.
     Session,
+    /// Lacks nothing that was acknowledged to anybody longer ago than this before the call. May go
+    /// back, by that much. Served by any replica that knows its state to be fresh enough, or learns it
+    /// from the leader in time; where that fails, by the leader. Below a millisecond it is as good as
+    /// linearizable.
+    Bounded(Duration),
     /// Whatever some replica has. May go back.
     Any,
 }

@@ -31,8 +31,15 @@ pub enum Kind {
 pub enum Action {
     /// Reads the key, linearizably.
     Get,
+    /// Reads the key, linearizably, from whichever replica comes next.
+    ReplicaGet,
     /// Reads the key, not behind what its client has seen.
     SessionGet,
+    /// Reads the key, lacking nothing that was acknowledged so long before.
+    BoundedGet {
+        /// The bound.
+        ms: u64,
+    },
     /// Writes a value that no other operation writes.
     Put {
         /// The value.
@@ -151,6 +158,10 @@ pub struct Operation {
     /// The place of its end; beyond all places where the outcome is not known, because it may still
     /// happen.
     pub end: usize,
+    /// When it began.
+    pub begin_us: u64,
+    /// When it ended, as far as it has.
+    pub end_us: u64,
     /// How it ended.
     pub outcome: Outcome,
 }
@@ -178,6 +189,8 @@ impl History {
                     action: event.action.clone(),
                     begin: at,
                     end: usize::MAX,
+                    begin_us: event.time_us,
+                    end_us: u64::MAX,
                     outcome: Outcome::Unknown,
                 });
                 continue;
@@ -187,7 +200,10 @@ impl History {
                 *place.unwrap_or_else(|| panic!("call {} ends, but never began", event.call));
             let operation = &mut operations[place];
             (operation.end, operation.outcome) = match (event.kind, &event.answer) {
-                (Kind::Ok, Some(answer)) => (at, Outcome::Ok(answer.clone())),
+                (Kind::Ok, Some(answer)) => {
+                    operation.end_us = event.time_us;
+                    (at, Outcome::Ok(answer.clone()))
+                }
                 (Kind::Fail, _) => (at, Outcome::Fail),
                 _ => (usize::MAX, Outcome::Unknown),
             };

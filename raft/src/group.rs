@@ -30,6 +30,8 @@ use crate::message::{Answer, Question};
 use crate::network::Networks;
 use crate::proposer::Proposer;
 pub use crate::proposer::Written;
+pub use crate::read_point::Fixed;
+use crate::read_point::ReadPoints;
 use crate::reader::Reads;
 use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState, StateMachine};
@@ -108,8 +110,15 @@ impl Group {
             environment.clone(),
             stop.clone(),
         );
-        let (reads, read) =
-            Reads::new(raft.clone(), start.state.clone(), environment.clone(), stop.clone());
+        let points = ReadPoints::new(
+            start.shard,
+            raft.clone(),
+            leadership.clone(),
+            proposer.clone(),
+            environment.transport.clone(),
+            environment.clone(),
+        );
+        let (reads, read) = Reads::new(points, start.state.clone(), stop.clone());
         let appends = Appends::new(raft.clone(), environment.exec.clone(), stop.clone());
         let group = Arc::new(Self {
             shard: start.shard,
@@ -152,6 +161,11 @@ impl Group {
         self.leadership.status()
     }
 
+    /// Whether this replica takes itself for the leader.
+    pub fn leads(&self) -> bool {
+        self.leadership.leads().is_ok()
+    }
+
     /// The arc and epoch as replicated; `None` until the group was described.
     pub fn descriptor(&self) -> Option<Descriptor> {
         self.state.descriptor()
@@ -180,13 +194,27 @@ impl Group {
         self.proposer.write(request, deadline).await
     }
 
-    /// Reads a state that holds everything acknowledged before the call. On the leader.
+    /// Reads a state that holds everything acknowledged before the call. On any replica: one that
+    /// does not lead asks the leader how far it must have applied, waits a moment for that, and reads
+    /// what it has itself.
     pub async fn read<T: Send + 'static>(
         &self,
         deadline: Instant,
         look: impl FnOnce(&ReadState) -> T + Send + 'static,
     ) -> Result<T, GroupError> {
         self.reads.linearizable(deadline, look).await
+    }
+
+    /// Reads a state that lacks nothing that was acknowledged longer than `bound` ago, and says how
+    /// old at most it was. On any replica: at once where an earlier answer of the leader vouches for
+    /// the state; else as [`Group::read`], and [`GroupError::TooStale`] where that takes too long.
+    pub async fn read_bounded<T: Send + 'static>(
+        &self,
+        bound: Duration,
+        deadline: Instant,
+        look: impl FnOnce(&ReadState) -> T + Send + 'static,
+    ) -> Result<(T, Duration), GroupError> {
+        self.reads.bounded(bound, deadline, look).await
     }
 
     /// Reads what this replica has, once it has applied `index`; 0 reads at once.
@@ -199,28 +227,23 @@ impl Group {
         self.reads.local(index, deadline, look).await
     }
 
-    /// Fixes a version for reads (the newest, without one): no later write gets a version at or
-    /// below it, under this leader or any other. A state at that version is then read with
-    /// [`Group::read_at`]. On the leader.
-    pub async fn fix_version(&self, version: Option<u64>) -> Result<u64, GroupError> {
-        self.proposer.fix(version).await
+    /// Fixes a version for reads: no later write gets a version at or below it, under this leader or
+    /// any other. Without one the newest: no write that was acknowledged before the call has a
+    /// higher one. A state at that version is then read with [`Group::read_at`]. On any replica:
+    /// one that does not lead has the leader do it.
+    pub async fn fix_version(&self, version: Option<u64>) -> Result<Fixed, GroupError> {
+        self.reads.fix(version).await
     }
 
-    /// Reads a state in which no entry that may hold a version up to a fixed one is missing: all
-    /// that this leader's log held when the read arrived is applied. On the leader.
+    /// Reads a state in which no entry is missing that may hold a version up to a fixed one. Says
+    /// nothing of later ones. On the replica that had it fixed.
     pub async fn read_at<T: Send + 'static>(
         &self,
+        fixed: Fixed,
         deadline: Instant,
         look: impl FnOnce(&ReadState) -> T + Send + 'static,
     ) -> Result<T, GroupError> {
-        // The leader's core takes messages in order: behind every entry that was stamped before.
-        let last = self.raft.with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
-        let last = last.await.map_err(|_| GroupError::Stopped)?;
-        let applied = self.state.wait_for_index(last.unwrap_or(0));
-        if tokio::time::timeout_at(deadline, applied).await.is_err() {
-            return Err(GroupError::TooStale);
-        }
-        self.reads.linearizable(deadline, look).await
+        self.reads.caught_up(fixed.index, deadline, look).await
     }
 
     /// Forms the group: exactly one of its first replicas does. Done already is no error.
@@ -350,6 +373,8 @@ impl Group {
                 Ok(taken.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
             Question::SnapshotEnd { vote, transfer } => self.install(vote, transfer).await,
+            Question::ReadPoint => Ok(self.reads.point_for_peer().await),
+            Question::Fix { version } => Ok(self.reads.fix_for_peer(version).await),
         }
     }
 

@@ -95,6 +95,14 @@ impl Leadership {
         Err(GroupError::NotLeader { leader: leader.map(|place| place.node) })
     }
 
+    /// The replica that leads and its node, where it is another one than this.
+    pub(crate) fn other_leader(&self) -> Option<(u64, NodeId)> {
+        let metrics = self.0.borrow_watched();
+        let leader = metrics.current_leader.filter(|leader| *leader != metrics.id)?;
+        let place = metrics.membership_config.membership().get_node(&leader)?;
+        Some((leader, place.node))
+    }
+
     pub(crate) fn status(&self) -> GroupStatus {
         let metrics = self.0.borrow_watched();
         let membership = metrics.membership_config.membership();

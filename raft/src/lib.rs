@@ -24,6 +24,7 @@ mod environment;
 mod membership;
 mod proposer;
 mod appends;
+mod read_point;
 pub mod reader;
 pub mod group;
 pub mod host;

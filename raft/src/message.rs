@@ -13,7 +13,7 @@ use crate::entry::{
     decode_payload, decode_stored_membership, encode_payload, encode_stored_membership, get_log_id,
     get_vote, put_log_id, put_vote,
 };
-use crate::types::{Position, SnapshotMeta, TypeConfig, Vote, log_id};
+use crate::types::{NodeId, Position, SnapshotMeta, TypeConfig, Vote, log_id};
 use crate::wire::{Malformed, Reader};
 
 /// Every message begins with it; another version is refused, never guessed at.
@@ -37,6 +37,12 @@ pub(crate) enum Question {
     SnapshotChunk { transfer: u64, file: u32, chunk: u32, data: Bytes },
     /// All pieces were sent: verify and install.
     SnapshotEnd { vote: Vote, transfer: u64 },
+    /// A replica asks its leader: up to where must I have applied, to hold everything that was
+    /// acknowledged before you take this?
+    ReadPoint,
+    /// A replica asks its leader to stamp above a version from now on; without one, above every
+    /// version that was given before the leader takes this.
+    Fix { version: Option<u64> },
 }
 
 /// The answer to a question.
@@ -52,6 +58,29 @@ pub(crate) enum Answer {
     SnapshotInstalled(Vote),
     /// Not taken, and why: no slot is free, the transfer is unknown, a checksum differs.
     SnapshotRefused(String),
+    /// The leader has confirmed itself after it took the question.
+    ReadPoint {
+        index: u64,
+    },
+    /// No later write gets a version up to this one, under any leader; what has one up to it stands
+    /// at or below the index.
+    Fixed {
+        version: u64,
+        index: u64,
+    },
+    /// Neither a point nor a version.
+    Refused(Refused),
+}
+
+/// Why a replica gives no read point and fixes no version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refused {
+    /// It does not lead, or could not confirm that it does. The node of the leader, if it knows it.
+    NotLeader(Option<NodeId>),
+    /// Too much waits already: come back after so many milliseconds.
+    Overloaded(u64),
+    /// Its clock strays, or the version lies too far ahead of it.
+    ClockOutOfBound,
 }
 
 impl Question {
@@ -102,6 +131,11 @@ impl Question {
                 put_vote(&mut out, vote);
                 out.put_u64(*transfer);
             }
+            Self::ReadPoint => out.put_u8(8),
+            Self::Fix { version } => {
+                out.put_u8(9);
+                put_option(&mut out, *version);
+            }
         }
         out.freeze()
     }
@@ -144,6 +178,8 @@ impl Question {
                 data: reader.bytes()?,
             },
             7 => Self::SnapshotEnd { vote: get_vote(&mut reader)?, transfer: reader.u64()? },
+            8 => Self::ReadPoint,
+            9 => Self::Fix { version: reader.option(Reader::u64)? },
             _ => return Err(Malformed("an unknown kind of question")),
         };
         reader.end()?;
@@ -207,6 +243,29 @@ impl Answer {
                 out.put_u8(8);
                 put_bytes(&mut out, why.as_bytes());
             }
+            Self::ReadPoint { index } => {
+                out.put_u8(9);
+                out.put_u64(*index);
+            }
+            Self::Fixed { version, index } => {
+                out.put_u8(10);
+                out.put_u64(*version);
+                out.put_u64(*index);
+            }
+            Self::Refused(why) => {
+                out.put_u8(11);
+                match why {
+                    Refused::NotLeader(leader) => {
+                        out.put_u8(1);
+                        put_option(&mut out, leader.map(|node| node.0));
+                    }
+                    Refused::Overloaded(retry_after_ms) => {
+                        out.put_u8(2);
+                        out.put_u64(*retry_after_ms);
+                    }
+                    Refused::ClockOutOfBound => out.put_u8(3),
+                }
+            }
         }
         out.freeze()
     }
@@ -229,6 +288,14 @@ impl Answer {
             6 => Self::SnapshotTaken,
             7 => Self::SnapshotInstalled(get_vote(&mut reader)?),
             8 => Self::SnapshotRefused(String::from_utf8_lossy(&reader.bytes()?).into_owned()),
+            9 => Self::ReadPoint { index: reader.u64()? },
+            10 => Self::Fixed { version: reader.u64()?, index: reader.u64()? },
+            11 => Self::Refused(match reader.u8()? {
+                1 => Refused::NotLeader(reader.option(Reader::u64)?.map(NodeId)),
+                2 => Refused::Overloaded(reader.u64()?),
+                3 => Refused::ClockOutOfBound,
+                _ => return Err(Malformed("an unknown kind of refusal")),
+            }),
             _ => return Err(Malformed("an unknown kind of answer")),
         };
         reader.end()?;
@@ -243,6 +310,13 @@ fn check_format(reader: &mut Reader) -> Result<(), Malformed> {
 fn put_bytes(out: &mut BytesMut, bytes: &[u8]) {
     out.put_u32(bytes.len() as u32);
     out.put_slice(bytes);
+}
+
+fn put_option(out: &mut BytesMut, number: Option<u64>) {
+    out.put_u8(u8::from(number.is_some()));
+    if let Some(number) = number {
+        out.put_u64(number);
+    }
 }
 
 fn put_append(out: &mut BytesMut, request: &AppendEntriesRequest<TypeConfig>) {
@@ -268,4 +342,50 @@ fn get_append(reader: &mut Reader) -> Result<AppendEntriesRequest<TypeConfig>, M
         entries.push(decode_payload(id, reader.bytes()?)?);
     }
     Ok(AppendEntriesRequest { vote, prev_log_id, entries, leader_commit })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_bytes_of_questions_for_reads() {
+        let golden: [(Question, &[u8]); 3] = [
+            (Question::ReadPoint, &[1, 8]),
+            (Question::Fix { version: None }, &[1, 9, 0]),
+            (Question::Fix { version: Some(0x0102) }, &[1, 9, 1, 0, 0, 0, 0, 0, 0, 1, 2]),
+        ];
+        for (question, bytes) in golden {
+            assert_eq!(&question.encode()[..], bytes);
+            let again = Question::decode(Bytes::from_static(bytes)).expect("as it was written");
+            assert_eq!(format!("{again:?}"), format!("{question:?}"));
+            let longer = [bytes, &[0]].concat();
+            Question::decode(longer.into()).expect_err("bytes behind the end");
+            Question::decode(bytes[..bytes.len() - 1].to_vec().into()).expect_err("cut");
+        }
+    }
+
+    #[test]
+    fn golden_bytes_of_answers_for_reads() {
+        let golden: [(Answer, &[u8]); 6] = [
+            (Answer::ReadPoint { index: 7 }, &[1, 9, 0, 0, 0, 0, 0, 0, 0, 7]),
+            (
+                Answer::Fixed { version: 5, index: 6 },
+                &[1, 10, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 6],
+            ),
+            (Answer::Refused(Refused::NotLeader(None)), &[1, 11, 1, 0]),
+            (
+                Answer::Refused(Refused::NotLeader(Some(NodeId(3)))),
+                &[1, 11, 1, 1, 0, 0, 0, 0, 0, 0, 0, 3],
+            ),
+            (Answer::Refused(Refused::Overloaded(50)), &[1, 11, 2, 0, 0, 0, 0, 0, 0, 0, 50]),
+            (Answer::Refused(Refused::ClockOutOfBound), &[1, 11, 3]),
+        ];
+        for (answer, bytes) in golden {
+            assert_eq!(&answer.encode()[..], bytes);
+            let again = Answer::decode(Bytes::from_static(bytes)).expect("as it was written");
+            assert_eq!(format!("{again:?}"), format!("{answer:?}"));
+            Answer::decode(bytes[..bytes.len() - 1].to_vec().into()).expect_err("cut");
+        }
+    }
 }

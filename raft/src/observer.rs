@@ -1,4 +1,4 @@
-//! Where the time of a write goes: told to whoever keeps the node's metrics.
+//! Where the time of a write goes, and how reads are served: told to whoever keeps the node's metrics.
 
 use std::time::Duration;
 
@@ -16,6 +16,19 @@ pub enum Stage {
     Apply,
 }
 
+/// How the read point of a batch of reads was come by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadWay {
+    /// The leader, under its lease.
+    Lease,
+    /// The leader, by a round of heartbeats.
+    Quorum,
+    /// Another replica, by a question to the leader.
+    Asked,
+    /// Another replica, by an earlier question that was young enough for a bounded read.
+    Known,
+}
+
 /// Hears what groups do. Called on the data path: must not block.
 pub trait Observer: Send + Sync + 'static {
     /// A stage took so long.
@@ -23,4 +36,9 @@ pub trait Observer: Send + Sync + 'static {
 
     /// A replica of this node became the leader of its group.
     fn elected(&self);
+
+    /// So many reads were given a point in this way.
+    fn read_points(&self, way: ReadWay, reads: usize) {
+        let _ = (way, reads);
+    }
 }

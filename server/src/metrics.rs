@@ -166,6 +166,8 @@ metrics! {
             "Requests handed on to the node that serves them";
         deadline_dropped: Family<Counter, 1>, "coracle_deadline_dropped_total", ["stage"],
             "Requests dropped because their deadline had passed";
+        reads: Family<Counter, 1>, "coracle_reads_total", ["served"],
+            "Reads by how the replica here knew that its state is fresh enough";
         slow_requests: Counter, "coracle_slow_requests_total", [],
             "Requests that took longer than observability.slow_request";
         stage_duration_seconds: Family<Histogram, 1>, "coracle_stage_duration_seconds", ["stage"],
@@ -212,6 +214,11 @@ const LABELS: &[(&str, &str)] = &[
     ("peer", "another node: `n2`"),
     ("reason", "the error's reason from the closed list; empty for `OK` and for foreign errors"),
     ("rocksdb", "version of RocksDB"),
+    (
+        "served",
+        "`lease` and `heartbeats` by the leader itself, `asked` by a question to it, `bounded` by an \
+         earlier one, `session` and `any` without one",
+    ),
     ("shard", "a shard with a replica on this node: `s7`"),
     ("stage", "`queue`, `propose`, `log_sync`, `replicate`, `apply`, `read`"),
     ("version", "version of the program"),
@@ -263,6 +270,56 @@ impl Stage {
             Stage::Apply => "apply",
             Stage::Read => "read",
         }
+    }
+}
+
+/// How a replica knew that its state is fresh enough for a read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ReadServed {
+    /// It leads, and its lease has not passed.
+    Lease,
+    /// It leads, and a round of heartbeats said so.
+    Heartbeats,
+    /// It has asked the leader how far it must have applied.
+    Asked,
+    /// An earlier answer of the leader was young enough for a bounded read.
+    Bounded,
+    /// It has applied what the session has seen.
+    Session,
+    /// Nothing was asked for.
+    Any,
+}
+
+impl ReadServed {
+    const ALL: [ReadServed; 6] = [
+        ReadServed::Lease,
+        ReadServed::Heartbeats,
+        ReadServed::Asked,
+        ReadServed::Bounded,
+        ReadServed::Session,
+        ReadServed::Any,
+    ];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            ReadServed::Lease => "lease",
+            ReadServed::Heartbeats => "heartbeats",
+            ReadServed::Asked => "asked",
+            ReadServed::Bounded => "bounded",
+            ReadServed::Session => "session",
+            ReadServed::Any => "any",
+        }
+    }
+}
+
+/// The handles of the counters of reads.
+#[derive(Clone, Debug)]
+pub struct Reads([Counter; ReadServed::ALL.len()]);
+
+impl Reads {
+    /// So many were served in this way.
+    pub fn count(&self, how: ReadServed, reads: u64) {
+        self.0[how as usize].inc_by(reads);
     }
 }
 
@@ -332,6 +389,11 @@ impl Metrics {
             requests: self.requests.clone(),
             in_flight: self.requests_in_flight.clone(),
         }
+    }
+
+    /// The handles of the counters of reads, to be kept.
+    pub fn reads(&self) -> Reads {
+        Reads(ReadServed::ALL.map(|how| self.reads.with([how.as_str()])))
     }
 
     /// The handles of all stages, to be kept.

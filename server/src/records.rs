@@ -24,6 +24,7 @@ use coracle_raft::command::{Change, Condition, Operation, Request, RequestId};
 use coracle_raft::error::GroupError;
 use coracle_raft::group::Group;
 use coracle_raft::host::Host;
+use coracle_raft::leadership::Standing;
 use coracle_raft::state_machine::ReadState;
 use prost::Message;
 use tokio::time::Instant;
@@ -95,6 +96,10 @@ impl Records {
     /// The newest records. On the leader's node.
     pub async fn load(&self) -> Result<Snapshot, RecordsError> {
         let group = self.group()?;
+        // Whoever acts on the newest records does so as the leader: others are sent to it.
+        if group.status().state != Standing::Leader {
+            return Err(RecordsError::NotLeader);
+        }
         let deadline = Instant::now() + CHANGE_TIMEOUT;
         group.read(deadline, read).await.map_err(unavailable)?
     }

@@ -28,7 +28,7 @@ use tokio::time::Instant;
 use crate::admission::{Admission, Call, Origin, Permit};
 use crate::fault::{self, Leader};
 use crate::map::{MapCache, MapSource};
-use crate::metrics::{Metrics, Stage, Stages};
+use crate::metrics::{Metrics, Reads, Stage, Stages};
 
 mod answer;
 mod attempts;
@@ -119,6 +119,7 @@ pub struct Parts {
 pub struct Router {
     parts: Parts,
     stages: Stages,
+    reads: Reads,
     /// One look for a newer map at a time; holds when the last one began.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
 }
@@ -126,8 +127,8 @@ pub struct Router {
 impl Router {
     /// A router over its parts.
     pub fn new(parts: Parts) -> Arc<Router> {
-        let stages = parts.metrics.stages();
-        Arc::new(Router { parts, stages, refreshing: tokio::sync::Mutex::default() })
+        let (stages, reads) = (parts.metrics.stages(), parts.metrics.reads());
+        Arc::new(Router { parts, stages, reads, refreshing: tokio::sync::Mutex::default() })
     }
 
     /// This node.
@@ -351,8 +352,9 @@ impl Router {
         let silent = fault.reason == Reason::Unreachable || fault.reason == Reason::Draining;
         trail.avoid = fault.number(metadata::NODE).map(NodeId).filter(|_| silent);
         trail.follow = None;
-        // The replica here has not seen what the session has: the leader has.
-        trail.behind |= fault.reason == Reason::TooStale;
+        // The replica here is too far behind, or finds no leader to vouch for it: the leader itself
+        // is asked.
+        trail.behind |= matches!(fault.reason, Reason::TooStale | Reason::NotLeader);
         let Some(leader) = fault::leader_of(fault) else {
             return false;
         };

@@ -25,6 +25,8 @@ pub enum Freshness {
     Linearizable,
     /// Everything that the session file has seen; any replica serves.
     Session,
+    /// Nothing older than --max-staleness; any replica that is fresh enough serves.
+    Bounded,
     /// Whatever some replica has.
     Any,
 }
@@ -76,6 +78,9 @@ pub struct Get {
     /// How fresh the answer must be (default: linearizable; with --session-file, session)
     #[arg(long, value_name = "HOW")]
     pub consistency: Option<Freshness>,
+    /// With --consistency bounded: the answer lacks nothing that was acknowledged so long ago: 100ms
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, required_if_eq("consistency", "bounded"))]
+    pub max_staleness: Option<Duration>,
     /// What was seen.
     #[command(flatten)]
     pub session: SessionFile,

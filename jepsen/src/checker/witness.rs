@@ -24,6 +24,7 @@ const NEWEST: &str = "a read returns the newest write up to its place in the log
 const FUTURE: &str = "no read returns what was not yet written";
 const CONDITION: &str = "a condition is judged against the version right before";
 const SESSION: &str = "a session read is not behind what its client has seen";
+const BOUND: &str = "a bounded read lacks nothing older than its bound";
 const ABSENT: &str = "an absent key was deleted, or never written";
 
 /// What a history of registers breaks; nothing, if all is well. Violations come by key.
@@ -151,6 +152,7 @@ impl<'a> Register<'a> {
         }
         self.check_conditions();
         self.check_real_time();
+        self.check_bounds();
         self.found
     }
 
@@ -383,8 +385,9 @@ impl<'a> Register<'a> {
                 continue;
             }
             let (newest, by) = completed;
-            // A session read may be behind others; not behind its own client (see above).
-            if operation.action == Action::SessionGet {
+            // A session read may be behind others, not behind its own client (see above); a bounded
+            // one as far as its bound allows (see below).
+            if matches!(operation.action, Action::SessionGet | Action::BoundedGet { .. }) {
                 continue;
             }
             if version < newest || (is_write && version == newest) {
@@ -399,12 +402,59 @@ impl<'a> Register<'a> {
     }
 }
 
+impl Register<'_> {
+    /// What was answered before a bounded read began, by more than its bound, is in it.
+    fn check_bounds(&mut self) {
+        let standings = self.standings();
+        let mut answered: Vec<(u64, (u64, u64))> = Vec::new();
+        for operation in self.operations {
+            if let (Outcome::Ok(_), Some(&(version, _))) =
+                (&operation.outcome, standings.get(&operation.call))
+            {
+                answered.push((operation.end_us, (version, operation.call)));
+            }
+        }
+        answered.sort_unstable();
+        // The highest version, and by whom, up to each moment.
+        let mut newest = (0, 0);
+        for (_, told) in &mut answered {
+            newest = newest.max(*told);
+            *told = newest;
+        }
+        let mut problems = Vec::new();
+        for operation in self.operations {
+            let (Action::BoundedGet { ms }, Outcome::Ok(_)) =
+                (&operation.action, &operation.outcome)
+            else {
+                continue;
+            };
+            let since = operation.begin_us.saturating_sub(ms * 1_000);
+            let before = answered.partition_point(|(end_us, _)| *end_us < since);
+            let newest = before.checked_sub(1).map(|at| answered[at].1);
+            let seen = standings.get(&operation.call).map_or(0, |(version, _)| *version);
+            if let Some((version, by)) = newest.filter(|(version, _)| *version > seen) {
+                let why = format!(
+                    "it saw version {seen}, {version} had been answered more than {ms} ms before"
+                );
+                problems.push((why, vec![by, operation.call]));
+            }
+        }
+        for (why, calls) in problems {
+            self.violation(BOUND, why, &calls);
+        }
+    }
+}
+
 /// What an action writes; a delete and a read write no value.
 fn value(action: &Action) -> Option<&str> {
     match action {
         Action::Put { value }
         | Action::PutIfAbsent { value }
         | Action::PutIfVersion { value, .. } => Some(value),
-        Action::Get | Action::SessionGet | Action::Delete => None,
+        Action::Get
+        | Action::ReplicaGet
+        | Action::SessionGet
+        | Action::BoundedGet { .. }
+        | Action::Delete => None,
     }
 }

@@ -11,6 +11,9 @@ use tokio::sync::watch;
 use crate::history::{Action, Answer, Position, Recorder, Seen};
 use crate::trace::Trace;
 
+/// Bounds of bounded reads: below what a question takes, about a heartbeat, about a failover, longer.
+const BOUNDS_MS: [u64; 4] = [5, 100, 700, 3_000];
+
 /// How busy, and with what.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
@@ -81,12 +84,14 @@ impl Worker {
     }
 
     fn draw_action(&mut self, key: &str) -> Action {
-        match self.dice.below(20) {
-            0..=4 => Action::Get,
-            5..=6 => Action::SessionGet,
-            7..=12 => Action::Put { value: self.fresh_value() },
-            13..=14 => Action::PutIfAbsent { value: self.fresh_value() },
-            15..=17 => match self.versions.get(key).copied() {
+        match self.dice.below(24) {
+            0..=3 => Action::Get,
+            4..=6 => Action::ReplicaGet,
+            7..=8 => Action::SessionGet,
+            9..=10 => Action::BoundedGet { ms: BOUNDS_MS[self.dice.below(4) as usize] },
+            11..=16 => Action::Put { value: self.fresh_value() },
+            17..=18 => Action::PutIfAbsent { value: self.fresh_value() },
+            19..=21 => match self.versions.get(key).copied() {
                 Some(version) => Action::PutIfVersion { value: self.fresh_value(), version },
                 None => Action::Get,
             },
@@ -140,12 +145,20 @@ impl Worker {
             }
         };
         Ok(match action {
-            Action::Get | Action::SessionGet => {
-                let consistency = match action {
-                    Action::SessionGet => Consistency::Session,
-                    _ => Consistency::Linearizable,
+            Action::Get | Action::ReplicaGet | Action::SessionGet | Action::BoundedGet { .. } => {
+                let get = self.client.get(key);
+                let get = match action {
+                    Action::ReplicaGet => get.from_any_replica(),
+                    Action::SessionGet => get.consistency(Consistency::Session),
+                    Action::BoundedGet { ms } => {
+                        get.consistency(Consistency::Bounded(Duration::from_millis(*ms)))
+                    }
+                    _ => get,
                 };
-                let read = self.client.get(key).consistency(consistency).read().await?;
+                let read = get.read().await?;
+                let who = if read.served.leader { "the leader" } else { "another replica" };
+                let staleness = read.served.staleness;
+                self.trace.event(format_args!("{} by {who}: {staleness:?}", verb(action)));
                 Answer::Read { seen: read.entry.as_ref().map(seen), at: position(&read.served) }
             }
             Action::Put { value } => {
@@ -188,7 +201,9 @@ pub fn key_name(number: u64) -> String {
 fn verb(action: &Action) -> &'static str {
     match action {
         Action::Get => "get",
+        Action::ReplicaGet => "replica-get",
         Action::SessionGet => "session-get",
+        Action::BoundedGet { .. } => "bounded-get",
         Action::Put { .. } => "put",
         Action::PutIfAbsent { .. } => "put-if-absent",
         Action::PutIfVersion { .. } => "put-if-version",

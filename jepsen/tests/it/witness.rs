@@ -400,3 +400,54 @@ fn a_session_read_shows_the_newest_write_up_to_its_place() {
     script.end(call, read(Some(("a", 10)), 2));
     script.expect("newest write up to its place");
 }
+
+#[test]
+fn a_bounded_read_may_be_behind_by_its_bound_and_no_more() {
+    let script = Script::default();
+    let at = |ms: u64, client, action: Action, answer: Answer| {
+        let call = script.recorder.invoke(ms * 1_000, client, "k", &action);
+        script.recorder.ok(ms * 1_000 + 500, call, answer);
+    };
+    at(10, 1, put("a"), written(10, 1));
+    at(100, 1, put("b"), written(20, 2));
+    let bounded = |ms| Action::BoundedGet { ms };
+    at(150, 2, bounded(100), read(Some(("a", 10)), 1));
+    at(190, 2, bounded(100), read(None, 0));
+    at(200, 2, bounded(100), read(Some(("b", 20)), 2));
+    let absent = script.rules();
+    assert!(
+        absent.iter().any(|rule| rule.contains("lacks nothing")),
+        "a is 180 ms old: {absent:?}"
+    );
+
+    let script = Script::default();
+    let at = |ms: u64, action: Action, answer: Answer| {
+        let call = script.recorder.invoke(ms * 1_000, 1, "k", &action);
+        script.recorder.ok(ms * 1_000 + 500, call, answer);
+    };
+    at(10, put("a"), written(10, 1));
+    at(100, put("b"), written(20, 2));
+    at(200, bounded(100), read(Some(("a", 10)), 1));
+    assert_eq!(script.rules(), Vec::<&str>::new(), "b was acknowledged 99.5 ms before");
+    at(201, bounded(100), read(Some(("a", 10)), 1));
+    script.expect("lacks nothing older than its bound");
+}
+
+#[test]
+fn a_bounded_read_sees_nothing_that_is_not_yet_written() {
+    let script = Script::default();
+    let call = script.begin(Action::BoundedGet { ms: 1_000 });
+    script.end(call, read(Some(("a", 10)), 1));
+    script.put("a", 10, 1);
+    script.expect("not yet written");
+}
+
+#[test]
+fn a_replicas_linearizable_read_is_judged_as_one() {
+    let script = Script::default();
+    script.put("a", 10, 1);
+    script.put("b", 20, 2);
+    let call = script.begin(Action::ReplicaGet);
+    script.end(call, read(Some(("a", 10)), 1));
+    script.expect("had completed when it began");
+}

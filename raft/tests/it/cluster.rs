@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,14 +32,24 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-const SHARD: ShardId = ShardId(1);
+pub(crate) const SHARD: ShardId = ShardId(1);
 
 /// Who is reachable from whom.
 #[derive(Default)]
-struct Wires {
+pub(crate) struct Wires {
     hosts: Mutex<BTreeMap<NodeId, Arc<Host>>>,
-    cut: Mutex<BTreeSet<NodeId>>,
+    /// They reach nobody, and nobody reaches them.
+    pub(crate) cut: Mutex<BTreeSet<NodeId>>,
+    /// They reach each other only.
+    pub(crate) apart: Mutex<BTreeSet<NodeId>>,
+    /// No entries and no heartbeats come to them.
+    pub(crate) held: Mutex<BTreeSet<NodeId>>,
+    /// Questions for read points.
+    pub(crate) points: AtomicUsize,
 }
+
+/// As a question for a read point stands on the wire.
+pub(crate) const READ_POINT: &[u8] = &[1, 8];
 
 struct Wire {
     from: NodeId,
@@ -47,10 +57,18 @@ struct Wire {
 }
 
 impl Transport for Wire {
-    fn ask(&self, to: Address, _: Lane, question: Bytes, timeout: Duration) -> Answering {
-        let cut = self.wires.cut.lock();
+    fn ask(&self, to: Address, lane: Lane, question: Bytes, timeout: Duration) -> Answering {
+        if question == READ_POINT {
+            self.wires.points.fetch_add(1, Ordering::SeqCst);
+        }
+        let (cut, apart) = (self.wires.cut.lock(), self.wires.apart.lock());
         let host = self.wires.hosts.lock().get(&to.node).cloned();
-        let reachable = !cut.contains(&to.node) && !cut.contains(&self.from);
+        let held = matches!(lane, Lane::Appends | Lane::Heartbeat)
+            && self.wires.held.lock().contains(&to.node);
+        let reachable = !cut.contains(&to.node)
+            && !cut.contains(&self.from)
+            && !held
+            && apart.contains(&to.node) == apart.contains(&self.from);
         let Some(host) = host.filter(|_| reachable) else {
             let error = TransportError::Unreachable("down".to_owned());
             return Box::pin(std::future::ready(Err(error)));
@@ -64,7 +82,7 @@ impl Transport for Wire {
     }
 }
 
-struct WallClock;
+pub(crate) struct WallClock;
 
 impl Clock for WallClock {
     fn now_ms(&self) -> u64 {
@@ -85,8 +103,8 @@ impl Observer for Deaf {
     fn elected(&self) {}
 }
 
-struct Node {
-    host: Arc<Host>,
+pub(crate) struct Node {
+    pub(crate) host: Arc<Host>,
     log: Log,
     stop: CancellationToken,
 }
@@ -127,23 +145,27 @@ impl Node {
     }
 }
 
-struct Cluster {
+pub(crate) struct Cluster {
     disks: BTreeMap<NodeId, FaultyFs>,
-    nodes: BTreeMap<NodeId, Node>,
-    wires: Arc<Wires>,
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
+    pub(crate) wires: Arc<Wires>,
     sequence: u64,
 }
 
 impl Cluster {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
+        Self::of(3).await
+    }
+
+    pub(crate) async fn of(count: u64) -> Self {
         let wires = Arc::new(Wires::default());
         let (mut disks, mut nodes) = (BTreeMap::new(), BTreeMap::new());
-        for id in (1..=3).map(NodeId) {
+        for id in (1..=count).map(NodeId) {
             let disk = FaultyFs::new(id.0);
             nodes.insert(id, start(id, &disk, &wires, 1).await);
             disks.insert(id, disk);
         }
-        let members: BTreeMap<u64, NodeId> = (1..=3).map(|n| (10 + n, NodeId(n))).collect();
+        let members: BTreeMap<u64, NodeId> = (1..=count).map(|n| (10 + n, NodeId(n))).collect();
         for (replica, node) in members.iter().rev() {
             let initial = Descriptor { shard: SHARD.0, arc: Some((0, 0)), epoch: 1 };
             let made = nodes[node].host.create(ReplicaId(*replica), initial).await;
@@ -168,7 +190,7 @@ impl Cluster {
         self.nodes.insert(id, node);
     }
 
-    fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
+    pub(crate) fn leader(&self) -> Option<(NodeId, Arc<Group>)> {
         let mut led = self.nodes.iter().filter_map(|(id, node)| {
             let group = node.host.group(SHARD)?;
             (group.status().state == Standing::Leader).then_some((*id, group))
@@ -177,7 +199,7 @@ impl Cluster {
     }
 
     /// Writes until it is acknowledged, always with the same request id.
-    async fn put(&mut self, key: &str, value: &str) -> Reply {
+    pub(crate) async fn put(&mut self, key: &str, value: &str) -> Reply {
         self.sequence += 1;
         let operation = Operation {
             key: Bytes::copy_from_slice(key.as_bytes()),
@@ -211,7 +233,7 @@ impl Cluster {
         }
     }
 
-    async fn get(&self, key: &str) -> Option<Bytes> {
+    pub(crate) async fn get(&self, key: &str) -> Option<Bytes> {
         let until = Instant::now() + Duration::from_secs(20);
         loop {
             assert!(Instant::now() < until, "{key} could not be read");
@@ -229,7 +251,24 @@ impl Cluster {
         }
     }
 
-    async fn another_leads(&self, than: NodeId) {
+    /// A replica that does not lead, once it knows who does.
+    pub(crate) async fn follower(&self) -> (NodeId, Arc<Group>) {
+        let until = Instant::now() + Duration::from_secs(20);
+        loop {
+            assert!(Instant::now() < until, "nobody follows");
+            let (led, _) = self.leader().expect("a leader");
+            let groups = self.nodes.iter().filter_map(|(id, n)| Some((*id, n.host.group(SHARD)?)));
+            let follows = |(id, group): &(NodeId, Arc<Group>)| {
+                *id != led && group.status().leader == Some(led)
+            };
+            if let Some(found) = groups.into_iter().find(follows) {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub(crate) async fn another_leads(&self, than: NodeId) {
         let until = Instant::now() + Duration::from_secs(20);
         loop {
             assert!(Instant::now() < until, "nobody else was elected");

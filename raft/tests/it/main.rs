@@ -9,3 +9,4 @@ mod apply_rules;
 mod apply_store;
 mod apply_words;
 mod cluster;
+mod reads;

@@ -28,7 +28,7 @@ use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Target};
 use crate::home::Own;
-use crate::metrics::{Metrics, Stage, Stages};
+use crate::metrics::{Metrics, ReadServed, Reads, Stage, Stages};
 use crate::peers::StampClock;
 use crate::records::Records;
 use crate::router::{self, ForwardError, Forwarder, RequestIds, Router};
@@ -99,6 +99,7 @@ fn new_host(shared: &Arc<Shared>, log: Log, clock: Arc<StampClock>, start_count:
         transport: Arc::new(shared.transport.clone()),
         observer: Arc::new(GroupMetrics {
             stages: shared.metrics.stages(),
+            reads: shared.metrics.reads(),
             metrics: shared.metrics.clone(),
         }),
         incarnation: start_count,
@@ -242,6 +243,7 @@ impl Inbound for Answers {
 /// Counts what groups do.
 struct GroupMetrics {
     stages: Stages,
+    reads: Reads,
     metrics: Arc<Metrics>,
 }
 
@@ -258,6 +260,16 @@ impl Observer for GroupMetrics {
 
     fn elected(&self) {
         self.metrics.raft_elections.inc();
+    }
+
+    fn read_points(&self, way: observer::ReadWay, reads: usize) {
+        let how = match way {
+            observer::ReadWay::Lease => ReadServed::Lease,
+            observer::ReadWay::Quorum => ReadServed::Heartbeats,
+            observer::ReadWay::Asked => ReadServed::Asked,
+            observer::ReadWay::Known => ReadServed::Bounded,
+        };
+        self.reads.count(how, reads as u64);
     }
 }
 

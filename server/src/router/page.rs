@@ -171,7 +171,7 @@ impl PageSpec {
     }
 }
 
-/// Reads a page on the shard's leader. `position`: of the scan's only entity, where it has one.
+/// Reads a page on a replica of the shard. `position`: of the scan's only entity, where it has one.
 pub(crate) async fn read_page(
     group: &Group,
     spec: &PageSpec,
@@ -179,15 +179,9 @@ pub(crate) async fn read_page(
     position: Option<u64>,
     deadline: Instant,
 ) -> Result<(Page, Position), Refusal> {
-    let version = match spec.token.version {
-        // Asked as the leader first: a deposed one could fix a version that is too low to hold what
-        // was acknowledged elsewhere before the scan began.
-        0 => {
-            group.read(deadline, |_| ()).await?;
-            fix(group, None, deadline).await?
-        }
-        version => fix(group, Some(version), deadline).await?,
-    };
+    let asked = spec.token.version;
+    let fixed = fix(group, (asked > 0).then_some(asked), deadline).await?;
+    let version = fixed.version;
     let wanted = spec.clone();
     let look = move |state: &ReadState| {
         let serves = |descriptor: &&Descriptor| match position {
@@ -199,19 +193,19 @@ pub(crate) async fn read_page(
         let page = wanted.read(state.reader.view(), descriptor, version)?;
         Ok::<_, Refusal>((page, state.position))
     };
-    let page = group.read_at(deadline, look).await??;
+    let page = group.read_at(fixed, deadline, look).await??;
     still_there(group, version, deadline).await?;
     Ok(page)
 }
 
-/// Fixes a version on the shard's leader, and says which arc it holds.
+/// Fixes a version on a shard, and says which arc it holds.
 pub(crate) async fn fix_version(
     group: &Group,
     version: u64,
     epoch: u64,
     deadline: Instant,
 ) -> Result<(v1::FixVersionResponse, Position), Refusal> {
-    // First, as in `read_page`.
+    // First: what changes hands later is found by the epoch that the pages name.
     let look = |state: &ReadState| (state.descriptor.clone(), state.position);
     let (descriptor, at) = group.read(deadline, look).await?;
     let known = descriptor.as_ref().filter(|known| epoch == 0 || epoch == known.epoch);
@@ -219,7 +213,7 @@ pub(crate) async fn fix_version(
         return Err(Refusal::Stale(descriptor));
     };
     let epoch = known.epoch;
-    let version = fix(group, (version > 0).then_some(version), deadline).await?;
+    let version = fix(group, (version > 0).then_some(version), deadline).await?.version;
     Ok((v1::FixVersionResponse { version, start, end, epoch, served: None }, at))
 }
 

@@ -1,6 +1,8 @@
 //! Decides what an operation asks of which shard: limits, keyspace, entity, position, route. Pure: a
 //! function of the operation and the map. Does not know who leads.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
@@ -55,7 +57,7 @@ pub(crate) struct Lookup {
     pub(crate) freshness: Freshness,
 }
 
-/// How fresh a read must be, as this version serves it.
+/// How fresh a read must be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Freshness {
     /// Whatever the replica at hand has.
@@ -63,18 +65,19 @@ pub(crate) enum Freshness {
     /// Whatever the replica at hand has once it has applied up to an index, which the session has
     /// seen. Expiry is judged no earlier than at a version that it has seen.
     Session { index: u64, judged_from: u64 },
-    /// The newest state. Bounded reads get it too: stronger than asked for is allowed. Expiry is
-    /// judged no earlier than at this version.
+    /// Whatever the replica at hand has, if it lacks nothing that was acknowledged so long ago.
+    Bounded { bound: Duration },
+    /// The newest state. Expiry is judged no earlier than at this version.
     Newest { judged_from: u64 },
     /// The state at a version.
     At(u64),
 }
 
 impl Plan {
-    /// True when any replica may answer.
+    /// True when any replica may answer: one that does not lead asks the leader how far it must
+    /// have applied, or for a version, wherever what it has is not enough.
     pub(crate) fn any_replica(&self) -> bool {
-        let (Task::Get(lookup) | Task::BatchGet(lookup)) = &self.task else { return false };
-        matches!(lookup.freshness, Freshness::Any | Freshness::Session { .. })
+        !matches!(self.task, Task::Write { .. })
     }
 
     /// True when the caller named a shard whose map entry here does not hold the key: only the
@@ -205,6 +208,9 @@ pub(crate) fn freshness(
                 Need::Linearizable => Freshness::Newest { judged_from },
             }
         }
+        v1::Consistency::Bounded if read.max_staleness_ms > 0 => {
+            Freshness::Bounded { bound: Duration::from_millis(read.max_staleness_ms) }
+        }
         v1::Consistency::Unspecified | v1::Consistency::Linearizable | v1::Consistency::Bounded => {
             Freshness::Newest { judged_from: 0 }
         }
@@ -222,7 +228,7 @@ pub(crate) fn named(operation: &Operation, plan: &Plan) -> Operation {
         Operation::Write(request) => request.route = route,
         Operation::Scan(request) => request.only_shard = route,
         Operation::FixVersion(request) => request.route = route,
-        // Its keys are of one shard here; the next hop answers only those that it leads.
+        // Its keys are of one shard here; the next hop answers only those that it holds.
         Operation::BatchGet(_) => {}
     }
     operation

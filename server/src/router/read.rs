@@ -3,7 +3,7 @@
 //!
 //! A read of the newest state needs a version only where something may have expired: an entry with an
 //! expiry is gone from that version on, and no replica may find it again after one found it gone. So
-//! the leader fixes a version V. An entry that V does not reach was there when it was read. One that
+//! the leader fixes a version V, also for a replica that does not lead. An entry that V does not reach was there when it was read. One that
 //! V reaches may have been overwritten between the read and V; the read is made again, at V.
 
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use coracle_proto::limits;
 use coracle_proto::reason::Fault;
 use coracle_raft::clock::HybridTime;
 use coracle_raft::error::GroupError;
-use coracle_raft::group::Group;
+use coracle_raft::group::{Fixed, Group};
 use coracle_raft::leadership::Standing;
 use coracle_raft::state_machine::ReadState;
 use coracle_raft::types::Position;
@@ -37,6 +37,8 @@ pub(crate) struct Found {
     pub(crate) clock: u64,
     /// Of a read in a session: the version at which expiry was judged.
     pub(crate) judged_at: u64,
+    /// How old at most what was read is; `None` where nothing but the group clock tells.
+    pub(crate) age: Option<Duration>,
 }
 
 /// What is asked of a view.
@@ -71,27 +73,24 @@ pub(crate) async fn look_up(
             let local = question.clone();
             let look = move |state: &ReadState| local.look(state, u64::MAX);
             let mut found = group.read_local(index, until, look).await??;
-            // What the group's clock or the session has reached is past for everybody.
-            let past = found.clock.max(judged_from);
-            let surely_past = HybridTime::at_ms(now_ms).0.saturating_add(HybridTime::BOUND);
-            match found.first_expiry_after(past) {
-                // Only the leader can say whether it is gone, and make that hold for everybody.
-                Some(expiry) if expiry <= surely_past || now_ms == 0 => {
-                    if !leads {
-                        return Err(GroupError::TooStale.into());
-                    }
-                    newest(group, question, judged_from, deadline).await
-                }
-                _ => {
-                    found.judge(past);
-                    found.judged_at = past;
-                    Ok(found)
-                }
+            match found.judge_surely(judged_from, now_ms) {
+                true => Ok(found),
+                false => newest(group, question, judged_from, deadline).await,
+            }
+        }
+        Freshness::Bounded { bound } => {
+            let local = question.clone();
+            let look = move |state: &ReadState| local.look(state, u64::MAX);
+            let (found, age) = group.read_bounded(bound, deadline, look).await?;
+            let mut found = found?;
+            found.age = Some(age);
+            match found.judge_surely(0, now_ms) {
+                true => Ok(found),
+                false => newest(group, question, 0, deadline).await,
             }
         }
         Freshness::At(version) => {
-            fix(group, Some(version), deadline).await?;
-            let mut found = question.read_at(group, version, deadline).await?;
+            let mut found = question.read_at(group, Some(version), deadline).await?;
             found.judge(version);
             found.judged_at = version;
             still_there(group, version, deadline).await?;
@@ -101,7 +100,7 @@ pub(crate) async fn look_up(
     }
 }
 
-/// The newest state, by the leader. See the module.
+/// The newest state. See the module.
 async fn newest(
     group: &Group,
     question: Question,
@@ -111,19 +110,20 @@ async fn newest(
     let newest = question.clone();
     let look = move |state: &ReadState| newest.look(state, u64::MAX);
     let mut found = group.read(deadline, look).await??;
+    found.age = Some(Duration::ZERO);
     let Some(expiry) = found.first_expiry_after(0) else {
         found.judge(0);
         return Ok(found);
     };
-    let mut version = fix(group, None, deadline).await?;
-    if version < judged_from {
-        version = fix(group, Some(judged_from), deadline).await?;
+    let mut fixed = fix(group, None, deadline).await?;
+    if fixed.version < judged_from {
+        fixed = fix(group, Some(judged_from), deadline).await?;
     }
-    if version >= expiry {
-        found = question.read_at(group, version, deadline).await?;
+    if fixed.version >= expiry {
+        found = question.look_at(group, fixed, deadline).await?;
     }
-    found.judge(version);
-    found.judged_at = version;
+    found.judge(fixed.version);
+    found.judged_at = fixed.version;
     Ok(found)
 }
 
@@ -132,7 +132,7 @@ pub(crate) async fn fix(
     group: &Group,
     version: Option<u64>,
     deadline: Instant,
-) -> Result<u64, GroupError> {
+) -> Result<Fixed, GroupError> {
     let fixed = tokio::time::timeout_at(deadline, group.fix_version(version)).await;
     fixed.unwrap_or(Err(GroupError::Expired))
 }
@@ -155,12 +155,24 @@ impl Question {
     async fn read_at(
         &self,
         group: &Group,
-        version: u64,
+        version: Option<u64>,
+        deadline: Instant,
+    ) -> Result<Found, Refusal> {
+        let fixed = fix(group, version, deadline).await?;
+        self.look_at(group, fixed, deadline).await
+    }
+
+    async fn look_at(
+        &self,
+        group: &Group,
+        fixed: Fixed,
         deadline: Instant,
     ) -> Result<Found, Refusal> {
         let question = self.clone();
-        let look = move |state: &ReadState| question.look(state, version);
-        group.read_at(deadline, look).await?
+        let look = move |state: &ReadState| question.look(state, fixed.version);
+        let mut found: Found = group.read_at(fixed, deadline, look).await??;
+        found.age = Some(Duration::ZERO);
+        Ok(found)
     }
 
     fn look(&self, state: &ReadState, version: u64) -> Result<Found, Refusal> {
@@ -178,7 +190,7 @@ impl Question {
             limits::check_batch_get_answer(bytes).map_err(Fault::from)?;
             entries.push(found);
         }
-        Ok(Found { entries, at: state.position, clock: state.clock, judged_at: 0 })
+        Ok(Found { entries, at: state.position, clock: state.clock, judged_at: 0, age: None })
     }
 }
 
@@ -187,6 +199,22 @@ impl Found {
     fn first_expiry_after(&self, past: u64) -> Option<u64> {
         let expiries = self.entries.iter().flatten().filter(|found| !found.tombstone);
         expiries.map(|found| found.expires_at_version).filter(|expiry| *expiry > past).min()
+    }
+
+    /// Judges expiry without asking anybody, where nothing that was found is in doubt; else leaves
+    /// it, and says so. What the group's clock, or the reader, has reached is past for everybody;
+    /// what lies farther ahead than any clock strays is not. `now_ms` is 0 for a clock that strays.
+    fn judge_surely(&mut self, judged_from: u64, now_ms: u64) -> bool {
+        let past = self.clock.max(judged_from);
+        let surely_past = HybridTime::at_ms(now_ms).0.saturating_add(HybridTime::BOUND);
+        let expiry = self.first_expiry_after(past);
+        if expiry.is_some_and(|expiry| expiry <= surely_past || now_ms == 0) {
+            // Only the leader can say whether it is gone, and make that hold for everybody.
+            return false;
+        }
+        self.judge(past);
+        self.judged_at = past;
+        true
     }
 
     /// Drops what is deleted, or expired at the version.
@@ -206,7 +234,7 @@ mod tests {
     }
 
     fn found(entries: Vec<Option<Versioned>>) -> Found {
-        Found { entries, at: Position::default(), clock: 0, judged_at: 0 }
+        Found { entries, at: Position::default(), clock: 0, judged_at: 0, age: None }
     }
 
     #[test]
@@ -215,6 +243,23 @@ mod tests {
         assert_eq!(first(vec![None, entry(0, false), entry(9, true)], 0), None);
         assert_eq!(first(vec![entry(9, false), entry(7, false)], 0), Some(7));
         assert_eq!(first(vec![entry(9, false), entry(7, false)], 7), Some(9));
+    }
+
+    #[test]
+    fn what_is_in_doubt_is_left_to_the_leader() {
+        let at = |ms| HybridTime::at_ms(ms).0;
+        let judged = |expires_at, clock, judged_from, now_ms| {
+            let mut found = Found { clock, ..found(vec![entry(expires_at, false)]) };
+            let surely = found.judge_surely(judged_from, now_ms);
+            surely.then(|| found.entries[0].is_some())
+        };
+        assert_eq!(judged(at(5_000), at(5_000), 0, 4_000), Some(false), "the group has passed it");
+        assert_eq!(judged(at(5_000), at(1_000), at(6_000), 4_000), Some(false), "the reader has");
+        assert_eq!(judged(at(5_000), at(1_000), 0, 4_499), Some(true), "no clock can have");
+        assert_eq!(judged(at(5_000), at(1_000), 0, 4_500), None);
+        assert_eq!(judged(at(5_000), at(1_000), 0, 9_000), None);
+        assert_eq!(judged(at(5_000), at(1_000), 0, 0), None, "this clock strays");
+        assert_eq!(judged(0, at(1_000), 0, 0), Some(true), "it never expires");
     }
 
     #[test]

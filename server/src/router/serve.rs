@@ -14,10 +14,10 @@ use tokio::time::Instant;
 
 use crate::admission::Call;
 use crate::fault::Refusal;
-use crate::metrics::Stage;
+use crate::metrics::{ReadServed, Stage};
 use crate::router::plan::{Freshness, Lookup, Plan, Task};
 use crate::router::steps::{Step, Steps};
-use crate::router::whom::{leader_in, leads};
+use crate::router::whom::leader_in;
 use crate::router::{Router, answer, page, read};
 
 impl Router {
@@ -56,7 +56,7 @@ impl Router {
                 let written = written.map_err(|error| told(error.into()))?;
                 steps.add(Step::Queue, written.queued);
                 steps.add(Step::Replicate, written.replicated);
-                let served = self.served(plan.shard, Position::default());
+                let served = self.served(plan.shard, Position::default(), true);
                 answer::written(written.reply, answer, served, map)
             }
             Task::Page(spec) => {
@@ -64,12 +64,12 @@ impl Router {
                 let (page, at) = page.map_err(told)?;
                 self.stages.observe(Stage::Read, began.elapsed());
                 steps.add(Step::Read, began.elapsed());
-                Ok(Answer::Scan(spec.response(page, self.served(plan.shard, at))))
+                Ok(Answer::Scan(spec.response(page, self.served(plan.shard, at, group.leads()))))
             }
             Task::Fix { version } => {
                 let fixed = page::fix_version(group, version, plan.epoch, deadline).await;
                 let (fixed, at) = fixed.map_err(told)?;
-                let served = Some(self.served(plan.shard, at));
+                let served = Some(self.served(plan.shard, at, group.leads()));
                 Ok(Answer::FixVersion(v1::FixVersionResponse { served, ..fixed }))
             }
         }
@@ -90,14 +90,20 @@ impl Router {
         let judged_ms = self.parts.clock.check().map_or(0, |()| now_ms);
         let found = read::look_up(group, keyspace.0, epoch, lookup, judged_ms, deadline).await?;
         self.stages.observe(Stage::Read, began.elapsed());
-        let mut served = self.served(shard, found.at);
+        let mut served = self.served(shard, found.at, group.leads());
         served.judged_at = found.judged_at;
-        if matches!(lookup.freshness, Freshness::Any | Freshness::Session { .. }) {
-            served.leader = leads(&group.status());
-            // Of what was acknowledged after the group clock, this replica may know nothing.
-            let age_ms = now_ms.saturating_sub(HybridTime(found.clock).ms());
-            served.staleness_ms = age_ms + limits::CLOCK_BOUND.as_millis() as u64;
-        }
+        served.staleness_ms = match found.age {
+            Some(age) => u64::try_from(age.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX),
+            None => {
+                match lookup.freshness {
+                    Freshness::Any => self.reads.count(ReadServed::Any, 1),
+                    _ => self.reads.count(ReadServed::Session, 1),
+                }
+                // Of what was acknowledged after the group clock, this replica may know nothing.
+                let age_ms = now_ms.saturating_sub(HybridTime(found.clock).ms());
+                age_ms + limits::CLOCK_BOUND.as_millis() as u64
+            }
+        };
         let entries = found.entries.into_iter().map(|found| found.map(answer::entry));
         Ok((entries.collect(), served))
     }
@@ -108,13 +114,13 @@ impl Router {
         refusal.fault(Some(map), shard, leader)
     }
 
-    fn served(&self, shard: ShardId, at: Position) -> v1::Served {
+    fn served(&self, shard: ShardId, at: Position, leader: bool) -> v1::Served {
         v1::Served {
             shard: shard.0,
             term: at.term,
             index: at.index,
             node: self.parts.node.0,
-            leader: true,
+            leader,
             staleness_ms: 0,
             server_time_ms: self.now_ms(),
             judged_at: 0,

@@ -26,7 +26,7 @@ pub(crate) struct Trail {
     pub(crate) avoid: Option<NodeId>,
     /// The highest term that a named leader had.
     pub(crate) term: u64,
-    /// The replica here is behind what the read asks for.
+    /// The replica here could not serve the read as one that does not lead.
     pub(crate) behind: bool,
 }
 
