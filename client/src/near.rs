@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use coracle_proto::limits::NODES_MAX;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -78,11 +79,12 @@ impl Near {
     /// least.
     pub(crate) fn measured(&self, node: NodeId, took: Duration, now: Instant) {
         let mut state = self.state.lock();
+        if state.latencies.len() >= NODES_MAX && !state.latencies.contains_key(&node) {
+            return;
+        }
         let sample = took.as_secs_f64();
-        let latency = state
-            .latencies
-            .entry(node)
-            .or_insert(Latency { seconds: sample, measured_at: now });
+        let latency =
+            state.latencies.entry(node).or_insert(Latency { seconds: sample, measured_at: now });
         let since = now.saturating_duration_since(latency.measured_at);
         let fresh = 1.0 - (-since.as_secs_f64() / MEMORY.as_secs_f64()).exp();
         latency.seconds += (sample - latency.seconds) * fresh.max(WEIGHT_MIN);
@@ -126,15 +128,10 @@ impl Near {
         all.rotate_left(turn % count);
         ordered(all, chance)
     }
-
-    /// Forgets nodes that are gone.
-    pub(crate) fn keep(&self, wanted: impl Fn(NodeId) -> bool) {
-        self.state.lock().latencies.retain(|node, _| wanted(*node));
-    }
 }
 
 /// See the module.
-fn ordered(mut all: Vec<Known>, chance: f64) -> Vec<NodeId> {
+fn ordered(all: Vec<Known>, chance: f64) -> Vec<NodeId> {
     let group = |known: &Known| (known.is_penalised, !known.replica.is_in_zone);
     let Some(first) = all.iter().map(group).min() else { return Vec::new() };
     // Equal are those near the best of their own group; whoever is not measured may be as good.
@@ -152,18 +149,14 @@ fn ordered(mut all: Vec<Known>, chance: f64) -> Vec<NodeId> {
     let explored = |known: &Known| group(known) == first && known.is_unmeasured;
     let mut places: Vec<usize> = (0..all.len()).collect();
     places.sort_by_key(|place| ranks[*place]);
+    // The last of them in the order: the others come first anyway sooner.
     if chance < EXPLORED_BY
-        && let Some(at) = places.iter().position(|place| explored(&all[*place]))
+        && let Some(at) = places.iter().rposition(|place| explored(&all[*place]))
     {
-        // The first of them in the order, unless that would have been asked anyway.
-        let later = places.iter().skip(1).position(|place| explored(&all[*place]));
-        let at = later.map_or(at, |behind| behind + 1);
         let place = places.remove(at);
         places.insert(0, place);
     }
-    let nodes = places.into_iter().map(|place| all[place].replica.node).collect();
-    all.clear();
-    nodes
+    places.into_iter().map(|place| all[place].replica.node).collect()
 }
 
 #[cfg(test)]

@@ -93,9 +93,12 @@ impl Model {
         let mut served = window.served;
         if can_expire || matches!(fresh, Fresh::Session { .. } | Fresh::At(_)) {
             served.judged_at = window.judged_at;
-            // What is gone for this reader is gone for everybody's later writes.
+            // What is gone for this reader is gone for everybody's later writes; though a token may
+            // say anything.
+            let ahead = limits::CLOCK_BOUND.as_millis() as u64;
+            let promised = window.judged_at.min(version_at(self.now_ms() + ahead));
             let group = self.groups.get_mut(&place.shard).expect("a place is of a shard");
-            group.clock = group.clock.max(window.judged_at);
+            group.clock = group.clock.max(promised);
         }
         let held = held.filter(|held| !held.is_absent_at(window.judged_at));
         served.node = window.node.0;
@@ -105,17 +108,29 @@ impl Model {
     fn window(&mut self, asked: NodeId, place: Place, fresh: Fresh) -> Result<Window, Missed> {
         let now = self.stamp();
         let newest = |judged_at| (u64::MAX, judged_at);
-        let any_replica =
-            matches!(fresh, Fresh::Any | Fresh::Session { .. } | Fresh::Bounded { .. });
-        let node = match any_replica && self.has_replica(asked, place.shard) {
+        let node = match self.has_replica(asked, place.shard) {
             true => asked,
             false => self.leader_from(asked, place.shard)?,
         };
+        if matches!(fresh, Fresh::Newest { .. } | Fresh::At(_)) {
+            // A replica that does not lead asks the leader: that is no hop of the request.
+            let hops = self.hops;
+            self.leader_from(node, place.shard)?;
+            self.hops = hops;
+        }
         let leads = self.leader(place.shard) == Some(node);
         let clock = self.groups[&place.shard].clock;
         let step = self.seen(node, place.shard);
         let (version, judged_at) = match fresh {
-            Fresh::Newest { judged_from } => newest(now.max(judged_from).max(clock)),
+            Fresh::Newest { judged_from } => {
+                let wanted = self.groups[&place.shard].last;
+                if step.index < wanted.index {
+                    let lag = self.lag(node, place.shard);
+                    let at = self.groups[&place.shard].reached_at(wanted.index, lag);
+                    return Err(Missed::Behind { at, fault: self.too_stale(node, place) });
+                }
+                newest(now.max(judged_from).max(clock))
+            }
             Fresh::At(version) => {
                 self.check_readable(place, version)?;
                 (version, version)
@@ -140,8 +155,8 @@ impl Model {
             }
         };
         let mut served = self.served(place, step, node);
-        if any_replica {
-            served.leader = leads;
+        served.leader = leads;
+        if !matches!(fresh, Fresh::Newest { .. } | Fresh::At(_)) {
             served.staleness_ms = self.lag(node, place.shard).as_millis() as u64;
         }
         Ok(Window { node, version, judged_at, served })

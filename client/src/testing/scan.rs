@@ -14,6 +14,9 @@ use coracle_proto::v1;
 use super::model::{Model, Place};
 use crate::topology::{NodeId, ShardId};
 
+/// Servers make no smaller pages.
+const PAGE_BYTES_MIN: usize = 16 << 10;
+
 /// A scan on its way: every page reads the state at the token's version.
 pub(super) struct Scanning {
     request: v1::ScanRequest,
@@ -77,7 +80,7 @@ impl Model {
         let most = most.map_or(self.page_entries, |left| left.min(self.page_entries));
         let bytes_max = match request.page_bytes as usize {
             0 => limits::SCAN_PAGE_BYTES,
-            asked => asked.min(limits::SCAN_PAGE_BYTES),
+            asked => asked.clamp(PAGE_BYTES_MIN, limits::SCAN_PAGE_BYTES),
         };
         let (mut entries, mut bytes, mut more) = (Vec::new(), 0, false);
         for key in self.keys_behind(request, *keyspace, &token.last_key) {

@@ -167,8 +167,8 @@ async fn a_passed_window_means_a_new_id_when_nothing_is_open() {
     let passed = Refusal::new("RETRY_WINDOW_PASSED").fact("server_time_ms", now_ms);
     cluster.script(N1, [Act::Refuse(passed)]);
     kv.increment("n", 1).await.expect("under a new id");
-    let ids: Vec<_> =
-        cluster.take_requests().iter().map(|seen| seen.request_id.expect("a write")).collect();
+    let seen = cluster.take_requests();
+    let ids: Vec<_> = seen.iter().map(|seen| seen.request_id.expect("a write")).collect();
     assert_eq!(ids.len(), 2);
     assert!(ids[1].sequence > ids[0].sequence);
     assert_eq!(ids[1].birth, now_ms);

@@ -3,7 +3,9 @@
 
 mod calls;
 mod conformance;
+mod examples;
 mod faults;
+mod nearest;
 mod others;
 mod scans;
 mod start;
