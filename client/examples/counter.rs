@@ -37,7 +37,7 @@ async fn count(kv: Client, key: String) -> Result<u64, Error> {
 }
 
 /// Runs the example.
-pub async fn run(kv: &Client) -> Result<(), Error> {
+pub(crate) async fn run(kv: &Client) -> Result<(), Error> {
     let key = "example-visits";
     kv.delete(key).await?;
     let tasks: Vec<_> =

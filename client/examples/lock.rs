@@ -21,14 +21,18 @@ use coracle_client::{Cas, Client, EntityRule, Error, Keyspace, Operation, Versio
 const TTL: Duration = Duration::from_millis(1_500);
 
 /// A lock that is held, as far as its holder knows.
-pub struct Held {
+pub(crate) struct Held {
     name: String,
     /// The version of the write that took it.
-    pub token: Version,
+    pub(crate) token: Version,
 }
 
 /// Takes the lock if it is free.
-pub async fn take(locks: &Keyspace, name: &str, holder: &str) -> Result<Option<Held>, Error> {
+pub(crate) async fn take(
+    locks: &Keyspace,
+    name: &str,
+    holder: &str,
+) -> Result<Option<Held>, Error> {
     let key = format!("{name}/lock");
     match locks.put(key, holder.to_owned()).ttl(TTL).if_absent().await? {
         Cas::Applied(written) => Ok(Some(Held { name: name.to_owned(), token: written.version })),
@@ -38,20 +42,20 @@ pub async fn take(locks: &Keyspace, name: &str, holder: &str) -> Result<Option<H
 
 /// Writes what the lock protects, but only while the lock is still the one that was taken: it may have
 /// expired, and been taken by another, without the holder noticing.
-pub async fn write(locks: &Keyspace, held: &Held, value: &str) -> Result<bool, Error> {
+pub(crate) async fn write(locks: &Keyspace, held: &Held, value: &str) -> Result<bool, Error> {
     let fence = Operation::check(format!("{}/lock", held.name)).if_version(held.token);
     let write = Operation::put(format!("{}/data", held.name), value.to_owned());
     Ok(locks.batch([fence, write]).await?.applied.is_some())
 }
 
 /// Gives the lock back, unless another has it by now.
-pub async fn release(locks: &Keyspace, held: Held) -> Result<bool, Error> {
+pub(crate) async fn release(locks: &Keyspace, held: Held) -> Result<bool, Error> {
     let key = format!("{}/lock", held.name);
     Ok(locks.delete(key).if_version(held.token).await?.is_applied())
 }
 
 /// Runs the example; `pause` lets so much time pass.
-pub async fn run(kv: &Client, pause: impl AsyncFn(Duration)) -> Result<(), Error> {
+pub(crate) async fn run(kv: &Client, pause: impl AsyncFn(Duration)) -> Result<(), Error> {
     let rule = EntityRule::Delimiter(b'/');
     let new = NewKeyspace { entity_rule: rule, ..NewKeyspace::new("example-locks") };
     kv.admin().create_keyspace(new).await?;

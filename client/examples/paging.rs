@@ -20,23 +20,24 @@ const COMMENTS: usize = 60;
 const PAGE_BYTES: u32 = 16 << 10;
 
 /// What a user gets.
-pub struct Shown {
-    pub comments: Vec<String>,
-    /// To be sent for the next page.
-    pub next: Vec<u8>,
+pub(crate) struct Shown {
+    pub(crate) comments: Vec<String>,
+    /// To be sent for the next page, if there is one.
+    pub(crate) next: Option<Vec<u8>>,
 }
 
-/// The page behind `token`, the first where that is empty; `None` behind the last.
-pub async fn page(kv: &Keyspace, post: u32, token: Vec<u8>) -> Result<Option<Shown>, Error> {
+/// The page behind `token`, the first where that is empty.
+pub(crate) async fn page(kv: &Keyspace, post: u32, token: Vec<u8>) -> Result<Shown, Error> {
     let scan = kv.scan(..).prefix(format!("{post}/")).page_bytes(PAGE_BYTES).resume(token);
-    let Some(page) = scan.pages().try_next().await? else { return Ok(None) };
+    let page = scan.pages().try_next().await?.expect("a scan has at least one page");
     let text = |value: &[u8]| String::from_utf8_lossy(value).trim_end().to_owned();
     let comments = page.entries.iter().map(|entry| text(&entry.value)).collect();
-    Ok(Some(Shown { comments, next: page.resume_token.to_vec() }))
+    let next = (!page.is_last).then(|| page.resume_token.to_vec());
+    Ok(Shown { comments, next })
 }
 
 /// Runs the example with the clients of two processes, which take turns.
-pub async fn run(one: &Client, other: &Client) -> Result<(), Error> {
+pub(crate) async fn run(one: &Client, other: &Client) -> Result<(), Error> {
     let rule = EntityRule::Delimiter(b'/');
     let new = NewKeyspace { entity_rule: rule, ..NewKeyspace::new("example-comments") };
     one.admin().create_keyspace(new).await?;
@@ -49,16 +50,15 @@ pub async fn run(one: &Client, other: &Client) -> Result<(), Error> {
     }
     one.delete("1/9999").await?;
 
-    let (mut shown, mut token, mut pages) = (Vec::new(), Vec::new(), 0);
-    loop {
+    let (mut shown, mut next, mut pages) = (Vec::new(), Some(Vec::new()), 0);
+    while let Some(token) = next {
         let process = if pages % 2 == 0 { &one } else { &other };
         let found = match page(process, 1, token).await {
             Err(error) if error.kind() == ErrorKind::VersionGone => panic!("show it anew: {error}"),
             found => found?,
         };
-        let Some(found) = found else { break };
         shown.extend(found.comments);
-        token = found.next;
+        next = found.next;
         pages += 1;
         // Somebody writes meanwhile. It is on nobody's next page, but in the next list.
         one.put("1/9999", "written meanwhile").await?;

@@ -40,7 +40,7 @@ impl Process {
 }
 
 /// Runs the example with the clients of two processes.
-pub async fn run(one: &Client, other: &Client) -> Result<(), Error> {
+pub(crate) async fn run(one: &Client, other: &Client) -> Result<(), Error> {
     let (one, other) = (Process::new(one), Process::new(other));
     let mut cookie = Vec::new();
     for round in 0..20 {

@@ -31,9 +31,9 @@ const UNMEASURED_AFTER: Duration = Duration::from_secs(1);
 /// And is, by one of so many reads.
 const EXPLORED_BY: f64 = 1.0 / 16.0;
 
-/// How long a replica that failed, or was too stale, is left to others: as long as a replica waits to
-/// catch up.
-const PENALTY: Duration = Duration::from_millis(250);
+/// How long a replica that failed, or was too stale, is left to others: some times as long as a replica
+/// waits to catch up, so that most reads do not wait for one that does not.
+const PENALTY: Duration = Duration::from_secs(1);
 
 /// Penalties that are kept. Beyond: a new one is not taken, and the replica is asked again sooner.
 const PENALTIES_MAX: usize = 1_024;
@@ -53,6 +53,8 @@ struct State {
 #[derive(Clone, Copy, Debug)]
 struct Latency {
     seconds: f64,
+    /// The first answer, which may have waited for the connection, tells nothing.
+    is_first: bool,
     measured_at: Instant,
 }
 
@@ -83,8 +85,14 @@ impl Near {
             return;
         }
         let sample = took.as_secs_f64();
-        let latency =
-            state.latencies.entry(node).or_insert(Latency { seconds: sample, measured_at: now });
+        let Some(latency) = state.latencies.get_mut(&node) else {
+            let first = Latency { seconds: sample, is_first: true, measured_at: now };
+            state.latencies.insert(node, first);
+            return;
+        };
+        if std::mem::take(&mut latency.is_first) {
+            latency.seconds = sample;
+        }
         let since = now.saturating_duration_since(latency.measured_at);
         let fresh = 1.0 - (-since.as_secs_f64() / MEMORY.as_secs_f64()).exp();
         latency.seconds += (sample - latency.seconds) * fresh.max(WEIGHT_MIN);
@@ -112,7 +120,7 @@ impl Near {
     ) -> Vec<NodeId> {
         let state = self.state.lock();
         let known = |replica: &Replica| {
-            let latency = state.latencies.get(&replica.node);
+            let latency = state.latencies.get(&replica.node).filter(|known| !known.is_first);
             let since = latency.map(|known| now.saturating_duration_since(known.measured_at));
             let until = state.penalties.get(&(shard, replica.node));
             Known {
@@ -180,15 +188,21 @@ mod tests {
         order.into_iter().map(|node| node.0).collect()
     }
 
+    fn measure(near: &Near, node: NodeId, took: Duration, now: Instant) {
+        // The first tells nothing.
+        near.measured(node, took, now);
+        near.measured(node, took, now);
+    }
+
     #[test]
     fn among_equals_the_followers_take_turns_and_the_leader_is_last() {
         let (near, now) = (Near::default(), Instant::now());
         assert_eq!(order(&near, &three(), 0, now), [2, 3, 1]);
         assert_eq!(order(&near, &three(), 1, now), [2, 3, 1]);
         assert_eq!(order(&near, &three(), 2, now), [3, 2, 1]);
-        near.measured(NodeId(1), 10 * MS, now);
-        near.measured(NodeId(2), 14 * MS, now);
-        near.measured(NodeId(3), 12 * MS, now);
+        measure(&near, NodeId(1), 10 * MS, now);
+        measure(&near, NodeId(2), 14 * MS, now);
+        measure(&near, NodeId(3), 12 * MS, now);
         assert_eq!(order(&near, &three(), 2, now), [3, 2, 1], "so little makes no difference");
     }
 
@@ -196,13 +210,13 @@ mod tests {
     fn the_own_zone_goes_first_then_the_lowest_latency() {
         let (near, now) = (Near::default(), Instant::now());
         let replicas = [replica(1, true, true), replica(2, false, false), replica(3, false, false)];
-        near.measured(NodeId(1), 50 * MS, now);
-        near.measured(NodeId(2), 9 * MS, now);
-        near.measured(NodeId(3), 2 * MS, now);
+        measure(&near, NodeId(1), 50 * MS, now);
+        measure(&near, NodeId(2), 9 * MS, now);
+        measure(&near, NodeId(3), 2 * MS, now);
         assert_eq!(order(&near, &replicas, 0, now), [1, 3, 2], "even its leader");
         assert_eq!(order(&near, &three(), 0, now), [3, 2, 1]);
-        near.measured(NodeId(1), MS, now + 10 * MEMORY);
-        near.measured(NodeId(3), 9 * MS, now + 10 * MEMORY);
+        measure(&near, NodeId(1), MS, now + 10 * MEMORY);
+        measure(&near, NodeId(3), 9 * MS, now + 10 * MEMORY);
         assert_eq!(order(&near, &three(), 0, now)[0], 1, "a leader that is much nearer");
     }
 
@@ -219,18 +233,18 @@ mod tests {
     #[test]
     fn who_was_not_measured_for_long_is_tried_now_and_then() {
         let (near, now) = (Near::default(), Instant::now());
-        near.measured(NodeId(1), MS, now);
-        near.measured(NodeId(2), MS, now);
-        near.measured(NodeId(3), 80 * MS, now);
+        measure(&near, NodeId(1), MS, now);
+        measure(&near, NodeId(2), MS, now);
+        measure(&near, NodeId(3), 80 * MS, now);
         let first = |chance, now| near.order(SHARD, &three(), 0, chance, now)[0];
         assert_eq!(first(0.0, now), NodeId(2), "all were measured");
         let later = now + UNMEASURED_AFTER;
-        near.measured(NodeId(1), MS, later);
-        near.measured(NodeId(2), MS, later);
+        measure(&near, NodeId(1), MS, later);
+        measure(&near, NodeId(2), MS, later);
         assert_eq!(first(NEVER, later), NodeId(2));
         assert_eq!(first(0.0, later), NodeId(3));
         for _ in 0..3 {
-            near.measured(NodeId(3), MS, later + 10 * MEMORY);
+            measure(&near, NodeId(3), MS, later + 10 * MEMORY);
         }
         assert_eq!(order(&near, &three(), 2, later), [3, 2, 1], "fast again");
     }

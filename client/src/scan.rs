@@ -74,6 +74,8 @@ pub struct Page {
     pub version: Version,
     /// For [`Scan::resume`], to go on behind this page.
     pub resume_token: Bytes,
+    /// Nothing is left behind this page.
+    pub is_last: bool,
 }
 
 impl Scan {
@@ -297,6 +299,7 @@ impl Pager {
             entries: page.entries.into_iter().map(KeyValue::from_wire).collect(),
             version: Version(page.version),
             resume_token: page.resume_token,
+            is_last: page.done,
         })
     }
 

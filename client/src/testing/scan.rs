@@ -52,12 +52,16 @@ impl Model {
         };
         let by_prefix = keyspace.rule.entity_of_prefix(&request.prefix);
         let range = || keyspace.rule.entity_of_range(&request.start, &request.end);
-        let shards: Vec<ShardId> = match by_prefix.or_else(range) {
+        let entity = by_prefix.or_else(range);
+        let shards: Vec<ShardId> = match entity {
             Some(entity) => vec![self.map.locate_key(&keyspace, entity).id],
             None => self.map.shards().iter().map(|shard| shard.id).collect(),
         };
         let mut highest = self.stamp();
         for shard in &shards {
+            // Whoever merges several shards asks their leaders, however it treats other requests.
+            let merges = entity.is_none() && self.leader(*shard).is_some();
+            let asked = self.leader(*shard).filter(|_| merges).unwrap_or(asked);
             self.leader_from(asked, *shard)?;
             highest = highest.max(self.groups[shard].clock);
         }

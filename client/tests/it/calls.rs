@@ -50,19 +50,20 @@ async fn a_failed_condition_is_an_answer() {
 #[tokio::test(start_paused = true)]
 async fn batches_and_counters() {
     let cluster = start(1, 1);
-    let kv = cluster.client().await;
+    cluster.create_keyspace("orders", EntityRule::Delimiter(b'/'));
+    let kv = cluster.client().await.keyspace("orders");
     let operations = [
-        Operation::put("a", "1").ttl(Duration::from_micros(1_500)),
-        Operation::increment("n", -3),
-        Operation::delete("b"),
-        Operation::check("c").if_absent(),
+        Operation::put("7/a", "1").ttl(Duration::from_micros(1_500)),
+        Operation::increment("7/n", -3),
+        Operation::delete("7/b"),
+        Operation::check("7/c").if_absent(),
     ];
     let outcome = kv.batch(operations).await.expect("a batch");
     assert!(outcome.applied.is_some());
     assert_eq!(outcome.results.len(), 4);
     assert_eq!(outcome.results[1].counter, -3);
-    assert_eq!(kv.increment("n", 10).await.expect("a counter").value, 7);
-    let entry = kv.get("a").await.expect("a get").expect("it has 2 ms");
+    assert_eq!(kv.increment("7/n", 10).await.expect("a counter").value, 7);
+    let entry = kv.get("7/a").await.expect("a get").expect("it has 2 ms");
     let born_ms = entry.version.0 >> 16;
     assert_eq!(entry.expires_at_ms, Some(born_ms + 2), "rounded up, never down to for ever");
 }

@@ -29,6 +29,7 @@ async fn lock_fences_off_a_paused_holder() {
 async fn counter_is_exact_though_answers_are_lost_and_leaders_move() {
     let fake = FakeCluster::start();
     let kv = fake.client().await;
+    fake.delay(Duration::from_millis(1));
     let trouble = async {
         for round in 0..30 {
             tokio::time::sleep(Duration::from_millis(3)).await;

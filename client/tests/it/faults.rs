@@ -278,7 +278,7 @@ async fn a_killed_leader_costs_no_more_than_the_election() {
 #[tokio::test(start_paused = true)]
 async fn a_leader_that_falls_silent_is_left_for_its_successor() {
     let cluster = start(3, 1);
-    let kv = cluster.client().await;
+    let kv = cluster.client_builder().seed(7).connect().await.expect("a client");
     kv.put("warm", "1").await.expect("a put");
     cluster.freeze(N1);
     let started = Instant::now();
