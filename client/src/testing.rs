@@ -30,7 +30,7 @@
 //! let leader = kv.get("user/42").read().await?.served;
 //! let other = fake.nodes().into_iter().find(|node| *node != leader.node).expect("three nodes");
 //! fake.move_leader(leader.shard, other);
-//! assert_eq!(kv.get("user/42").read().await?.served.node, other);
+//! assert_eq!(kv.put("user/42", "Grace").await?.served.node, other);
 //! # Ok(())
 //! # })
 //! # }
