@@ -11,8 +11,7 @@ use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Reason, metadata};
 use coracle_proto::ring::equal_arcs;
 use coracle_proto::shard_map::{
-    DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME, Keyspace, KeyspaceId, SYSTEM_KEYSPACE,
-    SYSTEM_KEYSPACE_NAME, Shard, ShardMap,
+    DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME, Keyspace, KeyspaceId, Shard, ShardMap,
 };
 use coracle_proto::v1;
 use tokio::time::Instant;
@@ -271,10 +270,6 @@ impl Model {
             let fault = Fault::new(Reason::UnknownKeyspace, "there is no keyspace of this name");
             return Err(fault.with(metadata::KEYSPACE, name));
         };
-        if keyspace.id == SYSTEM_KEYSPACE {
-            let message = "the keyspace system is the cluster's own";
-            return Err(Fault::new(Reason::NotAllowed, message));
-        }
         Ok(keyspace)
     }
 
@@ -450,10 +445,7 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
         epoch: 1,
         shards: arcs.map(|(id, arc)| shard(id as u64, arc)).collect(),
         nodes: (1..=u64::from(shape.nodes)).map(node).collect(),
-        keyspaces: vec![
-            keyspace(SYSTEM_KEYSPACE, SYSTEM_KEYSPACE_NAME),
-            keyspace(DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME),
-        ],
+        keyspaces: vec![keyspace(DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME)],
         server_time_ms: 0,
     }
 }
