@@ -25,6 +25,7 @@ use crate::range::DeleteRange;
 use crate::request::{Batch, Delete, Get, Increment, MultiGet, Operation, Put, Target};
 use crate::scan::{KeyRange, Scan};
 use crate::session::{Consistency, Session, SessionMark};
+use crate::stats::Stats;
 
 /// How long a call may take, retries included: five failovers long.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(5);
@@ -82,6 +83,8 @@ impl Client {
                 attempt_timeout: ATTEMPT_TIMEOUT,
                 when_full: WhenFull::Wait,
                 fresh_request_ids: false,
+                zone: None,
+                hedge_reads: true,
             },
             connect_timeout: CONNECT_TIMEOUT,
             in_flight_max: PIPELINE_IN_FLIGHT_MAX,
@@ -100,6 +103,17 @@ impl Client {
     /// The same client, whose handles read like this where a call does not say otherwise.
     pub fn with_consistency(&self, consistency: Consistency) -> Client {
         Client { default: self.default.with_consistency(consistency) }
+    }
+
+    /// The same client, whose reads go to the nearest replica whatever they ask for. See
+    /// [`Get::from_any_replica`].
+    pub fn from_any_replica(&self) -> Client {
+        Client { default: self.default.from_any_replica() }
+    }
+
+    /// What this client has done so far, over all its handles.
+    pub fn stats(&self) -> Stats {
+        self.default.target.driver.counters.stats()
     }
 
     /// What this client has seen so far, over all its handles and keyspaces: another client that takes
@@ -175,6 +189,12 @@ impl Keyspace {
     /// The same keyspace, read like this where a call does not say otherwise.
     pub fn with_consistency(&self, consistency: Consistency) -> Keyspace {
         Keyspace { target: Target { consistency, ..self.target.clone() } }
+    }
+
+    /// The same keyspace, read from the nearest replica whatever a read asks for. See
+    /// [`Get::from_any_replica`].
+    pub fn from_any_replica(&self) -> Keyspace {
+        Keyspace { target: Target { any_replica: true, ..self.target.clone() } }
     }
 
     /// Reads one key, linearizably unless said otherwise. Gives `Option<Entry>`; [`Get::read`] says
@@ -261,6 +281,22 @@ impl Builder {
     /// What calls do beyond that. Default: they wait.
     pub fn when_full(mut self, when_full: WhenFull) -> Builder {
         self.settings.when_full = when_full;
+        self
+    }
+
+    /// The zone that the client runs in, as the nodes name theirs. Reads that any replica may serve go
+    /// to one in this zone where there is one, else to the fastest. Default: none; all are alike.
+    pub fn zone(mut self, zone: impl Into<String>) -> Builder {
+        self.settings.zone = Some(zone.into());
+        self
+    }
+
+    /// Whether a read that any replica may serve is sent to a second one when the first has not
+    /// answered in the time in which 95 of 100 recent reads were, but at least 1 ms. The first answer
+    /// counts. At most 2 of 100 reads are sent twice. Default: yes. Linearizable reads are hedged only
+    /// where they may go to any replica, writes never.
+    pub fn hedge_reads(mut self, hedge: bool) -> Builder {
+        self.settings.hedge_reads = hedge;
         self
     }
 

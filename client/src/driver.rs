@@ -19,11 +19,16 @@ use tokio_util::sync::DropGuard;
 use crate::budget::Budget;
 use crate::error::{Error, ErrorKind, Report};
 use crate::follow::Follower;
+use crate::hedge::Hedging;
+use crate::near::Near;
 use crate::pipeline::{Pipeline, Reply, Tasks, WhenFull};
 use crate::retry::{AttemptInfo, Decision, Failure, Step, decide};
 use crate::route::{Leader, NoRoute, Route};
 use crate::session::{Consistency, OpenWrite};
+use crate::stats::Counters;
 use crate::topology::{NodeId, ShardId};
+
+mod nearest;
 
 /// A node that owes an answer and says nothing for this long, to anybody, counts as down: longer than
 /// any healthy node takes for the fastest of what it has to do.
@@ -34,7 +39,11 @@ const SILENCE: Duration = Duration::from_millis(500);
 pub(crate) struct Driver {
     pub(crate) follower: Arc<Follower>,
     pub(crate) settings: Settings,
+    pub(crate) counters: Counters,
     budget: Budget,
+    near: Near,
+    /// Of single keys, and of many.
+    hedging: [Hedging; 2],
     tasks: Tasks,
     _stop: DropGuard,
 }
@@ -47,6 +56,10 @@ pub(crate) struct Settings {
     pub(crate) when_full: WhenFull,
     /// See `Builder::unsafe_fresh_request_ids_for_tests`.
     pub(crate) fresh_request_ids: bool,
+    /// The client's own zone.
+    pub(crate) zone: Option<String>,
+    /// Whether a second replica may be asked where the first takes long.
+    pub(crate) hedge_reads: bool,
 }
 
 /// One logical call.
@@ -77,7 +90,16 @@ impl Driver {
             }
         });
         let stop = tasks.stop.clone().drop_guard();
-        Driver { follower, settings, budget: Budget::new(Instant::now()), tasks, _stop: stop }
+        Driver {
+            follower,
+            settings,
+            counters: Counters::default(),
+            budget: Budget::new(Instant::now()),
+            near: Near::default(),
+            hedging: Default::default(),
+            tasks,
+            _stop: stop,
+        }
     }
 
     /// Makes a call.
@@ -146,8 +168,9 @@ struct Attempts<'a> {
     /// Whom the next attempt leaves out, as long as there is a choice and no other leader is known
     /// than then.
     avoid: Option<(NodeId, Leader)>,
-    /// Any replica may be asked: a first attempt at a read that the leader need not serve.
-    anybody: bool,
+    /// Of a read that the leader need not serve, as long as the nearest replica is to be asked: those
+    /// that were.
+    tried: Option<Vec<NodeId>>,
     /// The map has been asked for again because it lacks the keyspace.
     looked_again: bool,
     /// The last attempt that had the time it needed: what it met says more than that a later one
@@ -168,6 +191,7 @@ impl<'a> Attempts<'a> {
     fn new(driver: &'a Driver, call: Call) -> Attempts<'a> {
         let now = Instant::now();
         driver.budget.earn(now);
+        Counters::add(&driver.counters.calls);
         let is_write = matches!(
             call.operation,
             Operation::Put(_)
@@ -189,7 +213,7 @@ impl<'a> Attempts<'a> {
             turn: (driver.follower.random() * f64::from(u16::MAX)) as usize,
             next: None,
             avoid: None,
-            anybody: !is_write && call_is_local,
+            tried: (!is_write && call_is_local).then(Vec::new),
             looked_again: false,
             telling: None,
         }
@@ -234,19 +258,22 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// Asks one node once.
+    /// Asks one node once; of a read that any replica may serve, the nearest.
     async fn attempt(&mut self, route: &Route) -> Result<Answer, Setback> {
+        if self.tried.is_some() {
+            match self.attempt_nearest(route).await {
+                Some(ended) => return ended,
+                // Nobody is left but those who can always serve.
+                None => self.tried = None,
+            }
+        }
         let follower = &self.driver.follower;
         let table = follower.routes.table();
         let avoid = self.avoid.filter(|(_, leader)| *leader == route.leader);
         let avoid = avoid.map(|(node, _)| node);
         let usable =
             |node| table.address(node).is_some_and(|address| follower.pool.is_usable(address));
-        // One that is too far behind, or down, is not waited for a second time: the leader is asked.
-        let anybody = std::mem::take(&mut self.anybody);
-        let near = anybody.then(|| route.choose_any(self.turn, usable)).flatten();
-        let node =
-            near.or_else(|| self.next.take()).or_else(|| route.choose(self.turn, avoid, usable));
+        let node = self.next.take().or_else(|| route.choose(self.turn, avoid, usable));
         let pipeline = node
             .and_then(|node| table.address(node))
             .and_then(|address| follower.pool.get(address));
@@ -260,7 +287,12 @@ impl<'a> Attempts<'a> {
         };
         self.attempts = self.attempts.saturating_add(1);
         let operation = self.operation(route);
-        let ended = self.exchange(route, node, &pipeline, operation).await;
+        let is_get = matches!(operation, Operation::Get(_));
+        let started = Instant::now();
+        let ended = self.exchange(Some(route), node, &pipeline, operation).await;
+        if is_get && ended.is_ok() {
+            self.driver.near.measured(node, started.elapsed(), Instant::now());
+        }
         match ended {
             Ok(Answer::Error(error)) => {
                 let fault = Fault::from_pipeline(&error);
@@ -277,11 +309,12 @@ impl<'a> Attempts<'a> {
         }
     }
 
-    /// Sends one operation and waits for its answer, the attempt's timeout, or news that another
-    /// node leads the shard now: then the answer may never come, and waiting would only cost time.
+    /// Sends one operation and waits for its answer, the attempt's timeout, or, with the route by
+    /// which the node was taken for the leader, news that another one leads the shard now: then the
+    /// answer may never come, and waiting would only cost time.
     async fn exchange(
         &self,
-        route: &Route,
+        route: Option<&Route>,
         node: NodeId,
         pipeline: &Arc<Pipeline>,
         operation: Operation,
@@ -299,9 +332,15 @@ impl<'a> Attempts<'a> {
             }
             Err(_) => return Err((Failure::TimedOut, self.no_answer(pipeline, started, false))),
         };
+        Counters::add(&self.driver.counters.requests);
         let mut ticket = pipeline.submit(slot, operation, until - Instant::now());
-        let superseded =
-            self.driver.follower.routes.leader_after(route.shard, route.leader, Some(node));
+        let routes = &self.driver.follower.routes;
+        let superseded = async {
+            match route {
+                Some(route) => routes.leader_after(route.shard, route.leader, Some(node)).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
             reply = ticket.answer() => match reply {

@@ -7,6 +7,9 @@ mod session;
 mod error;
 mod retry;
 mod budget;
+mod near;
+mod hedge;
+mod stats;
 mod route;
 mod connection;
 mod pipeline;
@@ -18,6 +21,7 @@ pub mod request;
 pub mod scan;
 pub mod range;
 mod client;
+pub mod testing;
 
 pub use admin::Admin;
 pub use answer::{
@@ -30,4 +34,5 @@ pub use range::{DeleteProgress, DeletedRange};
 pub use request::Operation;
 pub use scan::{Page, Pages, ScanStream};
 pub use session::{Consistency, RequestId, SessionMark};
+pub use stats::Stats;
 pub use topology::{ClusterMap, EntityRule, NodeId, ShardId};

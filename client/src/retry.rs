@@ -31,6 +31,8 @@ pub(crate) enum Failure {
     StaleRoute,
     /// Nobody can serve this now, or the node cannot be reached, or the connection broke.
     Unavailable,
+    /// One of several replicas that may serve this read cannot: the others are not concerned.
+    OnlyHere,
     /// The node can serve this, only not so much at once.
     Overloaded,
     /// The answer did not come in time.
@@ -156,6 +158,7 @@ pub(crate) fn decide(info: &AttemptInfo) -> Step {
         Failure::NotLeader { leader: None } => back_off(info, Decision::OtherReplica),
         Failure::StaleRoute => detour(info, Decision::RefreshRoute),
         Failure::Unavailable => back_off(info, Decision::OtherReplica),
+        Failure::OnlyHere => detour(info, Decision::OtherReplica),
         // A newer birth mends the one cause, time or another leader the other.
         Failure::ClockOutOfBound if info.unresolved => back_off(info, Decision::SameNode),
         Failure::ClockOutOfBound => back_off(info, Decision::FreshRequestId),
@@ -257,6 +260,8 @@ mod tests {
             (stale, refresh(zero)),
             (in_a_row(5, stale), refresh(5 * MS)),
             (info(Failure::Unavailable), other),
+            (info(Failure::OnlyHere), step(Decision::OtherReplica, zero, false)),
+            (in_a_row(5, info(Failure::OnlyHere)), other),
             (info(Failure::LeaderChanged), step(Decision::OtherReplica, zero, false)),
             (info(Failure::Overloaded), step(Decision::SameNode, 5 * MS, true)),
             (info(Failure::TimedOut), step(Decision::OtherReplica, zero, true)),
@@ -340,6 +345,7 @@ mod tests {
         // What does not load anybody is free.
         for failure in [
             Failure::Unavailable,
+            Failure::OnlyHere,
             Failure::ClockOutOfBound,
             Failure::StaleRoute,
             Failure::LeaderChanged,

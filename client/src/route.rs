@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tonic::Status;
 
+use crate::near::Replica;
 use crate::topology::{ClusterMap, NodeId, ShardId};
 
 /// The cached routes. Readers take the current table without a lock.
@@ -261,6 +262,22 @@ impl Table {
         }
     }
 
+    /// The replicas of a shard that may serve reads, as far as the map says; `zone` is the client's.
+    pub(crate) fn readable(&self, shard: ShardId, zone: Option<&str>) -> Vec<Replica> {
+        let Some(map) = &self.map else { return Vec::new() };
+        let leader = self.leader(shard).node;
+        let replicas = map.shard(shard).into_iter().flat_map(|shard| &shard.replicas);
+        let readable = replicas.filter_map(|replica| {
+            let node = map.node(replica.node).filter(|node| serves(node.state))?;
+            Some(Replica {
+                node: node.id,
+                is_in_zone: zone.is_none_or(|zone| node.zone == zone),
+                leads: leader == Some(node.id),
+            })
+        });
+        readable.collect()
+    }
+
     /// What is known, for people and tools; with the newest leaders.
     pub(crate) fn snapshot(&self) -> ClusterMap {
         let mut map = self.map.as_deref().map(ClusterMap::of).unwrap_or_default();
@@ -283,17 +300,6 @@ impl Leader {
 }
 
 impl Route {
-    /// Any replica that can be asked, each in its turn.
-    pub(crate) fn choose_any(
-        &self,
-        turn: usize,
-        usable: impl Fn(NodeId) -> bool,
-    ) -> Option<NodeId> {
-        let count = self.voters.len();
-        let in_turn = (0..count).map(|offset| self.voters[(turn % count + offset) % count]);
-        in_turn.into_iter().find(|node| usable(*node))
-    }
-
     /// The node to ask: the leader, else the voters in turn; not `avoid`, and only usable ones as
     /// long as there is a choice.
     pub(crate) fn choose(
@@ -316,6 +322,12 @@ impl Route {
             .or_else(|| in_turn().next())
             .or(self.leader.node)
     }
+}
+
+/// Whether a node's replicas hold what was written, and are there to be asked.
+fn serves(state: v1::NodeState) -> bool {
+    use v1::NodeState::{Active, Draining, Unspecified};
+    matches!(state, Active | Draining | Unspecified)
 }
 
 fn is_in_use(state: v1::NodeState) -> bool {
@@ -436,6 +448,42 @@ mod tests {
         assert_eq!(route.choose(1, None, |_| false), Some(B), "nobody answers: still somebody");
         let nobody = Route { leader: Leader::default(), voters: vec![], ..route };
         assert_eq!(nobody.choose(3, None, all), None);
+    }
+
+    #[test]
+    fn replicas_that_serve_reads_are_those_of_nodes_that_do() {
+        use v1::NodeState::{Active, Decommissioned, Down, Draining, Gone, Joining};
+        let routes = Routes::new();
+        let mut wire = map("c", 1, A, 5);
+        let states = [Active, Draining, Joining, Down, Gone, Decommissioned];
+        for shard in &mut wire.shards {
+            shard.replicas = (1..=6)
+                .map(|node| v1::Replica {
+                    id: shard.id * 10 + node,
+                    node,
+                    role: match node {
+                        1 | 3 => v1::ReplicaRole::Voter.into(),
+                        _ => v1::ReplicaRole::Learner.into(),
+                    },
+                })
+                .collect();
+        }
+        wire.nodes = (1..=6)
+            .zip(states)
+            .map(|(id, state)| v1::Node {
+                id,
+                state: state.into(),
+                zone: format!("z{id}"),
+                ..Default::default()
+            })
+            .collect();
+        routes.install(&wire).expect("a map");
+        let readable = routes.table().readable(SHARD, Some("z2"));
+        let told: Vec<_> =
+            readable.iter().map(|known| (known.node, known.is_in_zone, known.leads)).collect();
+        assert_eq!(told, [(A, false, true), (B, true, false)], "voters and learners alike");
+        let anywhere = routes.table().readable(SHARD, None);
+        assert!(anywhere.iter().all(|known| known.is_in_zone), "without a zone all are near");
     }
 
     #[tokio::test]

@@ -74,6 +74,8 @@ pub struct Page {
     pub version: Version,
     /// For [`Scan::resume`], to go on behind this page.
     pub resume_token: Bytes,
+    /// Nothing is left behind this page.
+    pub is_last: bool,
 }
 
 impl Scan {
@@ -121,6 +123,12 @@ impl Scan {
         self
     }
 
+    /// Pages of about this many bytes, instead of 1 MiB; servers make none smaller than 16 KiB.
+    pub fn page_bytes(mut self, bytes: u32) -> Scan {
+        self.request.page_bytes = bytes;
+        self
+    }
+
     /// How long each page may take, retries included. A scan as a whole has no deadline.
     pub fn timeout(mut self, timeout: Duration) -> Scan {
         self.target.timeout = Some(timeout);
@@ -138,7 +146,7 @@ impl Scan {
         ScanStream { pages: self.pages(), ready: VecDeque::new() }
     }
 
-    /// The keys, page by page: at most 1 MiB or one entry.
+    /// The keys, page by page: at most 1 MiB or one entry, or what [`Scan::page_bytes`] says.
     pub fn pages(self) -> Pages {
         let is_empty = self.is_empty;
         let pager = Pager {
@@ -301,6 +309,7 @@ impl Pager {
             entries: page.entries.into_iter().map(KeyValue::from_wire).collect(),
             version: Version(page.version),
             resume_token: page.resume_token,
+            is_last: page.done,
         })
     }
 

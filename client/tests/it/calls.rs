@@ -1,21 +1,20 @@
 //! Single calls on a healthy cluster: what goes in, what comes out, where it goes.
 
-use std::sync::Arc;
 use std::time::Duration;
 
+use coracle_client::EntityRule;
+use coracle_client::testing::Hold;
 use coracle_client::{
     Cas, Client, ErrorKind, NodeId, Operation, Outcome, ShardId, Version, WhenFull,
 };
-use coracle_proto::reason::{Fault, Reason};
-use coracle_proto::v1::pipeline_request::Operation as Wire;
-use tokio::sync::Notify;
 use tokio::time::{Instant, timeout};
 
-use crate::fake::{Act, Cluster};
+use crate::start::{N1, refuse, start, until};
+use coracle_client::testing::Act;
 
 #[tokio::test(start_paused = true)]
 async fn what_is_written_is_read() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let kv = cluster.client().await;
     let written = kv.put("a", "1").await.expect("a put");
     assert!(written.version > Version(0));
@@ -31,7 +30,7 @@ async fn what_is_written_is_read() {
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_condition_is_an_answer() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
     let first = kv.put("lock", "me").if_absent().await.expect("an answer");
     assert!(first.is_applied());
@@ -50,48 +49,49 @@ async fn a_failed_condition_is_an_answer() {
 
 #[tokio::test(start_paused = true)]
 async fn batches_and_counters() {
-    let cluster = Cluster::start(1, 1);
-    let kv = cluster.client().await;
+    let cluster = start(1, 1);
+    cluster.create_keyspace("orders", EntityRule::Delimiter(b'/'));
+    let kv = cluster.client().await.keyspace("orders");
     let operations = [
-        Operation::put("a", "1").ttl(Duration::from_micros(1_500)),
-        Operation::increment("n", -3),
-        Operation::delete("b"),
-        Operation::check("c").if_absent(),
+        Operation::put("7/a", "1").ttl(Duration::from_micros(1_500)),
+        Operation::increment("7/n", -3),
+        Operation::delete("7/b"),
+        Operation::check("7/c").if_absent(),
     ];
     let outcome = kv.batch(operations).await.expect("a batch");
     assert!(outcome.applied.is_some());
     assert_eq!(outcome.results.len(), 4);
     assert_eq!(outcome.results[1].counter, -3);
-    assert_eq!(kv.increment("n", 10).await.expect("a counter").value, 7);
-    let seen = cluster.take_seen();
-    let Wire::Write(write) = &seen[0].operation else { panic!("a batch") };
-    let Some(coracle_proto::v1::operation::Kind::Put(put)) = &write.operations[0].kind else {
-        panic!("a put");
-    };
-    assert_eq!(put.ttl_ms, 2, "rounded up, never down to for ever");
+    assert_eq!(kv.increment("7/n", 10).await.expect("a counter").value, 7);
+    let entry = kv.get("7/a").await.expect("a get").expect("it has 2 ms");
+    let born_ms = entry.version.0 >> 16;
+    assert_eq!(entry.expires_at_ms, Some(born_ms + 2), "rounded up, never down to for ever");
 }
 
 #[tokio::test(start_paused = true)]
 async fn multi_get_keeps_the_callers_order_over_shards() {
-    let cluster = Cluster::start(3, 8);
+    let cluster = start(3, 8);
     let kv = cluster.client().await;
-    cluster.with(|state| (0..50).for_each(|n| state.put(format!("k{n}"), format!("v{n}"))));
+    for n in 0..50 {
+        kv.put(format!("k{n}"), format!("v{n}")).await.expect("a put");
+    }
+    cluster.take_requests();
     let wanted: Vec<u32> = [49, 7, 7, 100, 0].into_iter().chain(10..40).collect();
     let got = kv.multi_get(wanted.iter().map(|n| format!("k{n}"))).await.expect("a multi-get");
     let got: Vec<_> = got.into_iter().map(|entry| entry.map(|entry| entry.value)).collect();
     let expected: Vec<_> =
         wanted.iter().map(|n| (*n < 50).then(|| format!("v{n}").into())).collect();
     assert_eq!(got, expected);
-    let parts = cluster.take_seen().len();
+    let parts = cluster.take_requests().len();
     assert!((2..=8).contains(&parts), "one request a shard: {parts}");
     assert_eq!(kv.multi_get(Vec::<&str>::new()).await.expect("nothing").len(), 0);
 }
 
 #[tokio::test(start_paused = true)]
 async fn multi_get_reports_each_key_by_itself() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.with(|state| state.put("k", "v"));
+    kv.put("k", "v").await.expect("a put");
     let each = kv.multi_get(["k", "", "none"]).each().await;
     assert!(matches!(&each[0], Ok(Some(entry)) if entry.value == "v"));
     assert_eq!(each[1].as_ref().expect_err("empty").kind(), ErrorKind::InvalidArgument);
@@ -102,23 +102,25 @@ async fn multi_get_reports_each_key_by_itself() {
 
 #[tokio::test(start_paused = true)]
 async fn an_answer_that_would_be_too_large_is_asked_for_in_parts() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.with(|state| (0..5).for_each(|n| state.put(format!("k{n}"), format!("v{n}"))));
-    let too_large = || Act::Fault(Fault::new(Reason::TooLarge, "more than an answer holds"));
-    cluster.script(1, [too_large(), too_large()]);
+    for n in 0..5 {
+        kv.put(format!("k{n}"), format!("v{n}")).await.expect("a put");
+    }
+    cluster.take_requests();
+    cluster.script(N1, [refuse("TOO_LARGE"), refuse("TOO_LARGE")]);
     let got = kv.multi_get((0..5).map(|n| format!("k{n}"))).await.expect("in parts");
     let got: Vec<_> = got.into_iter().map(|entry| entry.expect("present").value).collect();
     assert_eq!(got, ["v0", "v1", "v2", "v3", "v4"]);
-    assert_eq!(cluster.take_seen().len(), 5, "5 = 2 + 3, 2 = 1 + 1");
-    cluster.script(1, [too_large()]);
+    assert_eq!(cluster.take_requests().len(), 5, "5 = 2 + 3, 2 = 1 + 1");
+    cluster.script(N1, [refuse("TOO_LARGE")]);
     let single = kv.multi_get(["k0"]).await.expect_err("one key cannot be cut");
     assert_eq!(single.kind(), ErrorKind::TooLarge);
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_lies_beyond_a_limit_is_never_sent() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
     let long = kv.put(vec![b'k'; 4097], "v").await.expect_err("too long");
     assert_eq!((long.kind(), long.outcome()), (ErrorKind::TooLarge, Outcome::NotApplied));
@@ -131,38 +133,42 @@ async fn what_lies_beyond_a_limit_is_never_sent() {
     assert!(ttl.is_err());
     let batch = kv.batch([]).await.expect_err("nothing to do");
     assert_eq!((batch.kind(), batch.attempts()), (ErrorKind::InvalidArgument, 0));
-    assert!(cluster.take_seen().is_empty());
+    assert!(cluster.take_requests().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_keyspace_is_looked_for_again_before_it_is_missing() {
-    let cluster = Cluster::start(1, 4);
+    let cluster = start(1, 4);
     let kv = cluster.client().await;
     let missing = kv.keyspace("orders").get("k").await.expect_err("no such keyspace");
     assert_eq!(missing.kind(), ErrorKind::NotFound);
     // Made behind our back, and the watch has not told yet.
-    cluster.add_keyspace("orders");
+    cluster.hold_map();
+    cluster.create_keyspace("orders", EntityRule::Delimiter(b'/'));
     kv.keyspace("orders").put("7/a", "1").await.expect("found by asking again");
-    let seen = cluster.take_seen();
-    let Wire::Put(put) = &seen[0].operation else { panic!("a put") };
-    assert_eq!(put.keyspace, "orders");
+    let seen = cluster.take_requests();
+    assert_eq!((seen[0].method, seen[0].keyspace.as_str()), ("put", "orders"));
 }
 
 #[tokio::test(start_paused = true)]
 async fn the_mark_is_the_oldest_write_that_is_still_tried() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    let go = Arc::new(Notify::new());
-    cluster.script(1, [Act::Hold(go.clone())]);
+    let go = Hold::new();
+    cluster.script(N1, [Act::Hold(go.clone())]);
     let held = tokio::spawn(kv.put("held", "1").into_future());
-    cluster.until(|state| state.seen.len() == 1).await;
+    until(&cluster, |seen| seen.requests_seen() == 1).await;
     kv.put("a", "1").await.expect("a put");
     kv.put("b", "1").await.expect("a put");
-    go.notify_one();
+    go.release();
     held.await.expect("no panic").expect("a put");
+    cluster.advance(Duration::from_secs(1));
+    kv.get("c").await.expect("it tells the time");
     kv.put("c", "1").await.expect("a put");
-    let ids: Vec<_> = cluster.take_seen().iter().map(|seen| seen.request_id()).collect();
-    let marks: Vec<_> = ids.iter().map(|id| (id.sequence, id.lowest_unanswered)).collect();
+    let seen = cluster.take_requests();
+    let writes = seen.iter().filter_map(|seen| Some((seen.request_id?, seen.lowest_unanswered)));
+    let (ids, lowest): (Vec<_>, Vec<_>) = writes.unzip();
+    let marks: Vec<_> = ids.iter().map(|id| id.sequence).zip(lowest).collect();
     assert_eq!(marks, [(1, 1), (2, 1), (3, 1), (4, 4)]);
     assert!(ids.iter().all(|id| id.client == ids[0].client && id.client != 0));
     assert!(ids.iter().all(|id| id.birth >= 1_000_000), "births are server times: {ids:?}");
@@ -171,47 +177,47 @@ async fn the_mark_is_the_oldest_write_that_is_still_tried() {
 
 #[tokio::test(start_paused = true)]
 async fn in_flight_is_bounded_and_calls_wait() {
-    let cluster = Cluster::start(1, 1);
-    let kv = cluster.builder().max_in_flight_per_node(4).connect().await.expect("a client");
+    let cluster = start(1, 1);
+    let kv = cluster.client_builder().max_in_flight_per_node(4).connect().await.expect("a client");
     let calls: Vec<_> =
         (0..40).map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future())).collect();
     for call in calls {
         call.await.expect("no panic").expect("a put");
     }
-    let (_, most) = cluster.with(|state| state.at_once[&1]);
+    let most = cluster.most_at_once(N1);
     assert!((1..=4).contains(&most), "{most} at once");
 }
 
 #[tokio::test(start_paused = true)]
 async fn in_flight_is_bounded_and_calls_fail_if_that_is_wanted() {
-    let cluster = Cluster::start(1, 1);
-    let builder = cluster.builder().max_in_flight_per_node(1).when_full(WhenFull::Refuse);
+    let cluster = start(1, 1);
+    let builder = cluster.client_builder().max_in_flight_per_node(1).when_full(WhenFull::Refuse);
     let kv = builder.connect().await.expect("a client");
-    let go = Arc::new(Notify::new());
-    cluster.script(1, [Act::Hold(go.clone())]);
+    let go = Hold::new();
+    cluster.script(N1, [Act::Hold(go.clone())]);
     let first = tokio::spawn(kv.put("a", "1").into_future());
-    cluster.until(|state| state.seen.len() == 1).await;
+    until(&cluster, |seen| seen.requests_seen() == 1).await;
     let full = kv.put("b", "1").await.expect_err("no place");
     assert_eq!((full.kind(), full.outcome()), (ErrorKind::Overloaded, Outcome::NotApplied));
     assert!(full.is_retryable());
-    go.notify_one();
+    go.release();
     first.await.expect("no panic").expect("a put");
     kv.put("b", "1").await.expect("there is a place again");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_lazy_client_waits_for_its_cluster() {
-    let cluster = Cluster::start(1, 1);
-    cluster.kill(1);
-    let kv = cluster.builder().connect_lazy().expect("nothing is sent yet");
+    let cluster = start(1, 1);
+    cluster.stop(N1);
+    let kv = cluster.client_builder().connect_lazy().expect("nothing is sent yet");
     let put = tokio::spawn(kv.put("a", "1").into_future());
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(!put.is_finished());
-    cluster.revive(1);
+    cluster.restart(N1);
     put.await.expect("no panic").expect("a put");
-    cluster.kill(1);
+    cluster.stop(N1);
     let started = Instant::now();
-    let builder = cluster.builder().operation_timeout(Duration::from_secs(2));
+    let builder = cluster.client_builder().operation_timeout(Duration::from_secs(2));
     let nobody = builder.connect().await.map(drop).expect_err("nobody is there");
     assert_eq!((nobody.kind(), nobody.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
     assert!(nobody.to_string().contains("n1:7400"), "{nobody}");
@@ -220,7 +226,7 @@ async fn a_lazy_client_waits_for_its_cluster() {
 
 #[tokio::test(start_paused = true)]
 async fn the_last_handle_takes_the_tasks_with_it() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let kv = cluster.client().await;
     let keyspace = kv.keyspace("default");
     drop(kv);
@@ -237,11 +243,11 @@ async fn the_last_handle_takes_the_tasks_with_it() {
 
 #[tokio::test(start_paused = true)]
 async fn a_closed_client_says_so() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::Ignore]);
+    cluster.script(N1, [Act::LoseRequest]);
     let under_way = tokio::spawn(kv.put("a", "1").into_future());
-    cluster.until(|state| state.seen.len() == 1).await;
+    until(&cluster, |seen| seen.requests_seen() == 1).await;
     kv.clone().close().await;
     let ended = under_way.await.expect("no panic").expect_err("closed under way");
     assert_eq!((ended.kind(), ended.outcome()), (ErrorKind::Closed, Outcome::Unknown));

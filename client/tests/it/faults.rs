@@ -2,35 +2,32 @@
 
 use std::time::Duration;
 
+use coracle_client::testing::{Act, FakeCluster, Refusal};
 use coracle_client::{ErrorKind, NodeId, Outcome};
-use coracle_proto::reason::{Fault, Reason, metadata};
-use coracle_proto::v1::pipeline_request::Operation as Wire;
 use tokio::time::{Instant, sleep};
 
-use crate::fake::{Act, Cluster, address, number};
+use crate::start::{N1, N2, N3, elect, number, refuse, start, until};
 
 const MS: Duration = Duration::from_millis(1);
 
-fn nodes(cluster: &Cluster) -> Vec<u64> {
-    cluster.take_seen().iter().map(|seen| seen.node).collect()
+fn nodes(cluster: &FakeCluster) -> Vec<u64> {
+    cluster.take_requests().iter().map(|seen| seen.node.0).collect()
 }
 
-fn fault(reason: Reason) -> Act {
-    Act::Fault(Fault::new(reason, "as the test says"))
+async fn stored(cluster: &FakeCluster) -> i64 {
+    let entry = cluster.client().await.get("n").await.expect("a get");
+    number(&entry.expect("it is there").value)
 }
 
-fn points_to(leader: u64) -> Act {
-    let fault = Fault::new(Reason::NotLeader, "not the leader")
-        .with(metadata::LEADER_NODE, leader)
-        .with(metadata::LEADER_ADDR, address(leader));
-    Act::Fault(fault)
+fn points_to(leader: NodeId) -> Act {
+    Act::Refuse(Refusal::not_leader(Some(leader)))
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_redirect_is_followed_at_once_and_remembered() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    cluster.elect(2);
+    elect(&cluster, Some(N2));
     let started = Instant::now();
     kv.put("a", "1").await.expect("a put");
     assert_eq!(nodes(&cluster), [1, 2]);
@@ -41,11 +38,11 @@ async fn a_redirect_is_followed_at_once_and_remembered() {
 
 #[tokio::test(start_paused = true)]
 async fn nodes_that_point_at_each_other_are_not_hammered() {
-    let cluster = Cluster::start(2, 1);
+    let cluster = start(2, 1);
     let kv = cluster.client().await;
     for _ in 0..4 {
-        cluster.script(1, [points_to(2)]);
-        cluster.script(2, [points_to(1)]);
+        cluster.script(N1, [points_to(N2)]);
+        cluster.script(N2, [points_to(N1)]);
     }
     let started = Instant::now();
     kv.put("a", "1").await.expect("a put, in the end");
@@ -57,12 +54,12 @@ async fn nodes_that_point_at_each_other_are_not_hammered() {
 
 #[tokio::test(start_paused = true)]
 async fn without_a_known_leader_the_replicas_are_asked_in_turn() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    cluster.elect(0);
+    elect(&cluster, None);
     let put = tokio::spawn(kv.put("a", "1").into_future());
-    cluster.until(|state| state.seen.len() >= 4).await;
-    cluster.elect(3);
+    until(&cluster, |seen| seen.requests_seen() >= 4).await;
+    elect(&cluster, Some(N3));
     put.await.expect("no panic").expect("a put");
     let seen = nodes(&cluster);
     for node in 1..=3 {
@@ -73,14 +70,15 @@ async fn without_a_known_leader_the_replicas_are_asked_in_turn() {
 
 #[tokio::test(start_paused = true)]
 async fn a_lost_answer_is_asked_for_again_under_the_same_id() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::LoseAnswer]);
+    cluster.script(N1, [Act::LoseAnswer]);
     let started = Instant::now();
     let counter = kv.increment("n", 1).await.expect("the first result");
     assert_eq!(counter.value, 1);
-    assert_eq!(cluster.with(|state| number(&state.get("n").expect("there"))), 1, "applied once");
-    let ids: Vec<_> = cluster.take_seen().iter().map(|seen| seen.request_id()).collect();
+    let ids: Vec<_> =
+        cluster.take_requests().iter().map(|seen| seen.request_id.expect("a write")).collect();
+    assert_eq!((stored(&cluster).await, cluster.counts().duplicates), (1, 1), "applied once");
     assert!(ids.len() >= 2);
     assert!(ids.iter().all(|id| *id == ids[0]), "{ids:?}");
     assert!(started.elapsed() >= Duration::from_secs(1), "one attempt's timeout");
@@ -89,21 +87,21 @@ async fn a_lost_answer_is_asked_for_again_under_the_same_id() {
 
 #[tokio::test(start_paused = true)]
 async fn a_broken_stream_ends_its_calls_at_once() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::ApplyAndCut]);
+    cluster.script(N1, [Act::ApplyAndCut]);
     let started = Instant::now();
     assert_eq!(kv.increment("n", 1).await.expect("the first result").value, 1);
-    assert_eq!(cluster.with(|state| number(&state.get("n").expect("there"))), 1, "applied once");
+    assert_eq!(stored(&cluster).await, 1, "applied once");
     assert!(started.elapsed() < 500 * MS, "no timeout is waited for: {:?}", started.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_write_whose_answers_are_all_lost_is_unknown() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
     for node in 1..=3 {
-        cluster.script(node, vec![Act::Ignore; 50]);
+        cluster.script(NodeId(node), vec![Act::LoseRequest; 50]);
     }
     let started = Instant::now();
     let error = kv.put("a", "1").await.expect_err("no answer");
@@ -111,8 +109,8 @@ async fn a_write_whose_answers_are_all_lost_is_unknown() {
     assert!(!error.is_retryable());
     assert!(error.attempts() >= 5, "{error}");
     let id = error.request_id().expect("a write has an id");
-    let seen = cluster.take_seen();
-    assert!(seen.iter().all(|seen| seen.request_id().sequence == id.sequence));
+    let seen = cluster.take_requests();
+    assert!(seen.iter().all(|seen| seen.request_id.expect("a write").sequence == id.sequence));
     assert_eq!(started.elapsed().as_secs(), 5);
     let read = kv.get("a").timeout(1_500 * MS).await.expect_err("no answer either");
     assert_eq!((read.kind(), read.outcome()), (ErrorKind::TimedOut, Outcome::NotApplied));
@@ -121,12 +119,12 @@ async fn a_write_whose_answers_are_all_lost_is_unknown() {
 
 #[tokio::test(start_paused = true)]
 async fn an_unknown_attempt_is_not_forgotten_when_later_ones_are_refused() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::Ignore, fault(Reason::DiskFull)]);
+    cluster.script(N1, [Act::LoseRequest, refuse("DISK_FULL")]);
     let error = kv.put("a", "1").await.expect_err("the disk is full");
     assert_eq!((error.kind(), error.outcome()), (ErrorKind::DiskFull, Outcome::Unknown));
-    cluster.script(1, [fault(Reason::DiskFull)]);
+    cluster.script(N1, [refuse("DISK_FULL")]);
     let error = kv.put("a", "1").await.expect_err("the disk is full");
     assert_eq!((error.kind(), error.outcome()), (ErrorKind::DiskFull, Outcome::NotApplied));
     assert_eq!(error.reason(), Some("DISK_FULL"));
@@ -134,10 +132,10 @@ async fn an_unknown_attempt_is_not_forgotten_when_later_ones_are_refused() {
 
 #[tokio::test(start_paused = true)]
 async fn without_a_quorum_a_write_is_not_applied() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
     for node in 1..=3 {
-        cluster.script(node, vec![fault(Reason::NoQuorum); 200]);
+        cluster.script(NodeId(node), vec![refuse("NO_QUORUM"); 200]);
     }
     let started = Instant::now();
     let error = kv.put("a", "1").await.expect_err("no quorum");
@@ -151,66 +149,64 @@ async fn without_a_quorum_a_write_is_not_applied() {
 
 #[tokio::test(start_paused = true)]
 async fn a_write_that_never_left_is_not_applied() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    (1..=3).for_each(|node| cluster.kill(node));
+    [N1, N2, N3].into_iter().for_each(|node| cluster.stop(node));
     let error = kv.put("a", "1").timeout(2_000 * MS).await.expect_err("nobody is there");
     assert_eq!((error.kind(), error.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_passed_window_means_a_new_id_when_nothing_is_open() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    let passed =
-        Fault::new(Reason::RetryWindowPassed, "too old").with(metadata::SERVER_TIME_MS, 2_000_000);
-    cluster.script(1, [Act::Fault(passed)]);
+    let written = kv.put("a", "1").await.expect("a put");
+    cluster.advance(Duration::from_secs(60));
+    cluster.take_requests();
+    let now_ms = (written.version.0 >> 16) + 60_000;
+    let passed = Refusal::new("RETRY_WINDOW_PASSED").fact("server_time_ms", now_ms);
+    cluster.script(N1, [Act::Refuse(passed)]);
     kv.increment("n", 1).await.expect("under a new id");
-    let ids: Vec<_> = cluster.take_seen().iter().map(|seen| seen.request_id()).collect();
+    let seen = cluster.take_requests();
+    let ids: Vec<_> = seen.iter().map(|seen| seen.request_id.expect("a write")).collect();
     assert_eq!(ids.len(), 2);
     assert!(ids[1].sequence > ids[0].sequence);
-    assert_eq!((ids[0].birth < ids[1].birth, ids[1].birth), (true, 2_000_000));
-    assert_eq!(ids[1].lowest_unanswered, ids[1].sequence, "the old one is given up");
+    assert_eq!(ids[1].birth, now_ms);
+    assert_eq!(seen[1].lowest_unanswered, ids[1].sequence, "the old one is given up");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_passed_window_leaves_an_open_write_unknown() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::LoseAnswer, fault(Reason::RetryWindowPassed)]);
+    cluster.script(N1, [Act::LoseAnswer, refuse("RETRY_WINDOW_PASSED")]);
     let error = kv.increment("n", 1).await.expect_err("nobody can tell any more");
     assert_eq!((error.kind(), error.outcome()), (ErrorKind::RetryWindowPassed, Outcome::Unknown));
-    assert_eq!(cluster.with(|state| number(&state.get("n").expect("there"))), 1, "never twice");
+    assert_eq!(stored(&cluster).await, 1, "never twice");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_stale_route_is_refreshed() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let kv = cluster.client().await;
-    cluster.raise_epochs();
+    cluster.hold_map();
+    cluster.shards().into_iter().for_each(|shard| cluster.raise_epoch(shard));
     kv.put("a", "1").await.expect("a put");
-    let seen = cluster.take_seen();
-    let epochs: Vec<_> = seen
-        .iter()
-        .map(|seen| match &seen.operation {
-            Wire::Put(put) => put.route.expect("a route").shard_epoch,
-            other => panic!("{other:?}"),
-        })
-        .collect();
+    let seen = cluster.take_requests();
+    let epochs: Vec<_> = seen.iter().map(|seen| seen.shard_epoch).collect();
     assert_eq!(epochs, [1, 2]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn overload_is_waited_out_as_the_server_asks() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    let overloaded = Fault::new(Reason::Overloaded, "full").with_retry_after(300 * MS);
-    cluster.script(1, [Act::Fault(overloaded.clone()), Act::Fault(overloaded.clone())]);
+    cluster.refuse(2, Refusal::overloaded(300 * MS));
     let started = Instant::now();
     kv.put("a", "1").await.expect("a put");
     assert!(started.elapsed() >= 600 * MS, "{:?}", started.elapsed());
     assert_eq!(nodes(&cluster), [1, 1, 1], "another node would not be the leader");
-    cluster.script(1, [Act::Fault(overloaded.with_retry_after(Duration::from_secs(60)))]);
+    cluster.refuse(1, Refusal::overloaded(Duration::from_secs(60)));
     let started = Instant::now();
     let error = kv.put("a", "1").await.expect_err("it would be too late then");
     assert_eq!((error.kind(), error.outcome()), (ErrorKind::Overloaded, Outcome::NotApplied));
@@ -220,9 +216,9 @@ async fn overload_is_waited_out_as_the_server_asks() {
 
 #[tokio::test(start_paused = true)]
 async fn the_budget_keeps_an_overload_from_feeding_itself() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.script(1, vec![fault(Reason::Overloaded); 10_000]);
+    cluster.script(N1, vec![refuse("OVERLOADED"); 10_000]);
     let started = Instant::now();
     let calls: Vec<_> =
         (0..400).map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future())).collect();
@@ -237,12 +233,12 @@ async fn the_budget_keeps_an_overload_from_feeding_itself() {
 
 #[tokio::test(start_paused = true)]
 async fn an_empty_budget_does_not_end_an_open_write() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::LoseAnswer]);
+    cluster.script(N1, [Act::LoseAnswer]);
     let open = tokio::spawn(kv.increment("n", 1).timeout(Duration::from_secs(60)).into_future());
-    cluster.until(|state| state.seen.len() == 1).await;
-    cluster.script(1, vec![fault(Reason::Overloaded); 1_300]);
+    until(&cluster, |seen| seen.requests_seen() == 1).await;
+    cluster.script(N1, vec![refuse("OVERLOADED"); 1_300]);
     let others: Vec<_> =
         (0..700).map(|n| tokio::spawn(kv.put(format!("k{n}"), "v").into_future())).collect();
     let mut refused = 0;
@@ -256,21 +252,22 @@ async fn an_empty_budget_does_not_end_an_open_write() {
 
 #[tokio::test(start_paused = true)]
 async fn a_killed_leader_costs_no_more_than_the_election() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let kv = cluster.client().await;
     kv.put("warm", "1").await.expect("a put");
-    cluster.script(1, [Act::ApplyAndCut]);
+    cluster.script(N1, [Act::ApplyAndCut]);
     let under_way = tokio::spawn(kv.increment("n", 1).into_future());
-    cluster.until(|state| state.seen.len() == 2).await;
-    cluster.kill(1);
-    cluster.elect(0);
+    until(&cluster, |seen| seen.requests_seen() == 2).await;
+    cluster.stop(N1);
+    elect(&cluster, None);
     let started = Instant::now();
     let election = 700 * MS;
     sleep(election).await;
-    cluster.elect(3);
-    cluster.announce();
+    elect(&cluster, Some(N3));
+    cluster.publish_map();
     let counter = under_way.await.expect("no panic").expect("carried over");
-    assert_eq!((counter.value, counter.written.served.node), (1, NodeId(1)), "the first result");
+    assert_eq!((counter.value, counter.written.served.term), (1, 1), "the first result");
+    assert_eq!(counter.written.served.node, N3, "told by the new leader");
     let gap = started.elapsed() - election;
     assert!(gap < 20 * MS, "waiting calls hear of the new leader: {gap:?}");
     let started = Instant::now();
@@ -280,15 +277,15 @@ async fn a_killed_leader_costs_no_more_than_the_election() {
 
 #[tokio::test(start_paused = true)]
 async fn a_leader_that_falls_silent_is_left_for_its_successor() {
-    let cluster = Cluster::start(3, 1);
-    let kv = cluster.client().await;
+    let cluster = start(3, 1);
+    let kv = cluster.client_builder().seed(7).connect().await.expect("a client");
     kv.put("warm", "1").await.expect("a put");
-    cluster.freeze(1);
+    cluster.freeze(N1);
     let started = Instant::now();
     let under_way = tokio::spawn(kv.put("a", "1").into_future());
     sleep(1_400 * MS).await;
-    cluster.elect(2);
-    cluster.announce();
+    elect(&cluster, Some(N2));
+    cluster.publish_map();
     under_way.await.expect("no panic").expect("a put");
     assert!(started.elapsed() < 1_600 * MS, "{:?}", started.elapsed());
     let started = Instant::now();
@@ -298,15 +295,15 @@ async fn a_leader_that_falls_silent_is_left_for_its_successor() {
 
 #[tokio::test(start_paused = true)]
 async fn news_of_a_successor_ends_the_wait_for_an_old_leader() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::Ignore]);
+    cluster.script(N1, [Act::LoseRequest]);
     let started = Instant::now();
     let under_way = tokio::spawn(kv.put("a", "1").into_future());
-    cluster.until(|state| state.seen.len() == 1).await;
+    until(&cluster, |seen| seen.requests_seen() == 1).await;
     sleep(200 * MS).await;
-    cluster.elect(2);
-    cluster.announce();
+    elect(&cluster, Some(N2));
+    cluster.publish_map();
     let written = under_way.await.expect("no panic").expect("a put");
     assert_eq!(written.served.node, NodeId(2));
     assert!(started.elapsed() < 250 * MS, "long before the timeout: {:?}", started.elapsed());
@@ -314,25 +311,25 @@ async fn news_of_a_successor_ends_the_wait_for_an_old_leader() {
 
 #[tokio::test(start_paused = true)]
 async fn a_node_that_comes_back_is_used_again() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
     for round in 0..3 {
-        cluster.kill(1);
+        cluster.stop(N1);
         let put = tokio::spawn(kv.put("a", format!("{round}")).into_future());
         sleep(500 * MS).await;
-        cluster.revive(1);
+        cluster.restart(N1);
         put.await.expect("no panic").expect("a put");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_dropped_write_lets_the_mark_go_on() {
-    let cluster = Cluster::start(1, 1);
+    let cluster = start(1, 1);
     let kv = cluster.client().await;
-    cluster.script(1, [Act::Ignore]);
+    cluster.script(N1, [Act::LoseRequest]);
     let dropped = tokio::time::timeout(10 * MS, kv.put("a", "1").into_future()).await;
     assert!(dropped.is_err());
     kv.put("b", "1").await.expect("a put");
-    let seen = cluster.take_seen();
-    assert_eq!(seen[1].request_id().lowest_unanswered, seen[1].request_id().sequence);
+    let seen = cluster.take_requests();
+    assert_eq!(seen[1].lowest_unanswered, seen[1].request_id.expect("a write").sequence);
 }

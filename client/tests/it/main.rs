@@ -1,9 +1,12 @@
-//! Names the client's integration tests: the whole client against scripted nodes, on a paused clock.
+//! Names the client's integration tests: the whole client against a cluster in memory, on a paused
+//! clock.
 
 mod calls;
-mod fake;
+mod conformance;
 mod deletes;
+mod examples;
 mod faults;
+mod nearest;
 mod others;
 mod scans;
-mod services;
+mod start;

@@ -3,15 +3,15 @@
 use std::time::Duration;
 
 use coracle_client::admin::{Init, NewKeyspace};
+use coracle_client::testing::{Act, address};
 use coracle_client::topology::NodeState;
 use coracle_client::{EntityRule, ErrorKind, NodeId, Outcome, ShardId};
-use coracle_proto::reason::{Fault, Reason};
 
-use crate::fake::{Act, Cluster, address};
+use crate::start::{N1, N2, N3, elect, shape, start};
 
 #[tokio::test(start_paused = true)]
 async fn the_map_is_shown_as_it_is() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let admin = cluster.client().await.admin();
     for map in [admin.map().await, admin.map_of("n2:7400").await, Ok(admin.cached_map())] {
         let map = map.expect("a map");
@@ -25,7 +25,7 @@ async fn the_map_is_shown_as_it_is() {
 
 #[tokio::test(start_paused = true)]
 async fn a_new_keyspace_can_be_used_at_once() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let kv = cluster.client().await;
     let admin = kv.admin();
     let made = admin.create_keyspace(NewKeyspace {
@@ -33,9 +33,9 @@ async fn a_new_keyspace_can_be_used_at_once() {
         ..NewKeyspace::new("orders")
     });
     assert_eq!(made.await.expect("made").entity_rule, EntityRule::Delimiter(b'/'));
-    let before = cluster.take_seen().len();
+    let before = cluster.take_requests().len();
     kv.keyspace("orders").put("7/a", "1").await.expect("a put");
-    assert_eq!((before, cluster.take_seen().len()), (0, 1));
+    assert_eq!((before, cluster.take_requests().len()), (0, 1));
     let names: Vec<_> =
         admin.keyspaces().await.expect("a list").into_iter().map(|info| info.name).collect();
     assert_eq!(names, ["default", "orders"]);
@@ -45,26 +45,24 @@ async fn a_new_keyspace_can_be_used_at_once() {
 
 #[tokio::test(start_paused = true)]
 async fn init_goes_past_dead_seeds_but_never_twice() {
-    let cluster = Cluster::start(3, 1);
-    cluster.kill(1);
-    cluster.kill(2);
-    let kv = cluster.builder().connect_lazy().expect("a client");
+    let cluster = shape(3, 1).before_init().start();
+    cluster.stop(N1);
+    cluster.stop(N2);
+    let kv = cluster.client_builder().connect_lazy().expect("a client");
     let made = kv.admin().init(Init { shards: 8, ..Init::default() }).await.expect("made");
-    assert_eq!((made.cluster_id.as_str(), made.shards), ("made by 3", 8));
-    cluster.script(3, [Act::Cut]);
+    assert_eq!((made.cluster_id.as_str(), made.shards), ("fake", 8));
+    cluster.script(N3, [Act::Cut]);
     let lost = kv.admin().init(Init::default()).await.expect_err("the answer is lost");
     assert_eq!(lost.outcome(), Outcome::Unknown, "{lost}");
-    let again = Fault::new(Reason::AlreadyInitialized, "made before");
-    cluster.script(3, [Act::Fault(again)]);
     let again = kv.admin().init(Init::default()).await.expect_err("made before");
     assert_eq!((again.kind(), again.outcome()), (ErrorKind::Conflict, Outcome::NotApplied));
 }
 
 #[tokio::test(start_paused = true)]
 async fn leadership_is_handed_over_by_whoever_has_it() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    cluster.elect(2);
+    elect(&cluster, Some(N2));
     let leads = kv.admin().transfer_leader(ShardId(1), Some(NodeId(3))).await.expect("done");
     assert_eq!(leads, NodeId(3));
     let none = kv.admin().transfer_leader(ShardId(99), None).await.expect_err("no such shard");
@@ -73,16 +71,18 @@ async fn leadership_is_handed_over_by_whoever_has_it() {
 
 #[tokio::test(start_paused = true)]
 async fn one_node_is_asked_for_itself() {
-    let cluster = Cluster::start(3, 1);
+    let cluster = start(3, 1);
     let kv = cluster.client().await;
-    let status = kv.admin().node_status(&address(2)).await.expect("a status");
-    assert_eq!((status.node.id, status.uptime), (NodeId(2), Duration::from_millis(1_500)));
-    let refused = kv.admin().inject_fault(&address(2), &[NodeId(1)]).await.expect_err("refused");
+    cluster.advance(Duration::from_millis(1_500));
+    let status = kv.admin().node_status(&address(N2)).await.expect("a status");
+    assert_eq!(status.node.id, N2);
+    assert!(status.uptime >= Duration::from_millis(1_500), "{:?}", status.uptime);
+    let refused = kv.admin().inject_fault(&address(N2), &[NodeId(1)]).await.expect_err("refused");
     assert_eq!(refused.kind(), ErrorKind::NotAllowed);
-    cluster.kill(2);
+    cluster.stop(N2);
     // Until the break has been noticed, a request may still leave, and its outcome be unknown.
     tokio::time::sleep(Duration::from_millis(1)).await;
-    let dead = kv.admin().inject_fault(&address(2), &[]).await.expect_err("dead");
+    let dead = kv.admin().inject_fault(&address(N2), &[]).await.expect_err("dead");
     assert_eq!((dead.kind(), dead.outcome()), (ErrorKind::Unavailable, Outcome::NotApplied));
     let nonsense = kv.admin().node_status("nonsense").await.expect_err("no address");
     assert_eq!(nonsense.kind(), ErrorKind::InvalidArgument);

@@ -2,17 +2,20 @@
 
 use std::time::Duration;
 
-use coracle_client::{Client, ErrorKind, Version};
-use coracle_proto::reason::{Fault, Reason};
+use coracle_client::NodeId;
+use coracle_client::testing::{Act, FakeCluster};
+use coracle_client::{Client, ErrorKind};
 use futures_util::TryStreamExt;
 use tokio::time::Instant;
 
-use crate::fake::{Act, Cluster};
+use crate::start::{refuse, start};
 
-async fn filled(count: u32) -> (Cluster, Client) {
-    let cluster = Cluster::start(3, 4);
-    cluster.with(|state| (0..count).for_each(|n| state.put(format!("k{n:02}"), format!("{n}"))));
+async fn filled(count: u32) -> (FakeCluster, Client) {
+    let cluster = start(3, 4);
     let kv = cluster.client().await;
+    for n in 0..count {
+        kv.put(format!("k{n:02}"), format!("{n}")).await.expect("a put");
+    }
     (cluster, kv)
 }
 
@@ -50,13 +53,16 @@ async fn an_empty_range_is_empty_and_not_everything() {
 async fn a_broken_scan_goes_on_with_nothing_missing_and_nothing_twice() {
     let (cluster, kv) = filled(30).await;
     for node in 1..=3 {
-        cluster.script(node, [Act::CutAfterPages(1), Act::CutAfterPages(2), Act::CutAfterPages(0)]);
+        cluster.script(
+            NodeId(node),
+            [Act::CutAfterPages(1), Act::CutAfterPages(2), Act::CutAfterPages(0)],
+        );
     }
     let started = Instant::now();
     assert_eq!(keys(kv.scan(..).stream()).await, expected(0..30));
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     for node in 1..=3 {
-        cluster.script(node, [Act::CutAfterPages(1), Act::CutAfterPages(1)]);
+        cluster.script(NodeId(node), [Act::CutAfterPages(1), Act::CutAfterPages(1)]);
     }
     let reverse = kv.scan(..).reverse().limit(13).stream();
     assert_eq!(keys(reverse).await, expected((17..30).rev()), "the limit holds over all parts");
@@ -66,11 +72,11 @@ async fn a_broken_scan_goes_on_with_nothing_missing_and_nothing_twice() {
 async fn a_silent_node_is_left_for_another() {
     let (cluster, kv) = filled(4).await;
     for node in 1..=3 {
-        cluster.script(node, [Act::Ignore]);
+        cluster.script(NodeId(node), [Act::LoseRequest]);
     }
     assert_eq!(keys(kv.scan(..).stream()).await.len(), 4, "the second round answers");
     for node in 1..=3 {
-        cluster.script(node, vec![Act::Ignore; 20]);
+        cluster.script(NodeId(node), vec![Act::LoseRequest; 20]);
     }
     let started = Instant::now();
     let error = kv.scan(..).pages().try_next().await.expect_err("nobody answers");
@@ -82,7 +88,7 @@ async fn a_silent_node_is_left_for_another() {
 async fn what_cannot_go_on_is_said() {
     let (cluster, kv) = filled(4).await;
     for node in 1..=3 {
-        cluster.script(node, [Act::Fault(Fault::new(Reason::VersionGone, "too old"))]);
+        cluster.script(NodeId(node), [refuse("VERSION_GONE")]);
     }
     let mut stream = kv.scan(..).stream();
     let error = stream.try_next().await.expect_err("the version is gone");
@@ -96,17 +102,17 @@ async fn what_cannot_go_on_is_said() {
 async fn pages_can_be_resumed_by_another_client() {
     let (cluster, kv) = filled(10).await;
     let mut pages = kv.scan(..).pages();
-    let mut first = Vec::new();
+    let (mut first, mut version) = (Vec::new(), None);
     let mut token = Default::default();
     for _ in 0..2 {
         let page = pages.try_next().await.expect("a page").expect("not the end");
-        assert_eq!(page.version, Version(500));
+        assert_eq!(page.version, *version.get_or_insert(page.version));
         first.extend(page.entries);
         token = page.resume_token;
     }
     drop(pages);
     assert_eq!(first.len(), 4);
-    let other = cluster.builder().seed(8).connect().await.expect("a client");
+    let other = cluster.client_builder().seed(80).connect().await.expect("a client");
     assert_eq!(keys(other.scan(..).resume(token).stream()).await, expected(4..10));
 }
 

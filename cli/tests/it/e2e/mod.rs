@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod commands;
+mod contract;
 mod demo;
 mod faults;
 mod join;

@@ -1,0 +1,284 @@
+//! Owns the gRPC services of a fake node: decode, ask the cluster, encode. Does not decide anything.
+
+use std::pin::Pin;
+
+use coracle_proto::limits::PIPELINE_IN_FLIGHT_MAX;
+use coracle_proto::reason::{Fault, Outcome, Reason};
+use coracle_proto::v1;
+use coracle_proto::v1::admin_service_server::AdminService;
+use coracle_proto::v1::cluster_service_server::ClusterService;
+use coracle_proto::v1::kv_service_server::KvService;
+use coracle_proto::v1::pipeline_request::Operation;
+use coracle_proto::v1::pipeline_response::Result as Answer;
+use futures_util::{Stream, StreamExt, stream};
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Request, Response, Status, Streaming, async_trait};
+
+use super::FakeCluster;
+use super::faults::Act;
+use super::scan::Scanning;
+use crate::topology::NodeId;
+
+/// One node of a fake cluster.
+#[derive(Clone)]
+pub(super) struct Node {
+    pub(super) id: NodeId,
+    pub(super) cluster: FakeCluster,
+}
+
+type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Node {
+    /// Serves one operation that did not come on a pipeline.
+    async fn unary<T>(
+        &self,
+        operation: Operation,
+        take: impl FnOnce(Answer) -> Option<T>,
+    ) -> Result<Response<T>, Status> {
+        let answer = match self.cluster.serve(self.id, operation).await {
+            Some(Answer::Error(error)) => return Err(Fault::from_pipeline(&error).to_status()),
+            Some(answer) => answer,
+            None => std::future::pending().await,
+        };
+        let mismatched = || {
+            let fault = Fault::new(Reason::Internal, "an answer does not fit its question");
+            fault.with_outcome(Outcome::Unknown).to_status()
+        };
+        take(answer).map(Response::new).ok_or_else(mismatched)
+    }
+
+    /// One operation of a pipeline; `None` when there is never an answer.
+    async fn pipelined(self, request: v1::PipelineRequest) -> Option<v1::PipelineResponse> {
+        let v1::PipelineRequest { id, operation, .. } = request;
+        let result = match operation {
+            Some(operation) => self.cluster.serve(self.id, operation).await,
+            None => {
+                let message = "an operation of no kind, or of one that this version does not know";
+                Some(Answer::Error(Fault::new(Reason::Unsupported, message).to_pipeline()))
+            }
+        };
+        Some(v1::PipelineResponse { id, result: Some(result?) })
+    }
+
+    /// The pages of a scan, each read when the one before has been taken.
+    fn pages(&self, scanning: Scanning, pages_max: usize) -> Boxed<v1::ScanResponse> {
+        let start = (self.clone(), scanning, pages_max);
+        let pages = stream::unfold(start, |(node, mut scanning, pages_left)| async move {
+            if scanning.done {
+                return None;
+            }
+            if pages_left == 0 {
+                // What has been sent before shall arrive.
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                node.cluster.cut(node.id);
+                std::future::pending::<()>().await;
+            }
+            let page = node.cluster.state.lock().model.next_page(&mut scanning);
+            Some((Ok(page), (node, scanning, pages_left - 1)))
+        });
+        Box::pin(pages)
+    }
+}
+
+#[async_trait]
+impl KvService for Node {
+    type ScanStream = Boxed<v1::ScanResponse>;
+    type PipelineStream = Boxed<v1::PipelineResponses>;
+
+    async fn get(
+        &self,
+        request: Request<v1::GetRequest>,
+    ) -> Result<Response<v1::GetResponse>, Status> {
+        self.unary(Operation::Get(request.into_inner()), |answer| match answer {
+            Answer::Get(answer) => Some(answer),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn batch_get(
+        &self,
+        request: Request<v1::BatchGetRequest>,
+    ) -> Result<Response<v1::BatchGetResponse>, Status> {
+        self.unary(Operation::BatchGet(request.into_inner()), |answer| match answer {
+            Answer::BatchGet(answer) => Some(answer),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn put(
+        &self,
+        request: Request<v1::PutRequest>,
+    ) -> Result<Response<v1::PutResponse>, Status> {
+        self.unary(Operation::Put(request.into_inner()), |answer| match answer {
+            Answer::Put(answer) => Some(answer),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn delete(
+        &self,
+        request: Request<v1::DeleteRequest>,
+    ) -> Result<Response<v1::DeleteResponse>, Status> {
+        self.unary(Operation::Delete(request.into_inner()), |answer| match answer {
+            Answer::Delete(answer) => Some(answer),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn write(
+        &self,
+        request: Request<v1::WriteRequest>,
+    ) -> Result<Response<v1::WriteResponse>, Status> {
+        self.unary(Operation::Write(request.into_inner()), |answer| match answer {
+            Answer::Write(answer) => Some(answer),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn scan(
+        &self,
+        request: Request<v1::ScanRequest>,
+    ) -> Result<Response<Self::ScanStream>, Status> {
+        let scan = request.into_inner();
+        let pages_max = match self.cluster.next_scan(self.id, &scan).await {
+            Act::Refuse(refusal) => return Err(refusal.0.to_status()),
+            Act::LoseRequest | Act::LoseAnswer => std::future::pending().await,
+            Act::Cut | Act::ApplyAndCut => 0,
+            Act::CutAfterPages(pages) => pages,
+            Act::Serve | Act::Delay(_) | Act::Hold(_) => usize::MAX,
+        };
+        let begun = self.cluster.state.lock().model.begin_scan(self.id, scan);
+        Ok(Response::new(self.pages(begun.map_err(Status::from)?, pages_max)))
+    }
+
+    async fn pipeline(
+        &self,
+        request: Request<Streaming<v1::PipelineRequests>>,
+    ) -> Result<Response<Self::PipelineStream>, Status> {
+        let node = self.clone();
+        let answers = request
+            .into_inner()
+            .take_while(|request| std::future::ready(request.is_ok()))
+            .filter_map(|request| std::future::ready(request.ok()))
+            .flat_map(|together| stream::iter(together.requests))
+            .map(move |request| node.clone().pipelined(request))
+            .buffer_unordered(PIPELINE_IN_FLIGHT_MAX)
+            .filter_map(std::future::ready)
+            .map(|response| Ok(v1::PipelineResponses { responses: vec![response] }));
+        Ok(Response::new(Box::pin(answers)))
+    }
+}
+
+#[async_trait]
+impl ClusterService for Node {
+    type WatchMapStream = Boxed<v1::WatchMapResponse>;
+
+    async fn watch_map(
+        &self,
+        _: Request<v1::WatchMapRequest>,
+    ) -> Result<Response<Self::WatchMapStream>, Status> {
+        let maps = WatchStream::new(self.cluster.published.subscribe());
+        let maps = maps.map(|map| Ok(v1::WatchMapResponse { map: Some(map) }));
+        Ok(Response::new(Box::pin(maps)))
+    }
+
+    async fn get_map(
+        &self,
+        _: Request<v1::GetMapRequest>,
+    ) -> Result<Response<v1::GetMapResponse>, Status> {
+        let map = Some(self.cluster.state.lock().model.wire_map());
+        Ok(Response::new(v1::GetMapResponse { map }))
+    }
+
+    async fn list_keyspaces(
+        &self,
+        _: Request<v1::ListKeyspacesRequest>,
+    ) -> Result<Response<v1::ListKeyspacesResponse>, Status> {
+        let mut keyspaces = self.cluster.state.lock().model.wire_map().keyspaces;
+        keyspaces.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Response::new(v1::ListKeyspacesResponse { keyspaces }))
+    }
+
+    async fn create_keyspace(
+        &self,
+        request: Request<v1::CreateKeyspaceRequest>,
+    ) -> Result<Response<v1::CreateKeyspaceResponse>, Status> {
+        let made = self.cluster.change(|model| model.create_keyspace(&request.into_inner()));
+        Ok(Response::new(v1::CreateKeyspaceResponse { keyspace: Some(made?) }))
+    }
+
+    async fn update_keyspace(
+        &self,
+        request: Request<v1::UpdateKeyspaceRequest>,
+    ) -> Result<Response<v1::UpdateKeyspaceResponse>, Status> {
+        let changed = self.cluster.change(|model| model.update_keyspace(&request.into_inner()));
+        Ok(Response::new(v1::UpdateKeyspaceResponse { keyspace: Some(changed?) }))
+    }
+}
+
+#[async_trait]
+impl AdminService for Node {
+    async fn init(
+        &self,
+        request: Request<v1::InitRequest>,
+    ) -> Result<Response<v1::InitResponse>, Status> {
+        match self.cluster.next_init(self.id) {
+            Some(Act::Refuse(refusal)) => return Err(refusal.0.to_status()),
+            Some(Act::Cut) => {
+                self.cluster.cut(self.id);
+                std::future::pending::<()>().await;
+            }
+            _ => {}
+        }
+        let made = self.cluster.change(|model| model.init(request.into_inner()));
+        Ok(Response::new(made?))
+    }
+
+    async fn node_status(
+        &self,
+        _: Request<v1::NodeStatusRequest>,
+    ) -> Result<Response<v1::NodeStatusResponse>, Status> {
+        let state = self.cluster.state.lock();
+        let map = state.model.wire_map();
+        let node = map.nodes.into_iter().find(|node| node.id == self.id.0);
+        let (cluster_id, uptime_ms) = (map.cluster_id, state.model.uptime_ms());
+        let status = v1::NodeStatusResponse { node, cluster_id, uptime_ms, ..Default::default() };
+        Ok(Response::new(status))
+    }
+
+    async fn transfer_leader(
+        &self,
+        request: Request<v1::TransferLeaderRequest>,
+    ) -> Result<Response<v1::TransferLeaderResponse>, Status> {
+        let request = request.into_inner();
+        let leads = self.cluster.change(|model| model.transfer_leader(self.id, request))?;
+        Ok(Response::new(v1::TransferLeaderResponse { leader_node: leads.0 }))
+    }
+
+    async fn compact_shard(
+        &self,
+        _: Request<v1::CompactShardRequest>,
+    ) -> Result<Response<v1::CompactShardResponse>, Status> {
+        Err(Fault::new(Reason::Unsupported, "nothing of a fake cluster is on a disk").to_status())
+    }
+
+    async fn set_read_replicas(
+        &self,
+        _: Request<v1::SetReadReplicasRequest>,
+    ) -> Result<Response<v1::SetReadReplicasResponse>, Status> {
+        let message = "a fake cluster's replicas are those of its shape";
+        Err(Fault::new(Reason::Unsupported, message).to_status())
+    }
+
+    async fn inject_fault(
+        &self,
+        _: Request<v1::InjectFaultRequest>,
+    ) -> Result<Response<v1::InjectFaultResponse>, Status> {
+        Err(Fault::new(Reason::NotAllowed, "started without fault injection").to_status())
+    }
+}
