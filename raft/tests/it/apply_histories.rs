@@ -265,7 +265,8 @@ fn histories_meet_every_outcome() {
         }
         evicted += u32::from(store.state().dedup.floor_ms > 0);
     }
-    assert_eq!(met.len(), 11, "{met:?}");
+    // All but "pinned beyond the bound": `apply_past` has so many.
+    assert_eq!(met.len(), 14, "{met:?}");
     assert!(met.values().all(|count| *count >= 10), "{met:?}");
     assert!(evicted >= 50, "the floor rose in {evicted} of 100 histories");
 }
