@@ -427,6 +427,7 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
             true => v1::ReplicaRole::Voter.into(),
             false => v1::ReplicaRole::Learner.into(),
         },
+        joining: false,
     };
     let shard = |id: u64, (start, end): (u64, u64)| v1::Shard {
         id,
@@ -458,6 +459,7 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
         name: name.to_owned(),
         entity_rule: Some(EntityRule::Whole.into()),
         history_ms: limits::HISTORY_DEFAULT.as_millis() as u64,
+        revision: 0,
     };
     let arcs = equal_arcs(shape.shards).into_iter().map(|arc| (arc.start().0, arc.end()));
     let arcs = std::iter::once((0, 0)).chain(arcs).enumerate();
@@ -469,5 +471,6 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
         nodes: (1..=u64::from(shape.nodes)).map(node).collect(),
         keyspaces: vec![keyspace(DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME)],
         server_time_ms: 0,
+        read_replicas: Vec::new(),
     }
 }

@@ -83,6 +83,7 @@ impl Node {
 #[async_trait]
 impl KvService for Node {
     type ScanStream = Boxed<v1::ScanResponse>;
+    type DeleteRangeStream = Boxed<v1::DeleteRangeResponse>;
     type PipelineStream = Boxed<v1::PipelineResponses>;
 
     async fn get(
@@ -154,6 +155,14 @@ impl KvService for Node {
         };
         let begun = self.cluster.state.lock().model.begin_scan(self.id, scan);
         Ok(Response::new(self.pages(begun.map_err(Status::from)?, pages_max)))
+    }
+
+    async fn delete_range(
+        &self,
+        _: Request<v1::DeleteRangeRequest>,
+    ) -> Result<Response<Self::DeleteRangeStream>, Status> {
+        let message = "a fake cluster deletes key by key";
+        Err(Fault::new(Reason::Unsupported, message).to_status())
     }
 
     async fn pipeline(
