@@ -325,7 +325,13 @@ impl Keyspace {
         }
         let rule = keyspace.entity_rule.as_ref().ok_or(EntityRuleError::Unknown)?;
         let (rule, name) = (EntityRule::try_from(rule)?, keyspace.name.clone());
-        Ok(Keyspace { id, name, rule, history_ms: keyspace.history_ms, revision: keyspace.revision })
+        Ok(Keyspace {
+            id,
+            name,
+            rule,
+            history_ms: keyspace.history_ms,
+            revision: keyspace.revision,
+        })
     }
 
     /// As it travels.

@@ -31,6 +31,8 @@ fn touch(metrics: &Metrics) {
     metrics.log_fsync_duration_seconds.observe(0.001);
     metrics.shard_size_bytes.with(["s1"]).set(7);
     metrics.clock_offset_seconds.with(["n2"]).set(-0.25);
+    metrics.replica_lag_entries.with(["s1", "n2"]).set(3);
+    metrics.replica_lag_seconds.with(["s1", "n2"]).set(0.5);
 }
 
 #[test]
