@@ -51,7 +51,8 @@
 //! ```
 //!
 //! Not here: splits and moves of shards (only their epochs), disks that fill up, clocks that differ
-//! between nodes. Tests of those take a real cluster: `coracle demo`.
+//! between nodes, the limits on deleted versions that an atomic delete-range may pass. Tests of those
+//! take a real cluster: `coracle demo`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -72,6 +73,7 @@ pub mod conformance;
 mod admin;
 mod faults;
 mod model;
+mod range;
 mod read;
 mod scan;
 mod seen;
@@ -166,7 +168,8 @@ impl Shape {
         Shape { forwards: false, ..self }
     }
 
-    /// Entries of a scan's page at most. Default: as many as servers give.
+    /// Entries of a scan's page at most, and keys of a step of a delete-range. Default: as many as
+    /// servers give and take.
     pub fn page_entries(self, entries: usize) -> Shape {
         Shape { page_entries: entries, ..self }
     }
@@ -445,8 +448,13 @@ impl FakeCluster {
     }
 
     async fn act(&self, node: NodeId, operation: Operation) -> Option<Answer> {
-        let is_write =
-            matches!(operation, Operation::Put(_) | Operation::Delete(_) | Operation::Write(_));
+        let is_write = matches!(
+            operation,
+            Operation::Put(_)
+                | Operation::Delete(_)
+                | Operation::Write(_)
+                | Operation::DeleteRange(_)
+        );
         match self.next(node, is_write).await {
             Act::Refuse(refusal) => Some(Answer::Error(refusal.0.to_pipeline())),
             Act::LoseRequest => None,
@@ -463,9 +471,11 @@ impl FakeCluster {
                 self.cut(node);
                 None
             }
-            Act::Serve | Act::Delay(_) | Act::Hold(_) | Act::CutAfterPages(_) => {
-                Some(self.carry_out(node, &operation).await)
-            }
+            Act::Serve
+            | Act::Delay(_)
+            | Act::Hold(_)
+            | Act::CutAfterPages(_)
+            | Act::RefuseAfterPages(..) => Some(self.carry_out(node, &operation).await),
         }
     }
 
@@ -490,10 +500,11 @@ impl FakeCluster {
         act
     }
 
-    /// What becomes of a scan that has come.
-    async fn next_scan(&self, node: NodeId, scan: &v1::ScanRequest) -> Act {
-        self.state.lock().log.came(node, &Operation::Scan(scan.clone()));
-        let act = self.next(node, false).await;
+    /// What becomes of a scan, or a delete-range in steps, that has come.
+    async fn next_walk(&self, node: NodeId, operation: &Operation) -> Act {
+        self.state.lock().log.came(node, operation);
+        let is_write = matches!(operation, Operation::DeleteRange(_));
+        let act = self.next(node, is_write).await;
         self.state.lock().log.went(node);
         act
     }
@@ -526,6 +537,7 @@ impl Model {
         let write = match operation.clone() {
             Operation::Get(get) => return self.get(node, &get),
             Operation::BatchGet(batch) => return self.batch_get(node, &batch),
+            Operation::DeleteRange(range) => return Ok(self.delete_range(node, &range)?),
             Operation::Put(put) => Write::put(put)?,
             Operation::Delete(delete) => Write::delete(delete)?,
             Operation::Write(write) => Write::batch(write)?,
