@@ -2,10 +2,11 @@
 //! socket, no disk. Owns what a test says to it; how it behaves is in the modules beneath.
 //!
 //! A [`FakeCluster`] keeps the whole contract: versions, conditions, atomic batches within an entity,
-//! counters, times to live, scans at one version, sessions, writes that are applied once however
-//! often they are sent. It is several nodes with leaders, replicas and a shard map, behind the
-//! client's own network seam ([`net`](crate::net)): what the client does in front of a real cluster,
-//! it does here. [`conformance`] is the list of what both promise; it runs against either.
+//! counters, times to live, scans at one version, delete-ranges, reads of the past, sessions, writes
+//! that are applied once however often they are sent. It is several nodes with leaders, replicas and
+//! a shard map, behind the client's own network seam ([`net`](crate::net)): what the client does in
+//! front of a real cluster, it does here. [`conformance`] is the list of what both promise; it runs
+//! against either.
 //!
 //! And it goes wrong when told to: slow nodes, lost answers, refusals, leaders that move, nodes that
 //! go away. With tokio's paused clock (`#[tokio::test(start_paused = true)]`) a test of a five-second
