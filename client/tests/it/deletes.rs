@@ -151,7 +151,7 @@ async fn a_lost_progress_is_not_waited_for_and_what_it_did_stays_done() {
 async fn another_client_goes_on_with_the_token() {
     let (cluster, kv) = filled(1, 10).await;
     // Without it the node goes on for a while before it hears that nobody listens.
-    NODES.map(|node| cluster.script(node, [Act::CutAfterPages(1)]));
+    NODES.into_iter().for_each(|node| cluster.script(node, [Act::CutAfterPages(1)]));
     let mut stream = kv.delete_range(..).stream();
     let first = stream.try_next().await.expect("a progress").expect("not the end");
     assert_eq!((first.deleted, first.done), (2, false));
@@ -171,7 +171,7 @@ async fn another_client_goes_on_with_the_token() {
 async fn what_failed_says_whether_something_may_be_deleted() {
     let refused = |error: Error| (error.kind(), error.outcome());
     let (cluster, kv) = filled(4, 6).await;
-    NODES.map(|node| cluster.script(node, [refuse("CROSS_ENTITY")]));
+    NODES.into_iter().for_each(|node| cluster.script(node, [refuse("CROSS_ENTITY")]));
     let error = kv.delete_range(..).await.expect_err("refused");
     assert_eq!(refused(error), (ErrorKind::CrossEntity, Outcome::NotApplied));
     // Whichever node comes next: after one that has deleted, a refusal is not the whole story.
@@ -184,7 +184,7 @@ async fn what_failed_says_whether_something_may_be_deleted() {
     };
     for acts in later(1) {
         let (cluster, kv) = filled(1, 6).await;
-        NODES.map(|node| cluster.script(node, acts.clone()));
+        NODES.into_iter().for_each(|node| cluster.script(node, acts.clone()));
         let mut stream = kv.delete_range(..).stream();
         let error = loop {
             match stream.try_next().await {
