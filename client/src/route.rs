@@ -262,12 +262,13 @@ impl Table {
         }
     }
 
-    /// The replicas of a shard that may serve reads, as far as the map says; `zone` is the client's.
+    /// The replicas of a shard that may serve reads, as far as the map says: not those that are
+    /// joining. `zone` is the client's.
     pub(crate) fn readable(&self, shard: ShardId, zone: Option<&str>) -> Vec<Replica> {
         let Some(map) = &self.map else { return Vec::new() };
         let leader = self.leader(shard).node;
         let replicas = map.shard(shard).into_iter().flat_map(|shard| &shard.replicas);
-        let readable = replicas.filter_map(|replica| {
+        let readable = replicas.filter(|replica| !replica.joining).filter_map(|replica| {
             let node = map.node(replica.node).filter(|node| serves(node.state))?;
             Some(Replica {
                 node: node.id,
@@ -465,6 +466,7 @@ mod tests {
                         1 | 3 => v1::ReplicaRole::Voter.into(),
                         _ => v1::ReplicaRole::Learner.into(),
                     },
+                    joining: false,
                 })
                 .collect();
         }
@@ -484,6 +486,18 @@ mod tests {
         assert_eq!(told, [(A, false, true), (B, true, false)], "voters and learners alike");
         let anywhere = routes.table().readable(SHARD, None);
         assert!(anywhere.iter().all(|known| known.is_in_zone), "without a zone all are near");
+        // A replica that is joining has nothing to say yet, whatever its node does.
+        wire.epoch += 1;
+        for shard in &mut wire.shards {
+            shard.replicas[1].joining = true;
+        }
+        routes.install(&wire).expect("a map");
+        let nodes = |known: Vec<Replica>| known.iter().map(|known| known.node).collect::<Vec<_>>();
+        assert_eq!(nodes(routes.table().readable(SHARD, Some("z2"))), [A]);
+        let shown = routes.table().snapshot();
+        let replicas = &shown.shard(SHARD).expect("it is in the map").replicas;
+        let joining = replicas.iter().filter(|replica| replica.joining).map(|known| known.node);
+        assert_eq!(joining.collect::<Vec<_>>(), [B], "people are shown which");
     }
 
     #[tokio::test]

@@ -2,10 +2,11 @@
 //! socket, no disk. Owns what a test says to it; how it behaves is in the modules beneath.
 //!
 //! A [`FakeCluster`] keeps the whole contract: versions, conditions, atomic batches within an entity,
-//! counters, times to live, scans at one version, sessions, writes that are applied once however
-//! often they are sent. It is several nodes with leaders, replicas and a shard map, behind the
-//! client's own network seam ([`net`](crate::net)): what the client does in front of a real cluster,
-//! it does here. [`conformance`] is the list of what both promise; it runs against either.
+//! counters, times to live, scans at one version, delete-ranges, reads of the past, sessions, writes
+//! that are applied once however often they are sent. It is several nodes with leaders, replicas and
+//! a shard map, behind the client's own network seam ([`net`](crate::net)): what the client does in
+//! front of a real cluster, it does here. [`conformance`] is the list of what both promise; it runs
+//! against either.
 //!
 //! And it goes wrong when told to: slow nodes, lost answers, refusals, leaders that move, nodes that
 //! go away. With tokio's paused clock (`#[tokio::test(start_paused = true)]`) a test of a five-second
@@ -51,7 +52,8 @@
 //! ```
 //!
 //! Not here: splits and moves of shards (only their epochs), disks that fill up, clocks that differ
-//! between nodes. Tests of those take a real cluster: `coracle demo`.
+//! between nodes, the limits on deleted versions that an atomic delete-range may pass. Tests of those
+//! take a real cluster: `coracle demo`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -72,6 +74,7 @@ pub mod conformance;
 mod admin;
 mod faults;
 mod model;
+mod range;
 mod read;
 mod scan;
 mod seen;
@@ -166,7 +169,8 @@ impl Shape {
         Shape { forwards: false, ..self }
     }
 
-    /// Entries of a scan's page at most. Default: as many as servers give.
+    /// Entries of a scan's page at most, and keys of a step of a delete-range. Default: as many as
+    /// servers give and take.
     pub fn page_entries(self, entries: usize) -> Shape {
         Shape { page_entries: entries, ..self }
     }
@@ -445,8 +449,13 @@ impl FakeCluster {
     }
 
     async fn act(&self, node: NodeId, operation: Operation) -> Option<Answer> {
-        let is_write =
-            matches!(operation, Operation::Put(_) | Operation::Delete(_) | Operation::Write(_));
+        let is_write = matches!(
+            operation,
+            Operation::Put(_)
+                | Operation::Delete(_)
+                | Operation::Write(_)
+                | Operation::DeleteRange(_)
+        );
         match self.next(node, is_write).await {
             Act::Refuse(refusal) => Some(Answer::Error(refusal.0.to_pipeline())),
             Act::LoseRequest => None,
@@ -463,9 +472,11 @@ impl FakeCluster {
                 self.cut(node);
                 None
             }
-            Act::Serve | Act::Delay(_) | Act::Hold(_) | Act::CutAfterPages(_) => {
-                Some(self.carry_out(node, &operation).await)
-            }
+            Act::Serve
+            | Act::Delay(_)
+            | Act::Hold(_)
+            | Act::CutAfterPages(_)
+            | Act::RefuseAfterPages(..) => Some(self.carry_out(node, &operation).await),
         }
     }
 
@@ -490,10 +501,11 @@ impl FakeCluster {
         act
     }
 
-    /// What becomes of a scan that has come.
-    async fn next_scan(&self, node: NodeId, scan: &v1::ScanRequest) -> Act {
-        self.state.lock().log.came(node, &Operation::Scan(scan.clone()));
-        let act = self.next(node, false).await;
+    /// What becomes of a scan, or a delete-range in steps, that has come.
+    async fn next_walk(&self, node: NodeId, operation: &Operation) -> Act {
+        self.state.lock().log.came(node, operation);
+        let is_write = matches!(operation, Operation::DeleteRange(_));
+        let act = self.next(node, is_write).await;
         self.state.lock().log.went(node);
         act
     }
@@ -526,6 +538,7 @@ impl Model {
         let write = match operation.clone() {
             Operation::Get(get) => return self.get(node, &get),
             Operation::BatchGet(batch) => return self.batch_get(node, &batch),
+            Operation::DeleteRange(range) => return Ok(self.delete_range(node, &range)?),
             Operation::Put(put) => Write::put(put)?,
             Operation::Delete(delete) => Write::delete(delete)?,
             Operation::Write(write) => Write::batch(write)?,

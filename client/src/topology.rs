@@ -52,6 +52,8 @@ pub struct Replica {
     pub node: NodeId,
     /// Whether it votes; a learner only reads.
     pub voter: bool,
+    /// It does not hold yet what the others hold: reads go elsewhere.
+    pub joining: bool,
 }
 
 /// One node of the map.
@@ -163,6 +165,7 @@ impl Replica {
             id: replica.id,
             node: replica.node,
             voter: replica.role == shard_map::ReplicaRole::Voter,
+            joining: replica.joining,
         }
     }
 }

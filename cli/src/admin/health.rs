@@ -164,8 +164,12 @@ mod tests {
             state: coracle_client::topology::NodeState::Active,
             version: String::new(),
         });
-        let replicas =
-            (1..=3).map(|id| Replica { id: ReplicaId(id), node: NodeId(id), voter: true });
+        let replicas = (1..=3).map(|id| Replica {
+            id: ReplicaId(id),
+            node: NodeId(id),
+            voter: true,
+            joining: false,
+        });
         let shard = Shard {
             id: ShardId(1),
             start: 0,

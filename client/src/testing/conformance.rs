@@ -18,6 +18,8 @@ use crate::request::Operation;
 use crate::session::{Consistency, SessionMark};
 use crate::topology::EntityRule;
 
+mod past;
+
 /// The keyspace that the checks use, besides `default`: its entities end at `/`.
 pub const KEYSPACE: &str = "conformance";
 
@@ -51,6 +53,18 @@ pub async fn run(kv: &Client, mut started: impl FnMut(&str)) {
     scans_show_one_version(kv).await;
     started("a scan goes on behind its resume token");
     scans_resume(kv).await;
+    started("a range is deleted in steps, and no key beyond it");
+    past::ranges_go_in_steps(kv).await;
+    started("a range of one entity is deleted at once or not at all");
+    past::ranges_go_at_once(kv).await;
+    started("a range of too many keys is not deleted at once");
+    past::too_much_at_once_is_refused(kv).await;
+    started("a read at a version finds what was there");
+    past::the_past_is_read(kv).await;
+    started("a scan at a version shows what was there");
+    past::the_past_is_scanned(kv).await;
+    started("a keyspace's history is set, and what is gone stays gone");
+    past::history_is_set(kv).await;
     started("a session reads its own writes, and hands them over");
     sessions_hold(kv).await;
     started("what lies beyond a limit is refused and not applied");
@@ -86,6 +100,12 @@ async fn value(kv: &Keyspace, key: &str) -> Option<Bytes> {
 /// A keyspace by its name, `default` too.
 fn default(kv: &Client) -> Keyspace {
     kv.keyspace("default")
+}
+
+/// Another number on each run.
+fn stamp() -> u128 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_nanos())
 }
 
 async fn versions_rise(kv: &Client) {
@@ -340,8 +360,7 @@ async fn scans_resume(kv: &Client) {
 
 async fn sessions_hold(kv: &Client) {
     let session = kv.with_consistency(Consistency::Session);
-    let stamp = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let stamp = stamp.map_or(0, |since| since.as_nanos());
+    let stamp = stamp();
     for round in 0..50u32 {
         let key = format!("conformance-session-{}", round % 7);
         let value = format!("{stamp}-{round}");

@@ -32,8 +32,11 @@ pub enum Act {
     Cut,
     /// Carries it out, then breaks all its connections.
     ApplyAndCut,
-    /// Of a scan: breaks off after this many pages.
+    /// Of a scan or a delete-range in steps: breaks all its connections after this many pages, or
+    /// answers that tell the progress.
     CutAfterPages(usize),
+    /// Of the same: refuses to go on after so many.
+    RefuseAfterPages(usize, Refusal),
 }
 
 /// Keeps one request waiting until the test lets it go. Cheap to clone.

@@ -1,6 +1,6 @@
 //! Owns the state of a fake cluster: its map, its clock, and every version of every key. Plain data
 //! and plain functions: nothing here waits or sends. What a write does is in `write`, what a read
-//! finds in `read`, the pages of a scan in `scan`.
+//! finds in `read`, the pages of a scan in `scan`, the steps of a delete-range in `range`.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -30,6 +30,9 @@ const COUNTER_BITS: u32 = 16;
 /// Steps of a shard that a replica can be held back by. Beyond: it is at least so far.
 const STEPS_MAX: usize = 10_000;
 
+/// What every keyspace keeps readable, whatever its settings say: as in the servers.
+const HISTORY_MS_MIN: u64 = 5_000;
+
 /// When to come back to a shard without a leader, as servers say it.
 const NO_QUORUM_RETRY: Duration = Duration::from_millis(200);
 
@@ -41,6 +44,8 @@ pub(super) struct Model {
     pub(super) map: ShardMap,
     pub(super) groups: BTreeMap<ShardId, Group>,
     pub(super) keys: BTreeMap<(KeyspaceId, Bytes), Vec<Held>>,
+    /// What was gone when a keyspace's history changed: a longer one does not bring it back.
+    gone: BTreeMap<KeyspaceId, u64>,
     pub(super) down: BTreeSet<NodeId>,
     pub(super) lags: BTreeMap<NodeId, Duration>,
     pub(super) shape: Shape,
@@ -141,6 +146,7 @@ impl Model {
             map,
             groups,
             keys: BTreeMap::new(),
+            gone: BTreeMap::new(),
             down: BTreeSet::new(),
             lags: BTreeMap::new(),
             shape: shape.clone(),
@@ -277,6 +283,8 @@ impl Model {
         }
         (changed.history_ms, changed.revision) = (request.history_ms, changed.revision + 1);
         if !request.validate_only {
+            let id = KeyspaceId(changed.id);
+            self.gone.insert(id, self.history_threshold(id));
             self.change_map(|map| {
                 map.epoch += 1;
                 let known = map.keyspaces.iter_mut().find(|known| known.id == changed.id);
@@ -304,6 +312,16 @@ impl Model {
     ) -> Result<Place, Fault> {
         let keyspace = self.keyspace(keyspace)?;
         let shard = self.map.locate_key(keyspace, key);
+        self.check_route(shard, route)?;
+        Ok(Place { keyspace: keyspace.id, shard: shard.id })
+    }
+
+    /// Whether the caller's route, if it names a shard, names this one as it is.
+    pub(super) fn check_route(
+        &self,
+        shard: &Shard,
+        route: Option<&v1::Route>,
+    ) -> Result<(), Fault> {
         let fits = |route: &v1::Route| {
             let epoch = route.shard_epoch;
             route.shard == shard.id.0 && (epoch == 0 || epoch == shard.epoch.0)
@@ -314,7 +332,7 @@ impl Model {
                 .with(metadata::SHARD, shard.id)
                 .with(metadata::EPOCH, shard.epoch.0));
         }
-        Ok(Place { keyspace: keyspace.id, shard: shard.id })
+        Ok(())
     }
 
     /// The shard's leader, if a request that came to `asked` reaches it: there itself, or one hop on.
@@ -388,7 +406,25 @@ impl Model {
     /// What lies below this version may be gone.
     pub(super) fn history_threshold(&self, keyspace: KeyspaceId) -> u64 {
         let history_ms = self.map.keyspace_by_id(keyspace).map_or(0, |known| known.history_ms);
-        version_at(self.now_ms().saturating_sub(history_ms))
+        let kept_ms = history_ms.max(HISTORY_MS_MIN);
+        let gone = self.gone.get(&keyspace).copied().unwrap_or_default();
+        version_at(self.now_ms().saturating_sub(kept_ms)).max(gone)
+    }
+
+    /// Writes new versions of keys, and drops the old ones that no read can find any more.
+    pub(super) fn put_all(
+        &mut self,
+        keyspace: KeyspaceId,
+        writes: impl IntoIterator<Item = (Bytes, Held)>,
+    ) {
+        let oldest = self.history_threshold(keyspace);
+        for (key, held) in writes {
+            let versions = self.keys.entry((keyspace, key)).or_default();
+            versions.push(held);
+            // The newest that a read at the oldest version still finds stays.
+            let reachable = versions.iter().rposition(|held| held.version <= oldest);
+            versions.drain(..reachable.unwrap_or(0));
+        }
     }
 }
 

@@ -1,12 +1,13 @@
 //! Owns what a fake cluster has seen: the requests as they came, and counts of what became of them.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 
-use crate::session::RequestId;
+use crate::session::{Consistency, RequestId};
 use crate::topology::NodeId;
 
 /// Requests that are kept for the test to look at. Beyond: the oldest go.
@@ -18,18 +19,22 @@ const REQUESTS_MAX: usize = 100_000;
 pub struct Request {
     /// The node that it came to.
     pub node: NodeId,
-    /// `get`, `batch_get`, `put`, `delete`, `write` or `scan`.
+    /// `get`, `batch_get`, `put`, `delete`, `write`, `scan` or `delete_range`.
     pub method: &'static str,
     /// The keyspace's name.
     pub keyspace: String,
-    /// The first key; of a scan, its start or prefix.
+    /// The first key; of a scan or a delete-range, its start or prefix.
     pub key: Bytes,
-    /// Of a write: the same on every attempt.
+    /// Of a write: the same on every attempt. A delete-range in steps has none.
     pub request_id: Option<RequestId>,
     /// Of a write: the client's lowest sequence that was unanswered.
     pub lowest_unanswered: u64,
     /// The shard's epoch as the client knew it; 0 where it did not say.
     pub shard_epoch: u64,
+    /// Of a read or scan at a version: that one; else 0.
+    pub at_version: u64,
+    /// Of a read: how fresh the answer must be; `None` where it did not say.
+    pub consistency: Option<Consistency>,
 }
 
 /// How often what happened, since the cluster was made.
@@ -114,11 +119,23 @@ fn seen(node: NodeId, operation: &Operation) -> Request {
             let first = scan.start.clone().max(scan.prefix.clone());
             ("scan", &scan.keyspace, first, none)
         }
+        Operation::DeleteRange(range) => {
+            let first = range.start.clone().max(range.prefix.clone());
+            ("delete_range", &range.keyspace, first, (range.request_id, range.only_shard))
+        }
         _ => return Request { node, method: "other", ..Request::of(String::new(), Bytes::new()) },
+    };
+    let read = match operation {
+        Operation::Get(get) => get.read.as_ref(),
+        Operation::BatchGet(batch) => batch.read.as_ref(),
+        Operation::Scan(scan) => scan.read.as_ref(),
+        _ => None,
     };
     Request {
         node,
         method,
+        at_version: read.map_or(0, |read| read.at_version),
+        consistency: read.and_then(consistency),
         request_id: id.as_ref().map(request_id),
         lowest_unanswered: id.map_or(0, |id| id.lowest_unanswered),
         shard_epoch: route.map_or(0, |route| route.shard_epoch),
@@ -128,6 +145,18 @@ fn seen(node: NodeId, operation: &Operation) -> Request {
 
 fn request_id(id: &v1::RequestId) -> RequestId {
     RequestId { client: id.client, sequence: id.sequence, birth: id.birth }
+}
+
+fn consistency(read: &v1::ReadOptions) -> Option<Consistency> {
+    Some(match read.consistency() {
+        v1::Consistency::Unspecified => return None,
+        v1::Consistency::Linearizable => Consistency::Linearizable,
+        v1::Consistency::Session => Consistency::Session,
+        v1::Consistency::Bounded => {
+            Consistency::Bounded(Duration::from_millis(read.max_staleness_ms))
+        }
+        v1::Consistency::Any => Consistency::Any,
+    })
 }
 
 impl Request {
@@ -140,6 +169,8 @@ impl Request {
             request_id: None,
             lowest_unanswered: 0,
             shard_epoch: 0,
+            at_version: 0,
+            consistency: None,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Owns the gRPC services of a fake node: decode, ask the cluster, encode. Does not decide anything.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use coracle_proto::limits::PIPELINE_IN_FLIGHT_MAX;
 use coracle_proto::reason::{Fault, Outcome, Reason};
@@ -15,7 +16,9 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status, Streaming, async_trait};
 
 use super::FakeCluster;
-use super::faults::Act;
+use super::faults::{Act, Refusal};
+use super::model::Model;
+use super::range::Deleting;
 use super::scan::Scanning;
 use crate::topology::NodeId;
 
@@ -27,6 +30,74 @@ pub(super) struct Node {
 }
 
 type Boxed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// What answers in pieces.
+trait Walk: Send + 'static {
+    type Answer: Send + 'static;
+
+    fn is_done(&self) -> bool;
+
+    fn next(&mut self, model: &mut Model) -> Result<Self::Answer, Fault>;
+
+    /// A fault that ends it here, with what is known of what it has done.
+    fn failed(&self, fault: Fault) -> Fault;
+}
+
+impl Walk for Scanning {
+    type Answer = v1::ScanResponse;
+
+    fn is_done(&self) -> bool {
+        self.done
+    }
+
+    fn next(&mut self, model: &mut Model) -> Result<v1::ScanResponse, Fault> {
+        Ok(model.next_page(self))
+    }
+
+    fn failed(&self, fault: Fault) -> Fault {
+        fault
+    }
+}
+
+impl Walk for Deleting {
+    type Answer = v1::DeleteRangeResponse;
+
+    fn is_done(&self) -> bool {
+        self.done
+    }
+
+    fn next(&mut self, model: &mut Model) -> Result<v1::DeleteRangeResponse, Fault> {
+        model.next_progress(self)
+    }
+
+    fn failed(&self, fault: Fault) -> Fault {
+        Deleting::failed(self, fault)
+    }
+}
+
+/// When the test ends a stream.
+enum End {
+    AtItsOwn,
+    /// After so many answers.
+    After(usize, Ended),
+}
+
+/// How the test ends a stream.
+enum Ended {
+    Cut,
+    Refused(Refusal),
+}
+
+impl End {
+    /// After another answer; how it ends when there may be none.
+    fn one_less(self) -> Result<End, Ended> {
+        match self {
+            End::AtItsOwn => Ok(End::AtItsOwn),
+            End::After(0, ended) => Err(ended),
+            End::After(left, ended) => Ok(End::After(left - 1, ended)),
+        }
+    }
+}
 
 impl Node {
     /// Serves one operation that did not come on a pipeline.
@@ -60,23 +131,61 @@ impl Node {
         Some(v1::PipelineResponse { id, result: Some(result?) })
     }
 
-    /// The pages of a scan, each read when the one before has been taken.
-    fn pages(&self, scanning: Scanning, pages_max: usize) -> Boxed<v1::ScanResponse> {
-        let start = (self.clone(), scanning, pages_max);
-        let pages = stream::unfold(start, |(node, mut scanning, pages_left)| async move {
-            if scanning.done {
-                return None;
-            }
-            if pages_left == 0 {
-                // What has been sent before shall arrive.
-                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
-                node.cluster.cut(node.id);
-                std::future::pending::<()>().await;
-            }
-            let page = node.cluster.state.lock().model.next_page(&mut scanning);
-            Some((Ok(page), (node, scanning, pages_left - 1)))
+    /// The answers of a scan or a delete-range, each made when the one before has been taken.
+    fn walk<W: Walk>(&self, walk: W, end: End) -> Boxed<W::Answer> {
+        let start = (self.clone(), Some(walk), end);
+        let answers = stream::unfold(start, |(node, walk, end)| async move {
+            let mut walk = walk.filter(|walk| !walk.is_done())?;
+            let end = match end.one_less() {
+                Ok(end) => end,
+                Err(Ended::Cut) => {
+                    // What has been sent before shall arrive.
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    node.cluster.cut(node.id);
+                    std::future::pending().await
+                }
+                Err(Ended::Refused(refusal)) => {
+                    node.cluster.state.lock().log.counts.refused += 1;
+                    let status = walk.failed(refusal.0).to_status();
+                    return Some((Err(status), (node, None, End::AtItsOwn)));
+                }
+            };
+            let answer = walk.next(&mut node.cluster.state.lock().model);
+            let walk = answer.is_ok().then_some(walk);
+            Some((answer.map_err(Status::from), (node, walk, end)))
         });
-        Box::pin(pages)
+        Box::pin(answers)
+    }
+
+    /// Begins a scan or a delete-range as the test wants it to go.
+    async fn begin<W: Walk>(
+        &self,
+        operation: Operation,
+        begin: impl FnOnce(&mut Model) -> Result<W, Fault>,
+    ) -> Result<Response<Boxed<W::Answer>>, Status> {
+        let act = self.cluster.next_walk(self.id, &operation).await;
+        let end = match act {
+            Act::Refuse(refusal) => return Err(refusal.0.to_status()),
+            Act::LoseRequest => return std::future::pending().await,
+            Act::Cut => End::After(0, Ended::Cut),
+            Act::CutAfterPages(pages) => End::After(pages, Ended::Cut),
+            Act::RefuseAfterPages(pages, ref refusal) => {
+                End::After(pages, Ended::Refused(refusal.clone()))
+            }
+            Act::Serve | Act::Delay(_) | Act::Hold(_) | Act::LoseAnswer | Act::ApplyAndCut => {
+                End::AtItsOwn
+            }
+        };
+        let mut walk = begin(&mut self.cluster.state.lock().model).map_err(Status::from)?;
+        if matches!(act, Act::LoseAnswer | Act::ApplyAndCut) {
+            // As far as the first answer, which nobody gets.
+            drop(walk.next(&mut self.cluster.state.lock().model));
+            if matches!(act, Act::ApplyAndCut) {
+                self.cluster.cut(self.id);
+            }
+            return std::future::pending().await;
+        }
+        Ok(Response::new(self.walk(walk, end)))
     }
 }
 
@@ -146,23 +255,17 @@ impl KvService for Node {
         request: Request<v1::ScanRequest>,
     ) -> Result<Response<Self::ScanStream>, Status> {
         let scan = request.into_inner();
-        let pages_max = match self.cluster.next_scan(self.id, &scan).await {
-            Act::Refuse(refusal) => return Err(refusal.0.to_status()),
-            Act::LoseRequest | Act::LoseAnswer => std::future::pending().await,
-            Act::Cut | Act::ApplyAndCut => 0,
-            Act::CutAfterPages(pages) => pages,
-            Act::Serve | Act::Delay(_) | Act::Hold(_) => usize::MAX,
-        };
-        let begun = self.cluster.state.lock().model.begin_scan(self.id, scan);
-        Ok(Response::new(self.pages(begun.map_err(Status::from)?, pages_max)))
+        let operation = Operation::Scan(scan.clone());
+        self.begin(operation, |model| model.begin_scan(self.id, scan)).await
     }
 
     async fn delete_range(
         &self,
-        _: Request<v1::DeleteRangeRequest>,
+        request: Request<v1::DeleteRangeRequest>,
     ) -> Result<Response<Self::DeleteRangeStream>, Status> {
-        let message = "a fake cluster deletes key by key";
-        Err(Fault::new(Reason::Unsupported, message).to_status())
+        let range = request.into_inner();
+        let operation = Operation::DeleteRange(range.clone());
+        self.begin(operation, |model| model.begin_delete_range(self.id, range)).await
     }
 
     async fn pipeline(

@@ -14,6 +14,7 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use tokio::time::Instant;
 
 use super::model::{Held, Model, Place, Step, ms_of, version_at};
+use super::range::Deleted;
 use crate::topology::NodeId;
 
 /// How long results are kept: as in the servers. Beyond: `RETRY_WINDOW_PASSED`.
@@ -57,17 +58,21 @@ pub(super) struct Memory {
 
 /// What a write did, as its retries are told too.
 #[derive(Clone)]
-struct Stored {
-    step: Step,
-    version: u64,
-    verdict: Verdict,
+pub(super) struct Stored {
+    pub(super) step: Step,
+    pub(super) version: u64,
+    pub(super) verdict: Verdict,
 }
 
 #[derive(Clone)]
-enum Verdict {
+pub(super) enum Verdict {
     Applied(Vec<v1::OperationResult>),
     ConditionFailed(Vec<v1::OperationResult>),
     Invalid(&'static str),
+    /// Of a delete-range.
+    RangeDeleted(Deleted),
+    /// Of an atomic delete-range over more keys than may be.
+    RangeTooLarge,
 }
 
 impl Write {
@@ -121,15 +126,22 @@ impl Model {
         let first = &write.operations[0].key;
         let place = self.place(&write.keyspace, first, write.route.as_ref())?;
         let node = self.leader_from(asked, place.shard)?;
-        let stored = self.decide(place, write)?;
+        let stored = self.decide(place, write.id.as_ref(), |model, version| {
+            model.judge(place.keyspace, &write.operations, version)
+        })?;
         self.answer(place, node, write.answer, &stored)
     }
 
-    /// What the write did: now, or when it first came.
-    fn decide(&mut self, place: Place, write: &Write) -> Result<Stored, Fault> {
+    /// What a write did: now, as `judge` says, or when it first came.
+    pub(super) fn decide(
+        &mut self,
+        place: Place,
+        id: Option<&v1::RequestId>,
+        judge: impl FnOnce(&mut Model, u64) -> Verdict,
+    ) -> Result<Stored, Fault> {
         let now_ms = self.now_ms();
         let group = self.groups.get_mut(&place.shard).expect("a place is of a shard");
-        if let Some(id) = &write.id {
+        if let Some(id) = id {
             match group.memory.admit(id, now_ms) {
                 Ok(None) => {}
                 Ok(Some(stored)) => {
@@ -146,9 +158,9 @@ impl Model {
         group.clock = version;
         let term = self.map.shard(place.shard).map_or(0, |shard| shard.leader_term);
         let step = group.step(Instant::now(), term, version);
-        let verdict = self.judge(place.keyspace, &write.operations, version);
+        let verdict = judge(self, version);
         let stored = Stored { step, version, verdict };
-        if let Some(id) = &write.id {
+        if let Some(id) = id {
             let group = self.groups.get_mut(&place.shard).expect("it was there before");
             group.memory.remember(id, stored.clone());
         }
@@ -179,7 +191,7 @@ impl Model {
             leave_out(&mut results);
             return Verdict::ConditionFailed(results);
         }
-        let mut writes: BTreeMap<&Bytes, Held> = BTreeMap::new();
+        let mut writes: BTreeMap<Bytes, Held> = BTreeMap::new();
         for (operation, result) in operations.iter().zip(&mut results) {
             let held = match operation.kind.as_ref() {
                 Some(Kind::Put(put)) => Held {
@@ -204,16 +216,9 @@ impl Model {
                 }
                 Some(Kind::Check(_)) | None => continue,
             };
-            writes.insert(&operation.key, held);
+            writes.insert(operation.key.clone(), held);
         }
-        let oldest = self.history_threshold(keyspace);
-        for (key, held) in writes {
-            let versions = self.keys.entry((keyspace, key.clone())).or_default();
-            versions.push(held);
-            // The newest that a read at the oldest version still finds stays.
-            let reachable = versions.iter().rposition(|held| held.version <= oldest);
-            versions.drain(..reachable.unwrap_or(0));
-        }
+        self.put_all(keyspace, writes);
         Verdict::Applied(results)
     }
 
@@ -229,6 +234,7 @@ impl Model {
             Verdict::Applied(results) => (true, stored.version, results.clone()),
             Verdict::ConditionFailed(results) => (false, 0, results.clone()),
             Verdict::Invalid(why) => return Err(Fault::new(Reason::InvalidArgument, *why)),
+            Verdict::RangeDeleted(_) | Verdict::RangeTooLarge => return Err(another_writes_id()),
         };
         let first = || results.first().and_then(|result| result.current.clone());
         Ok(match answer {
@@ -302,6 +308,12 @@ impl Memory {
         });
         self.floor_ms = floor_ms;
     }
+}
+
+/// The id was that of a delete-range, or of a write where that asks now.
+pub(super) fn another_writes_id() -> Fault {
+    let message = "the request id is that of another write, which was judged before";
+    Fault::invalid("request_id", message)
 }
 
 /// What no state makes right.

@@ -291,20 +291,34 @@ fn handles_and_calls_can_cross_threads() {
 
 #[tokio::test(start_paused = true)]
 async fn a_read_at_a_version_says_so_whatever_the_handle_says() {
-    let cluster = Cluster::start(3, 4);
+    let cluster = start(3, 4);
     let kv = cluster.client().await.with_consistency(coracle_client::Consistency::Any);
-    let _ = kv.get("a").at(Version(7)).await;
-    let _ = kv.multi_get(["a"]).at(Version(8)).await;
-    let seen = cluster.take_seen();
-    let read = |seen: &crate::fake::Seen| match &seen.operation {
-        Wire::Get(get) => get.read.clone(),
-        Wire::BatchGet(get) => get.read.clone(),
-        other => panic!("{other:?}"),
-    };
-    let reads: Vec<_> = seen.iter().map(read).map(|read| read.expect("said")).collect();
-    let versions: Vec<u64> = reads.iter().map(|read| read.at_version).collect();
-    assert_eq!(versions, [7, 8]);
-    assert!(reads.iter().all(|read| read.consistency == 0), "{reads:?}");
+    for error in [
+        kv.get("a").at(Version(7)).await.map(drop).expect_err("long gone"),
+        kv.multi_get(["a"]).at(Version(8)).await.map(drop).expect_err("long gone"),
+    ] {
+        assert_eq!((error.kind(), error.attempts()), (ErrorKind::VersionGone, 1));
+    }
+    let seen = cluster.take_requests();
+    let asked: Vec<_> =
+        seen.iter().map(|seen| (seen.method, seen.at_version, seen.consistency)).collect();
+    assert_eq!(asked, [("get", 7, None), ("batch_get", 8, None)]);
+    // The answers are those of the version, and of the leader alone.
+    let mut versions = Vec::new();
+    for value in ["1", "2"] {
+        versions.push(kv.put("a", value).await.expect("a put").version);
+    }
+    versions.push(kv.delete("a").await.expect("a delete").version);
+    let nodes = || cluster.take_requests().into_iter().map(|seen| seen.node).collect::<Vec<_>>();
+    nodes();
+    for (version, value) in versions.iter().zip([Some("1"), Some("2"), None]) {
+        let entry = kv.get("a").at(*version).await.expect("a get");
+        assert_eq!(entry.map(|entry| entry.value), value.map(Into::into));
+        let entries = kv.multi_get(["a"]).at(*version).await.expect("a multi-get");
+        let entries = entries.into_iter().map(|entry| entry.map(|entry| entry.value));
+        assert_eq!(entries.collect::<Vec<_>>(), [value.map(Into::into)]);
+    }
+    assert_eq!(nodes(), [N1; 6]);
     let error = kv.get("a").at(Version(0)).await.expect_err("there is no version 0");
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use coracle_client::NodeId;
-use coracle_client::testing::{Act, FakeCluster};
+use coracle_client::testing::{Act, FakeCluster, Refusal};
 use coracle_client::{Client, ErrorKind};
 use futures_util::TryStreamExt;
 use tokio::time::Instant;
@@ -127,10 +127,10 @@ async fn a_reader_that_was_away_goes_on_where_it_stood_within_its_page() {
             found.push(stream.try_next().await.expect("an entry").expect("not the end"));
         }
         tokio::time::sleep(Duration::from_secs(90)).await;
-        (1..=3).for_each(|node| cluster.cut(node));
-        let busy = Fault::new(Reason::Overloaded, "open scans");
-        let busy = Act::FaultAfterPages(away, busy.with_retry_after(Duration::from_millis(100)));
-        (1..=3).for_each(|node| cluster.script(node, [busy.clone()]));
+        (1..=3).for_each(|node| cluster.cut(NodeId(node)));
+        let busy = Refusal::overloaded(Duration::from_millis(100));
+        let busy = Act::RefuseAfterPages(away, busy);
+        (1..=3).for_each(|node| cluster.script(NodeId(node), [busy.clone()]));
     }
     found.extend(stream.try_collect::<Vec<_>>().await.expect("the rest"));
     let found = found.into_iter().map(|pair| String::from_utf8_lossy(&pair.key).into_owned());
@@ -141,8 +141,8 @@ async fn a_reader_that_was_away_goes_on_where_it_stood_within_its_page() {
 async fn a_version_that_is_gone_midway_is_said_behind_what_was_read() {
     let (cluster, kv) = filled(30).await;
     for node in 1..=3 {
-        let gone = Fault::new(Reason::VersionGone, "older than the history");
-        cluster.script(node, [Act::FaultAfterPages(2, gone)]);
+        let gone = Act::RefuseAfterPages(2, Refusal::new("VERSION_GONE"));
+        cluster.script(NodeId(node), [gone]);
     }
     let mut stream = kv.scan(..).stream();
     for number in 0..4 {
