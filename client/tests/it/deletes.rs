@@ -90,19 +90,24 @@ async fn an_empty_range_is_empty_and_not_everything() {
 #[tokio::test(start_paused = true)]
 async fn a_broken_delete_range_goes_on_behind_its_last_progress() {
     let (cluster, kv) = filled(1, 20).await;
-    // Another way in for what is written meanwhile: the scripts are for the delete-range alone.
     let other = cluster.client().await;
+    let streams = || {
+        let sent = cluster.take_requests();
+        sent.iter().filter(|seen| seen.method == "delete_range").count()
+    };
     for node in NODES {
-        let acts = [Act::CutAfterPages(1), Act::CutAfterPages(2), Act::CutAfterPages(0)];
+        let acts = [1, 2, 0, 1, 0, 1, 1].map(Act::CutAfterPages);
         cluster.script(node, acts);
     }
     let started = Instant::now();
     let mut stream = kv.delete_range(..).stream();
     let mut told = Vec::new();
+    let mut before = 0;
     while let Some(progress) = stream.try_next().await.expect("it goes on by itself") {
         told.push(progress.deleted);
-        if told.len() == 9 {
+        if told.len() == 4 {
             // A key behind which it has gone on is its own again.
+            before = streams();
             other.put("k00", "newer").await.expect("a put");
         }
     }
@@ -111,9 +116,8 @@ async fn a_broken_delete_range_goes_on_behind_its_last_progress() {
     expected.push(20);
     assert_eq!(told, expected, "each key once");
     assert_eq!(left(&cluster).await, [0]);
-    let sent = cluster.take_requests();
-    let streams = sent.iter().filter(|seen| seen.method == "delete_range").count();
-    assert!(streams >= 5, "it was broken often: {streams}");
+    let after = streams();
+    assert!(before >= 3 && after >= 3, "it was broken before and after: {before}, {after}");
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
 }
 
