@@ -5,7 +5,7 @@
 //! would hold its place among the node's requests for ever. What waits for a caller is bounded three
 //! ways: at most [`PIPELINE_IN_FLIGHT_MAX`] operations are under way or finished and not taken, and no
 //! more are read; finished answers count in the node's byte budget; and a caller that takes nothing for
-//! [`STOPPED_MAX`] loses its stream.
+//! `STOPPED_MAX` loses its stream.
 //!
 //! Answers that are there together travel in one message.
 
