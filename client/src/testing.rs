@@ -1,4 +1,4 @@
-//! A cluster in memory for the tests of services: the same [`Client`](crate::Client), no process, no
+//! A cluster in memory for the tests of services: the same [`Client`], no process, no
 //! socket, no disk. Owns what a test says to it; how it behaves is in the modules beneath.
 //!
 //! A [`FakeCluster`] keeps the whole contract: versions, conditions, atomic batches within an entity,

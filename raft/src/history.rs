@@ -4,7 +4,7 @@
 //!
 //! **The threshold** of a keyspace is the lowest version that may still be read at: the group clock
 //! less the keyspace's history. It never falls. A longer history begins to count where the shorter
-//! one had ended ([`Kept::floor`]), and a pin must lie at or above the threshold when it is taken.
+//! one had ended (`Kept::floor`), and a pin must lie at or above the threshold when it is taken.
 //! It is a function of replicated state alone, so it needs no record of its own.
 //!
 //! **A pin** holds one keyspace's threshold at or below a version, until a time. Pins are shared:
