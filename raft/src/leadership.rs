@@ -95,6 +95,11 @@ impl Leadership {
         Err(GroupError::NotLeader { leader: leader.map(|place| place.node) })
     }
 
+    /// This replica.
+    pub(crate) fn own(&self) -> u64 {
+        self.0.borrow_watched().id
+    }
+
     /// The replica that leads and its node, where it is another one than this.
     pub(crate) fn other_leader(&self) -> Option<(u64, NodeId)> {
         let metrics = self.0.borrow_watched();

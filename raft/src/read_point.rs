@@ -154,11 +154,20 @@ impl ReadPoints {
     /// caller has confirmed this leader after whoever wants it has asked, so that nothing can have
     /// been acknowledged elsewhere under a higher one.
     pub(crate) async fn fix(&self, version: Option<u64>) -> Result<Fixed, GroupError> {
+        let term = self.0.leadership.leads()?;
         let version = self.0.proposer.fix(version).await?;
         // The leader's core takes messages in order: behind every entry that was stamped before.
-        let last = self.0.raft.with_raft_state(|state| state.log_ids.last().map(|id| id.index()));
-        let last = last.await.map_err(|_| GroupError::Stopped)?;
-        Ok(Fixed { version, index: last.unwrap_or(0) })
+        // Another leader may have cut this log meanwhile; entries that are gone here may come back
+        // under a third. Only as the leader of one term throughout, this replica has cut nothing.
+        let own = self.0.leadership.own();
+        let last = self.0.raft.with_raft_state(move |state| {
+            let vote = state.vote_ref();
+            let by_own = vote.leader_id.term == term && vote.leader_id.voted_for == own;
+            (vote.committed && by_own).then(|| state.log_ids.last().map_or(0, |id| id.index()))
+        });
+        let index = last.await.map_err(|_| GroupError::Stopped)?;
+        let index = index.ok_or(GroupError::NotLeader { leader: None })?;
+        Ok(Fixed { version, index })
     }
 
     /// Has the leader fix a version.

@@ -130,8 +130,10 @@ impl Reads {
         look: impl FnOnce(&ReadState) -> T + Send + 'static,
     ) -> Result<(T, Duration), GroupError> {
         if self.points.leads() {
-            let read = self.linearizable(deadline, look).await;
-            return read.map(|read| (read, Duration::ZERO));
+            // The check that confirms it is the note by which the view is judged: a pause between
+            // the two makes it old here as anywhere.
+            let read = self.linearizable(deadline, self.judged(bound, look)).await?;
+            return read.map_err(|_| GroupError::TooStale);
         }
         let look = match self.at_hand(bound, look).await? {
             Ok(read) => return Ok(read),

@@ -59,6 +59,8 @@ impl Group {
         &self,
         deadline: Instant,
     ) -> Result<(u64, Arc<StoredMembership>), ChangeError> {
+        // Any replica reads what a majority has confirmed; only the leader knows who follows how far.
+        self.leadership.leads().map_err(unchanged)?;
         let look = |state: &crate::state_machine::ReadState| {
             (state.descriptor.as_ref().map(|known| known.epoch), state.membership.clone())
         };

@@ -184,7 +184,13 @@ async fn a_change_planned_on_another_epoch_or_against_what_is_changes_nothing() 
     let follower = cluster.nodes.values().find_map(|node| {
         node.host.group(SHARD).filter(|group| group.status().state == Standing::Follower)
     });
-    let elsewhere = follower.expect("a follower").remove_learner(LEARNER, epoch + 1, soon()).await;
+    let follower = follower.expect("a follower");
+    let asked = follower.members(soon()).await;
+    assert!(
+        matches!(asked, Err(ChangeError::NotLeader { .. })),
+        "it reads, but leads not: {asked:?}"
+    );
+    let elsewhere = follower.remove_learner(LEARNER, epoch + 1, soon()).await;
     assert!(matches!(elsewhere, Err(ChangeError::NotLeader { .. })), "{elsewhere:?}");
 }
 

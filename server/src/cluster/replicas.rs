@@ -277,7 +277,10 @@ impl Cluster {
                     _ => MemberChange::RemoveLearner,
                 };
                 let told = self.ask_leader(job.ask, changed(change)).await;
-                *group = told.map_err(|(why, _)| why)?;
+                *group = told.map_err(|(why, leader)| {
+                    outcome.leader = leader;
+                    why
+                })?;
             }
             Step::Settle => outcome.changes.push(Change::Settle { shard, replica }),
             Step::Withdraw => {

@@ -228,10 +228,12 @@ impl Found {
 
     /// Judges expiry without asking anybody, where nothing that was found is in doubt; else leaves
     /// it, and says so. What the group's clock, or the reader, has reached is past for everybody;
-    /// what lies farther ahead than any clock strays is not. `now_ms` is 0 for a clock that strays.
+    /// what lies farther ahead than any leader's stamps can be is not: this clock and the leader's may
+    /// each be a bound off the median, and a leader follows a reader one more ahead of its own.
+    /// `now_ms` is 0 for a clock that strays.
     fn judge_surely(&mut self, judged_from: u64, now_ms: u64) -> bool {
         let past = self.clock.max(judged_from);
-        let surely_past = HybridTime::at_ms(now_ms).0.saturating_add(HybridTime::BOUND);
+        let surely_past = HybridTime::at_ms(now_ms).0.saturating_add(3 * HybridTime::BOUND);
         let expiry = self.first_expiry_after(past);
         if expiry.is_some_and(|expiry| expiry <= surely_past || now_ms == 0) {
             // Only the leader can say whether it is gone, and make that hold for everybody.
@@ -280,8 +282,8 @@ mod tests {
         };
         assert_eq!(judged(at(5_000), at(5_000), 0, 4_000), Some(false), "the group has passed it");
         assert_eq!(judged(at(5_000), at(1_000), at(6_000), 4_000), Some(false), "the reader has");
-        assert_eq!(judged(at(5_000), at(1_000), 0, 4_499), Some(true), "no clock can have");
-        assert_eq!(judged(at(5_000), at(1_000), 0, 4_500), None);
+        assert_eq!(judged(at(5_000), at(1_000), 0, 3_499), Some(true), "no clock can have");
+        assert_eq!(judged(at(5_000), at(1_000), 0, 3_500), None);
         assert_eq!(judged(at(5_000), at(1_000), 0, 9_000), None);
         assert_eq!(judged(at(5_000), at(1_000), 0, 0), None, "this clock strays");
         assert_eq!(judged(0, at(1_000), 0, 0), Some(true), "it never expires");
