@@ -1,6 +1,6 @@
-//! Owns the gRPC channels to each node, one for calls and one for scans, and what is known of the node's health: whether it answers, and
-//! since when it does not. Does not choose nodes (see `route`) or carry operations (see
-//! `pipeline`).
+//! Owns the gRPC channels to each node, one for calls and one for scans, and what is known of the
+//! node's health: whether it answers, and since when it does not. Does not choose nodes (see `route`)
+//! or carry operations (see `pipeline`).
 
 use std::error::Error;
 use std::io;

@@ -3,8 +3,9 @@
 //!
 //! A read of the newest state needs a version only where something may have expired: an entry with an
 //! expiry is gone from that version on, and no replica may find it again after one found it gone. So
-//! the leader fixes a version V, also for a replica that does not lead. An entry that V does not reach was there when it was read. One that
-//! V reaches may have been overwritten between the read and V; the read is made again, at V.
+//! the leader fixes a version V, also for a replica that does not lead. An entry that V does not reach
+//! was there when it was read. One that V reaches may have been overwritten between the read and V; the
+//! read is made again, at V.
 
 use std::sync::Arc;
 use std::time::Duration;
