@@ -1,3 +1,4 @@
+//! Names the rooms of a replicated group, in the order in which they use each other. Holds no code.
 #![doc = include_str!("../README.md")]
 
 mod wire;
