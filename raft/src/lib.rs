@@ -28,6 +28,7 @@ mod membership;
 mod proposer;
 mod appends;
 mod read_point;
+mod looks;
 pub mod reader;
 pub mod group;
 pub mod host;

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::GroupError;
+use crate::looks::{Look, Looks};
 use crate::message::Answer;
 use crate::observer::ReadWay;
 use crate::read_point::{Age, Fixed, ReadPoints, refusal_of};
@@ -27,9 +28,6 @@ use crate::state_machine::{ReadState, SharedState};
 const READS_WAITING_MAX: usize = 8_192;
 /// Read points asked for at a time: the next batch need not wait for the heartbeats of the last.
 const BATCHES_UNDER_WAY_MAX: usize = 4;
-/// Reads that one blocking job runs: a long batch is cut so that its first answers do not wait for
-/// its last.
-const READS_PER_JOB: usize = 64;
 /// How long a replica that does not lead may take to apply what a read has to hold: a few
 /// heartbeats, by which it hears what is committed. Beyond it the answer is `TooStale`, and the
 /// leader can be asked.
@@ -44,9 +42,6 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 /// After a read has waited in vain, others do not wait for so long, unless what it waited for has
 /// come: a replica that is far behind must not delay every read that meets it.
 const LAG_KNOWN: Duration = Duration::from_secs(1);
-
-/// What a read does with the state, or with the reason why it may not look.
-pub(crate) type Look = Box<dyn FnOnce(Result<&ReadState, GroupError>) + Send>;
 
 type Sender<T> = oneshot::Sender<Result<T, GroupError>>;
 
@@ -82,6 +77,7 @@ pub(crate) struct Reads {
     wake: Arc<Notify>,
     state: SharedState,
     exec: Arc<dyn Exec>,
+    looks: Looks,
     points: ReadPoints,
     fixing: Arc<Semaphore>,
     /// What was not applied in time, and until when that is held against this replica.
@@ -99,7 +95,8 @@ impl Reads {
         let fixing = Arc::new(Semaphore::new(FIXES_UNDER_WAY_MAX));
         let (queue, wake) = (Arc::default(), Arc::default());
         let lag = Arc::default();
-        let handle = Self { queue, wake, state, exec, points, fixing, lag };
+        let looks = Looks::new(state.clone(), exec.clone());
+        let handle = Self { queue, wake, state, exec, looks, points, fixing, lag };
         (handle.clone(), run(handle, stop))
     }
 
@@ -175,7 +172,7 @@ impl Reads {
         let look: Look = Box::new(move |state| {
             let _ = answer.send(state.map(judged));
         });
-        look_at(&self.state, &*self.exec, vec![look]);
+        self.looks.push([look]);
         let read = receiver.await.unwrap_or(Err(GroupError::Stopped))?;
         if read.is_ok() {
             self.points.environment().observer().read_points(ReadWay::Known, 1);
@@ -218,7 +215,7 @@ impl Reads {
         let look: Look = Box::new(move |state| {
             let _ = answer.send(state.map(look));
         });
-        look_at(&self.state, &*self.exec, vec![look]);
+        self.looks.push([look]);
         receiver.await.unwrap_or(Err(GroupError::Stopped))
     }
 
@@ -458,20 +455,5 @@ async fn look_all(batch: Vec<Waiting>, reads: &Reads, point: u64, way: ReadWay) 
         }
         return refuse_reads(batch, &GroupError::TooStale);
     }
-    let mut looks = batch.into_iter().map(|read| read.look);
-    loop {
-        let job: Vec<Look> = looks.by_ref().take(READS_PER_JOB).collect();
-        if job.is_empty() {
-            return;
-        }
-        look_at(&reads.state, &*reads.exec, job);
-    }
-}
-
-fn look_at(state: &SharedState, exec: &dyn Exec, looks: Vec<Look>) {
-    let state = state.clone();
-    exec.blocking(Box::new(move || match state.read() {
-        Ok(view) => looks.into_iter().for_each(|look| look(Ok(&view))),
-        Err(error) => looks.into_iter().for_each(|look| look(Err(error.clone()))),
-    }));
+    reads.looks.push(batch.into_iter().map(|read| read.look));
 }
