@@ -1,4 +1,5 @@
-//! Who belongs to a group, and its changes: read replicas that come and go.
+//! Who belongs to a group, and its changes: read replicas that come and go, voters that take the place
+//! of others.
 //!
 //! Owns the conditions under which a change is proposed. Does not wait for a new member to catch up,
 //! and does not plan: whoever does names the epoch on which it did, so that one who was paused and
@@ -8,9 +9,13 @@
 //! a moment ago must not say of a member that it has gone. Then openraft is asked, on the condition
 //! that the last membership in its log is still the one that was looked at, and that this replica
 //! still leads the same term. So there is one change at a time, and none upon a joint configuration.
+//!
+//! Voters change through a joint configuration: two entries. A leader lost between the two leaves it
+//! behind, and nothing ends it by itself: [`Group::finish_change`] does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use coracle_storage::ReplicaId;
 use openraft::ChangeMembers;
@@ -21,7 +26,7 @@ use tokio::time::Instant;
 use super::Group;
 use crate::error::{ChangeError, GroupError};
 use crate::lag::Lag;
-use crate::leadership::Standing;
+use crate::leadership::{GroupStatus, Standing};
 use crate::types::{NodeId, Place, Role, StoredMembership, TypeConfig};
 
 /// What shall become of the members.
@@ -29,7 +34,13 @@ use crate::types::{NodeId, Place, Role, StoredMembership, TypeConfig};
 enum Change {
     Add { replica: u64, node: NodeId },
     Remove { replica: u64 },
+    Promote { replica: u64, instead_of: Option<u64> },
+    Finish,
 }
+
+/// How many entries a read replica may lack that becomes a voter: a majority may need it from then on,
+/// and so waits until it has them.
+const PROMOTE_LAG_MAX: u64 = 1_000;
 
 /// Who belongs to a group, as a majority has confirmed it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,8 +62,7 @@ impl Group {
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
         let role = |id| if voters.contains(id) { Role::Voter } else { Role::Learner };
         let members = membership.nodes().map(|(id, place)| (*id, (place.node, role(id))));
-        let joint = membership.get_joint_config().len() > 1;
-        Ok(Members { epoch, joint, members: members.collect() })
+        Ok(Members { epoch, joint: is_joint(&stored), members: members.collect() })
     }
 
     async fn confirmed(
@@ -95,6 +105,29 @@ impl Group {
         self.change(Change::Remove { replica: replica.0 }, epoch, deadline).await
     }
 
+    /// Makes a read replica a voter, and ends the membership of the voter whose place it takes; that
+    /// one is not told. Refused while the read replica lacks more than a few entries, and while fewer
+    /// than a majority of the voters to be are heard: the change would stop the group. On the leader,
+    /// which is not replaced itself: it hands over first. Returns the group's epoch behind the change;
+    /// done already is no error.
+    pub async fn promote(
+        &self,
+        replica: ReplicaId,
+        instead_of: Option<ReplicaId>,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        let instead_of = instead_of.map(|old| old.0);
+        self.change(Change::Promote { replica: replica.0, instead_of }, epoch, deadline).await
+    }
+
+    /// Ends a change of voters that a lost leader left half done, towards what it was to become. On
+    /// the leader, at whatever epoch: what it does was decided before. Returns the group's epoch
+    /// behind it; nothing to end is no error.
+    pub async fn finish_change(&self, deadline: Instant) -> Result<u64, ChangeError> {
+        self.change(Change::Finish, 0, deadline).await
+    }
+
     /// On the leader: how far each member is behind; empty elsewhere.
     pub fn lags(&self) -> BTreeMap<u64, Lag> {
         let status = self.status();
@@ -122,6 +155,29 @@ impl Group {
         }
     }
 
+    /// What openraft is asked for; an error when the group could not stand it now.
+    fn proposal(
+        &self,
+        stored: &StoredMembership,
+        change: Change,
+    ) -> Result<ChangeMembers<u64, Place>, ChangeError> {
+        Ok(match change {
+            Change::Add { replica, node } => {
+                ChangeMembers::AddNodes(BTreeMap::from([(replica, Place { node })]))
+            }
+            Change::Remove { replica } => ChangeMembers::RemoveNodes(BTreeSet::from([replica])),
+            Change::Finish => ChangeMembers::AddVoterIds(BTreeSet::new()),
+            Change::Promote { replica, instead_of } => {
+                let mut voters: BTreeSet<u64> = stored.membership().voter_ids().collect();
+                voters.insert(replica);
+                voters.retain(|id| Some(*id) != instead_of);
+                let lease = self.timing.lease();
+                can_promote(&self.status(), self.replica, replica, &voters, lease)?;
+                ChangeMembers::ReplaceAllVoters(voters)
+            }
+        })
+    }
+
     async fn change(
         &self,
         change: Change,
@@ -133,28 +189,25 @@ impl Group {
         };
         let term = self.leadership.leads().map_err(unchanged)?;
         let (known, stored) = self.confirmed(deadline).await?;
-        if stored.membership().get_joint_config().len() > 1 {
+        let (joint, finish) = (is_joint(&stored), change == Change::Finish);
+        if joint && !finish {
             return Err(ChangeError::UnderWay);
         }
         if is_done(&stored, change)? {
             return Ok(known);
         }
-        if known != epoch {
+        if !finish && known != epoch {
             return Err(ChangeError::EpochPassed { epoch: known });
         }
+        let change = self.proposal(&stored, change)?;
         let conditions = [
             Precondition::LastMembershipLogId { last_membership_log_id: *stored.log_id() },
             Precondition::CommittedLeaderId {
                 committed_leader_id: openraft::vote::leader_id_std::CommittedLeaderId::new(term),
             },
         ];
-        let change = match change {
-            Change::Add { replica, node } => {
-                ChangeMembers::AddNodes(BTreeMap::from([(replica, Place { node })]))
-            }
-            Change::Remove { replica } => ChangeMembers::RemoveNodes(BTreeSet::from([replica])),
-        };
-        let asked = self.raft.change_membership_if(change, true, conditions);
+        // A voter that is replaced does not stay as a read replica.
+        let asked = self.raft.change_membership_if(change, false, conditions);
         match tokio::time::timeout_at(deadline, asked).await {
             // The entry is applied here by now.
             Ok(Ok(_)) => Ok(self.descriptor().map_or(known, |descriptor| descriptor.epoch)),
@@ -164,12 +217,29 @@ impl Group {
     }
 }
 
+fn is_joint(stored: &StoredMembership) -> bool {
+    stored.membership().get_joint_config().len() > 1
+}
+
 /// Whether the members are as the change would leave them; an error when it must not be made.
 fn is_done(stored: &StoredMembership, change: Change) -> Result<bool, ChangeError> {
     let membership = stored.membership();
     let votes = |replica: u64| membership.voter_ids().any(|id| id == replica);
     let refused = |why: String| Err(ChangeError::Refused(why));
     match change {
+        Change::Finish => Ok(!is_joint(stored)),
+        Change::Promote { replica, instead_of } => {
+            let replaced = instead_of.is_none_or(|old| membership.get_node(&old).is_none());
+            match (membership.get_node(&replica), votes(replica)) {
+                (Some(_), true) if replaced => Ok(true),
+                (Some(_), true) => refused(format!("replica {replica} votes already")),
+                (None, _) => refused(format!("replica {replica} is no member")),
+                (Some(_), false) if instead_of.is_some_and(|old| !votes(old)) => {
+                    refused(format!("replica {} does not vote", instead_of.unwrap_or(0)))
+                }
+                (Some(_), false) => Ok(false),
+            }
+        }
         Change::Remove { replica } if votes(replica) => {
             refused(format!("replica {replica} votes: it is no read replica"))
         }
@@ -190,6 +260,36 @@ fn is_done(stored: &StoredMembership, change: Change) -> Result<bool, ChangeErro
             }
         }
     }
+}
+
+/// Whether a group that this replica leads goes on at once with these voters.
+fn can_promote(
+    status: &GroupStatus,
+    own: ReplicaId,
+    replica: u64,
+    voters: &BTreeSet<u64>,
+    fresh: Duration,
+) -> Result<(), ChangeError> {
+    let refused = |why: String| Err(ChangeError::Refused(why));
+    if !voters.contains(&own.0) {
+        return refused("the leader is to be replaced: it hands over first".to_owned());
+    }
+    let matched = status.members.get(&replica).and_then(|member| member.matched);
+    let lacks = status.last_index.unwrap_or(0).saturating_sub(matched.map_or(0, |at| at.index));
+    if matched.is_none() || lacks > PROMOTE_LAG_MAX {
+        return refused(format!(
+            "replica {replica} lacks {lacks} entries: it is not ready to vote"
+        ));
+    }
+    let heard = |id: &&u64| {
+        let heard = status.members.get(id).and_then(|member| member.heard);
+        **id == own.0 || heard.is_some_and(|heard| heard <= fresh)
+    };
+    let (heard, all) = (voters.iter().filter(heard).count(), voters.len());
+    if heard * 2 <= all {
+        return refused(format!("of the {all} voters to be only {heard} are heard"));
+    }
+    Ok(())
 }
 
 /// Before anything was proposed.

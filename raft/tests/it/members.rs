@@ -19,14 +19,14 @@ use tokio::time::Instant;
 
 use crate::cluster::{Cluster, SHARD};
 
-const LEARNER: ReplicaId = ReplicaId(14);
-const FOURTH: NodeId = NodeId(4);
+pub(crate) const LEARNER: ReplicaId = ReplicaId(14);
+pub(crate) const FOURTH: NodeId = NodeId(4);
 
-fn soon() -> Instant {
+pub(crate) fn soon() -> Instant {
     Instant::now() + Duration::from_secs(5)
 }
 
-async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(30);
     while !holds() {
         assert!(Instant::now() < deadline, "not in time: {what}");
@@ -35,18 +35,18 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 impl Cluster {
-    async fn leading(&self) -> Arc<Group> {
+    pub(crate) async fn leading(&self) -> Arc<Group> {
         until("somebody leads", || self.leader().is_some()).await;
         self.leader().expect("just seen").1
     }
 
-    async fn make_learner(&mut self) -> Arc<Group> {
+    pub(crate) async fn make_learner(&mut self) -> Arc<Group> {
         self.add(FOURTH).await;
         let initial = Descriptor { shard: SHARD.0, arc: Some((0, 0)), epoch: 1 };
         self.nodes[&FOURTH].host.create(LEARNER, initial).await.expect("a new replica")
     }
 
-    async fn add_learner(&self) -> u64 {
+    pub(crate) async fn add_learner(&self) -> u64 {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             assert!(Instant::now() < deadline, "the learner is not taken in");
@@ -60,7 +60,7 @@ impl Cluster {
     }
 
     /// Waits until the learner holds all that the leader holds now.
-    async fn caught_up(&self) {
+    pub(crate) async fn caught_up(&self) {
         let leader = self.leading().await;
         until("the learner has caught up", || {
             leader.lags().get(&LEARNER.0).is_some_and(|lag| lag.entries == 0)
