@@ -327,8 +327,8 @@ impl Route {
 
 /// Whether a node's replicas hold what was written, and are there to be asked.
 fn serves(state: v1::NodeState) -> bool {
-    use v1::NodeState::{Active, Draining, Unspecified};
-    matches!(state, Active | Draining | Unspecified)
+    use v1::NodeState::{Active, Decommissioning, Draining, Unspecified};
+    matches!(state, Active | Draining | Decommissioning | Unspecified)
 }
 
 fn is_in_use(state: v1::NodeState) -> bool {
@@ -353,7 +353,7 @@ mod tests {
                     id: id * 10 + node.0,
                     node: node.0,
                     role: v1::ReplicaRole::Voter.into(),
-                    joining: false,
+                    ..Default::default()
                 })
                 .to_vec(),
             leader_node: leader.0,
@@ -466,7 +466,7 @@ mod tests {
                         1 | 3 => v1::ReplicaRole::Voter.into(),
                         _ => v1::ReplicaRole::Learner.into(),
                     },
-                    joining: false,
+                    ..Default::default()
                 })
                 .collect();
         }

@@ -88,6 +88,8 @@ pub enum NodeState {
     Active,
     /// Gives its leaderships away.
     Draining,
+    /// Gives away its leaderships and its replicas.
+    Decommissioning,
     /// Holds no data any more.
     Decommissioned,
     /// Does not answer.
@@ -103,6 +105,7 @@ impl fmt::Display for NodeState {
             NodeState::Joining => "joining",
             NodeState::Active => "active",
             NodeState::Draining => "draining",
+            NodeState::Decommissioning => "decommissioning",
             NodeState::Decommissioned => "decommissioned",
             NodeState::Down => "down",
             NodeState::Gone => "gone",
@@ -178,6 +181,7 @@ impl Node {
                 v1::NodeState::Joining => NodeState::Joining,
                 v1::NodeState::Active => NodeState::Active,
                 v1::NodeState::Draining => NodeState::Draining,
+                v1::NodeState::Decommissioning => NodeState::Decommissioning,
                 v1::NodeState::Decommissioned => NodeState::Decommissioned,
                 v1::NodeState::Down => NodeState::Down,
                 v1::NodeState::Gone => NodeState::Gone,

@@ -109,7 +109,7 @@ mod tests {
             end,
             epoch: 1,
             replicas: [1, 2]
-                .map(|n| v1::Replica { id: id * 10 + n, node: n, role: 1, joining: false })
+                .map(|n| v1::Replica { id: id * 10 + n, node: n, role: 1, ..Default::default() })
                 .to_vec(),
             leader_node: leader,
             leader_term: term,

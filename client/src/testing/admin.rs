@@ -91,6 +91,7 @@ pub(super) fn wire_state(state: NodeState) -> v1::NodeState {
         NodeState::Joining => v1::NodeState::Joining,
         NodeState::Active => v1::NodeState::Active,
         NodeState::Draining => v1::NodeState::Draining,
+        NodeState::Decommissioning => v1::NodeState::Decommissioning,
         NodeState::Decommissioned => v1::NodeState::Decommissioned,
         NodeState::Down => v1::NodeState::Down,
         NodeState::Gone => v1::NodeState::Gone,

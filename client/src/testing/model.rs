@@ -463,7 +463,7 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
             true => v1::ReplicaRole::Voter.into(),
             false => v1::ReplicaRole::Learner.into(),
         },
-        joining: false,
+        ..Default::default()
     };
     let shard = |id: u64, (start, end): (u64, u64)| v1::Shard {
         id,

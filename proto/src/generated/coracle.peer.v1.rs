@@ -132,7 +132,7 @@ pub struct ClusterCommand {
     pub call: u64,
     #[prost(
         oneof = "cluster_command::Kind",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
     )]
     pub kind: ::core::option::Option<cluster_command::Kind>,
 }
@@ -176,6 +176,12 @@ pub mod cluster_command {
         /// A coracle.v1.UpdateKeyspaceRequest, for the meta group's leader.
         #[prost(bytes, tag = "13")]
         UpdateKeyspace(::prost::bytes::Bytes),
+        /// Hands a shard's leadership over, where the receiver leads it.
+        #[prost(message, tag = "14")]
+        HandOver(super::HandOver),
+        /// A question or a change of the operations, for the meta group's leader.
+        #[prost(message, tag = "15")]
+        Elastic(super::Elastic),
     }
 }
 /// Asks for nothing.
@@ -199,6 +205,53 @@ pub struct ChangeMembers {
     /// Its node.
     #[prost(uint64, tag = "5")]
     pub node: u64,
+    /// Of a promotion: the voter that goes; 0 means none.
+    #[prost(uint64, tag = "6")]
+    pub instead_of: u64,
+}
+/// Hands leadership to a voter that holds the whole log. Another leader already is no error.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct HandOver {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The node that shall lead; 0 lets the leader choose.
+    #[prost(uint64, tag = "2")]
+    pub to_node: u64,
+}
+/// What an operator asks of the meta group's leader; each as the bytes of its coracle.v1 request. The
+/// answer's body is its response.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Elastic {
+    #[prost(oneof = "elastic::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
+    pub kind: ::core::option::Option<elastic::Kind>,
+}
+/// Nested message and enum types in `Elastic`.
+pub mod elastic {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        /// coracle.v1.PlanRebalanceRequest.
+        #[prost(bytes, tag = "1")]
+        Plan(::prost::bytes::Bytes),
+        /// coracle.v1.StartRebalanceRequest.
+        #[prost(bytes, tag = "2")]
+        Start(::prost::bytes::Bytes),
+        /// coracle.v1.MoveReplicaRequest.
+        #[prost(bytes, tag = "3")]
+        Move(::prost::bytes::Bytes),
+        /// coracle.v1.SetNodeStateRequest.
+        #[prost(bytes, tag = "4")]
+        NodeState(::prost::bytes::Bytes),
+        /// coracle.v1.ListOperationsRequest.
+        #[prost(bytes, tag = "5")]
+        Operations(::prost::bytes::Bytes),
+        /// coracle.v1.ControlOperationRequest.
+        #[prost(bytes, tag = "6")]
+        Control(::prost::bytes::Bytes),
+        /// coracle.v1.SetBalancingRequest.
+        #[prost(bytes, tag = "7")]
+        Balancing(::prost::bytes::Bytes),
+    }
 }
 /// Removes a replica of the receiving node with all that it holds, and remembers its id. One that was
 /// never made is only remembered. Done already is no error.
@@ -289,6 +342,25 @@ pub struct LeavingReplicas {
     #[prost(message, repeated, tag = "1")]
     pub replicas: ::prost::alloc::vec::Vec<LeavingReplica>,
 }
+/// Record "operations" of the system keyspace.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Operations {
+    /// Those under way, and the last that ended, oldest first; each a coracle.v1.ClusterOperation.
+    #[prost(bytes = "bytes", repeated, tag = "1")]
+    pub operations: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// The next id.
+    #[prost(uint64, tag = "2")]
+    pub next: u64,
+    /// Automatic balancing is turned off.
+    #[prost(bool, tag = "3")]
+    pub manual: bool,
+    /// See coracle.v1.Balancing; 0 means the default.
+    #[prost(uint32, tag = "4")]
+    pub moves_at_a_time: u32,
+    /// See coracle.v1.Balancing; 0 means the default.
+    #[prost(uint64, tag = "5")]
+    pub down_after_ms: u64,
+}
 /// See LeavingReplicas.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LeavingReplica {
@@ -353,6 +425,10 @@ pub enum MemberChange {
     AddLearner = 1,
     /// A read replica goes.
     RemoveLearner = 2,
+    /// A read replica becomes a voter, in another voter's place or beside the others.
+    Promote = 3,
+    /// A change of voters that was left half done is ended.
+    Finish = 4,
 }
 impl MemberChange {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -364,6 +440,8 @@ impl MemberChange {
             Self::Unspecified => "MEMBER_CHANGE_UNSPECIFIED",
             Self::AddLearner => "MEMBER_CHANGE_ADD_LEARNER",
             Self::RemoveLearner => "MEMBER_CHANGE_REMOVE_LEARNER",
+            Self::Promote => "MEMBER_CHANGE_PROMOTE",
+            Self::Finish => "MEMBER_CHANGE_FINISH",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -372,6 +450,8 @@ impl MemberChange {
             "MEMBER_CHANGE_UNSPECIFIED" => Some(Self::Unspecified),
             "MEMBER_CHANGE_ADD_LEARNER" => Some(Self::AddLearner),
             "MEMBER_CHANGE_REMOVE_LEARNER" => Some(Self::RemoveLearner),
+            "MEMBER_CHANGE_PROMOTE" => Some(Self::Promote),
+            "MEMBER_CHANGE_FINISH" => Some(Self::Finish),
             _ => None,
         }
     }

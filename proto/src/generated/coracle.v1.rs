@@ -1594,6 +1594,12 @@ pub struct Replica {
     /// In the map before it holds what the others hold: readers go elsewhere.
     #[prost(bool, tag = "4")]
     pub joining: bool,
+    /// Of one that is joining: it will vote. Until then it is a learner.
+    #[prost(bool, tag = "5")]
+    pub becomes_voter: bool,
+    /// Of one that will vote: the replica of this shard that goes when it does; 0 means none.
+    #[prost(uint64, tag = "6")]
+    pub replaces: u64,
 }
 /// One arc \[start, end) of the ring and who replicates it. end = 0 means 2^64.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1824,6 +1830,8 @@ pub enum NodeState {
     Down = 5,
     /// Removed for ever.
     Gone = 6,
+    /// Gives away its leaderships and its replicas, to be decommissioned.
+    Decommissioning = 7,
 }
 impl NodeState {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1839,6 +1847,7 @@ impl NodeState {
             Self::Decommissioned => "NODE_STATE_DECOMMISSIONED",
             Self::Down => "NODE_STATE_DOWN",
             Self::Gone => "NODE_STATE_GONE",
+            Self::Decommissioning => "NODE_STATE_DECOMMISSIONING",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1851,6 +1860,7 @@ impl NodeState {
             "NODE_STATE_DECOMMISSIONED" => Some(Self::Decommissioned),
             "NODE_STATE_DOWN" => Some(Self::Down),
             "NODE_STATE_GONE" => Some(Self::Gone),
+            "NODE_STATE_DECOMMISSIONING" => Some(Self::Decommissioning),
             _ => None,
         }
     }
@@ -2538,6 +2548,9 @@ pub struct GroupStatus {
     /// Of a leader: the members of its group, and how far each is.
     #[prost(message, repeated, tag = "11")]
     pub members: ::prost::alloc::vec::Vec<MemberStatus>,
+    /// Between two sets of voters: a change that is under way or half done.
+    #[prost(bool, tag = "12")]
+    pub joint: bool,
 }
 /// A member of a group, as the group's leader sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2699,6 +2712,481 @@ pub struct SetReadReplicasResponse {
     /// Where there will be fewer than asked for, and why.
     #[prost(string, repeated, tag = "3")]
     pub warnings: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// One replica that a plan moves.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlannedMove {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// Where it is.
+    #[prost(uint64, tag = "2")]
+    pub from_node: u64,
+    /// Where it goes; of a shard that lacks a voter, with no from_node, where it is made.
+    #[prost(uint64, tag = "3")]
+    pub to_node: u64,
+    /// About how many bytes are copied.
+    #[prost(uint64, tag = "4")]
+    pub bytes: u64,
+}
+/// One leadership that a plan moves.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlannedTransfer {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// Who leads.
+    #[prost(uint64, tag = "2")]
+    pub from_node: u64,
+    /// Who shall lead.
+    #[prost(uint64, tag = "3")]
+    pub to_node: u64,
+}
+/// What one node holds, before a plan and after it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlannedNode {
+    /// The node.
+    #[prost(uint64, tag = "1")]
+    pub node: u64,
+    /// Voters.
+    #[prost(uint32, tag = "2")]
+    pub replicas_before: u32,
+    /// Voters, then.
+    #[prost(uint32, tag = "3")]
+    pub replicas_after: u32,
+    /// Leaderships.
+    #[prost(uint32, tag = "4")]
+    pub leaders_before: u32,
+    /// Leaderships, then.
+    #[prost(uint32, tag = "5")]
+    pub leaders_after: u32,
+    /// Bytes of its voters.
+    #[prost(uint64, tag = "6")]
+    pub bytes_before: u64,
+    /// Bytes of its voters, then.
+    #[prost(uint64, tag = "7")]
+    pub bytes_after: u64,
+}
+/// What would be moved.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RebalancePlan {
+    /// Of the cluster.
+    #[prost(string, tag = "1")]
+    pub cluster_id: ::prost::alloc::string::String,
+    /// The map that it was made for: under another one it is refused.
+    #[prost(uint64, tag = "2")]
+    pub epoch: u64,
+    /// In the order in which they are made.
+    #[prost(message, repeated, tag = "3")]
+    pub moves: ::prost::alloc::vec::Vec<PlannedMove>,
+    /// Behind the moves.
+    #[prost(message, repeated, tag = "4")]
+    pub transfers: ::prost::alloc::vec::Vec<PlannedTransfer>,
+    /// Before and after, by node.
+    #[prost(message, repeated, tag = "5")]
+    pub nodes: ::prost::alloc::vec::Vec<PlannedNode>,
+    /// No plan to the same end needs fewer moves.
+    #[prost(uint32, tag = "6")]
+    pub moves_min: u32,
+    /// About how many bytes are copied.
+    #[prost(uint64, tag = "7")]
+    pub bytes: u64,
+    /// About how long it takes, in milliseconds, at the speed that is set.
+    #[prost(uint64, tag = "8")]
+    pub estimate_ms: u64,
+    /// What cannot be mended, and why: the balancer is stalled by it.
+    #[prost(string, repeated, tag = "9")]
+    pub stalled: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// See AdminService.PlanRebalance.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PlanRebalanceRequest {
+    /// No more moves than so many; 0 means all.
+    #[prost(uint32, tag = "1")]
+    pub moves_max: u32,
+}
+/// See AdminService.PlanRebalance.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PlanRebalanceResponse {
+    /// Without moves and transfers: all is as it should be, or stalled.
+    #[prost(message, optional, tag = "1")]
+    pub plan: ::core::option::Option<RebalancePlan>,
+}
+/// See AdminService.StartRebalance.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StartRebalanceRequest {
+    /// As it was given.
+    #[prost(message, optional, tag = "1")]
+    pub plan: ::core::option::Option<RebalancePlan>,
+}
+/// See AdminService.StartRebalance.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StartRebalanceResponse {
+    /// What was begun.
+    #[prost(message, optional, tag = "1")]
+    pub operation: ::core::option::Option<ClusterOperation>,
+}
+/// See AdminService.MoveReplica.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MoveReplicaRequest {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The voter that goes.
+    #[prost(uint64, tag = "2")]
+    pub from_node: u64,
+    /// The node that takes its place.
+    #[prost(uint64, tag = "3")]
+    pub to_node: u64,
+}
+/// See AdminService.MoveReplica.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MoveReplicaResponse {
+    /// What was begun.
+    #[prost(message, optional, tag = "1")]
+    pub operation: ::core::option::Option<ClusterOperation>,
+}
+/// See AdminService.SetNodeState.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetNodeStateRequest {
+    /// The node.
+    #[prost(uint64, tag = "1")]
+    pub node: u64,
+    /// ACTIVE, DRAINING, DECOMMISSIONING, or GONE: of a node that is down and will never come back.
+    #[prost(enumeration = "NodeState", tag = "2")]
+    pub state: i32,
+}
+/// See AdminService.SetNodeState.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SetNodeStateResponse {
+    /// The node as it is recorded now.
+    #[prost(message, optional, tag = "1")]
+    pub node: ::core::option::Option<Node>,
+    /// What was begun, for DECOMMISSIONING and GONE; none when there is nothing to move.
+    #[prost(message, optional, tag = "2")]
+    pub operation: ::core::option::Option<ClusterOperation>,
+}
+/// One move of an operation.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct OperationMove {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The voter that goes; 0 means none.
+    #[prost(uint64, tag = "2")]
+    pub from_replica: u64,
+    /// Its node.
+    #[prost(uint64, tag = "3")]
+    pub from_node: u64,
+    /// The new replica; 0 as long as it has no id.
+    #[prost(uint64, tag = "4")]
+    pub to_replica: u64,
+    /// Its node.
+    #[prost(uint64, tag = "5")]
+    pub to_node: u64,
+    /// About how many bytes are copied.
+    #[prost(uint64, tag = "6")]
+    pub bytes: u64,
+    /// How far it is.
+    #[prost(enumeration = "OperationState", tag = "7")]
+    pub state: i32,
+    /// Why it does not go on, or failed.
+    #[prost(string, tag = "8")]
+    pub message: ::prost::alloc::string::String,
+    /// How often it was begun.
+    #[prost(uint32, tag = "9")]
+    pub attempts: u32,
+}
+/// Work on the cluster that goes on by itself, whoever leads the meta group.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ClusterOperation {
+    /// Never reused.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// Why it was begun.
+    #[prost(enumeration = "OperationKind", tag = "2")]
+    pub kind: i32,
+    /// How far it is.
+    #[prost(enumeration = "OperationState", tag = "3")]
+    pub state: i32,
+    /// In the order in which they are begun.
+    #[prost(message, repeated, tag = "4")]
+    pub moves: ::prost::alloc::vec::Vec<OperationMove>,
+    /// Leaderships that move when the replicas have.
+    #[prost(message, repeated, tag = "5")]
+    pub transfers: ::prost::alloc::vec::Vec<PlannedTransfer>,
+    /// Wall clock of the node that recorded it, in milliseconds.
+    #[prost(uint64, tag = "6")]
+    pub began_ms: u64,
+    /// The same; 0 as long as it has not ended.
+    #[prost(uint64, tag = "7")]
+    pub ended_ms: u64,
+    /// The node that is decommissioned, or lost; 0 means none.
+    #[prost(uint64, tag = "8")]
+    pub node: u64,
+    /// Why it does not go on, or how it ended.
+    #[prost(string, tag = "9")]
+    pub message: ::prost::alloc::string::String,
+    /// The operation that this one takes back; 0 means none.
+    #[prost(uint64, tag = "10")]
+    pub undoes: u64,
+}
+/// See AdminService.ListOperations.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListOperationsRequest {
+    /// Only this one; 0 means all that are remembered.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+}
+/// See AdminService.ListOperations.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListOperationsResponse {
+    /// Newest first.
+    #[prost(message, repeated, tag = "1")]
+    pub operations: ::prost::alloc::vec::Vec<ClusterOperation>,
+    /// How balancing is set, and what it does.
+    #[prost(message, optional, tag = "2")]
+    pub balancing: ::core::option::Option<Balancing>,
+}
+/// See AdminService.ControlOperation.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ControlOperationRequest {
+    /// Which one; 0 means the only one that this makes sense for.
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    /// What shall become of it.
+    #[prost(enumeration = "OperationControl", tag = "2")]
+    pub control: i32,
+}
+/// See AdminService.ControlOperation.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ControlOperationResponse {
+    /// It as it is now; of UNDO the new one.
+    #[prost(message, optional, tag = "1")]
+    pub operation: ::core::option::Option<ClusterOperation>,
+}
+/// How balancing is set, and what it does.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Balancing {
+    /// What it does.
+    #[prost(enumeration = "BalancerState", tag = "1")]
+    pub state: i32,
+    /// Why it is stalled.
+    #[prost(string, repeated, tag = "2")]
+    pub reasons: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// It moves replicas by itself. Replicas of lost nodes are replaced in any case.
+    #[prost(bool, tag = "3")]
+    pub automatic: bool,
+    /// Moves under way at a time, over the whole cluster.
+    #[prost(uint32, tag = "4")]
+    pub moves_at_a_time: u32,
+    /// How long a node may be silent before its replicas are made elsewhere, in milliseconds.
+    #[prost(uint64, tag = "5")]
+    pub down_after_ms: u64,
+}
+/// See AdminService.SetBalancing. What is not said stays.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetBalancingRequest {
+    /// Turned on or off.
+    #[prost(bool, optional, tag = "1")]
+    pub automatic: ::core::option::Option<bool>,
+    /// See Balancing.
+    #[prost(uint32, optional, tag = "2")]
+    pub moves_at_a_time: ::core::option::Option<u32>,
+    /// See Balancing.
+    #[prost(uint64, optional, tag = "3")]
+    pub down_after_ms: ::core::option::Option<u64>,
+}
+/// See AdminService.SetBalancing.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetBalancingResponse {
+    /// As it is now.
+    #[prost(message, optional, tag = "1")]
+    pub balancing: ::core::option::Option<Balancing>,
+}
+/// Why an operation was begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OperationKind {
+    /// Not said.
+    Unspecified = 0,
+    /// A plan that somebody applied.
+    Rebalance = 1,
+    /// One replica that somebody moves.
+    Move = 2,
+    /// A node that shall hold nothing any more.
+    Decommission = 3,
+    /// Replicas of a node that is lost, and such as were lacking.
+    Repair = 4,
+    /// A plan that the balancer made by itself.
+    Balance = 5,
+    /// Back to where another operation began.
+    Undo = 6,
+}
+impl OperationKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "OPERATION_KIND_UNSPECIFIED",
+            Self::Rebalance => "OPERATION_KIND_REBALANCE",
+            Self::Move => "OPERATION_KIND_MOVE",
+            Self::Decommission => "OPERATION_KIND_DECOMMISSION",
+            Self::Repair => "OPERATION_KIND_REPAIR",
+            Self::Balance => "OPERATION_KIND_BALANCE",
+            Self::Undo => "OPERATION_KIND_UNDO",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OPERATION_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "OPERATION_KIND_REBALANCE" => Some(Self::Rebalance),
+            "OPERATION_KIND_MOVE" => Some(Self::Move),
+            "OPERATION_KIND_DECOMMISSION" => Some(Self::Decommission),
+            "OPERATION_KIND_REPAIR" => Some(Self::Repair),
+            "OPERATION_KIND_BALANCE" => Some(Self::Balance),
+            "OPERATION_KIND_UNDO" => Some(Self::Undo),
+            _ => None,
+        }
+    }
+}
+/// How far an operation, or a step of it, is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OperationState {
+    /// Not said.
+    Unspecified = 0,
+    /// Not begun yet.
+    Pending = 1,
+    /// Under way.
+    Running = 2,
+    /// What was begun is finished, nothing else is begun.
+    Paused = 3,
+    /// All of it was done.
+    Done = 4,
+    /// It was given up: what was done stands, what was half done was taken back.
+    Cancelled = 5,
+    /// It can't be done.
+    Failed = 6,
+}
+impl OperationState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "OPERATION_STATE_UNSPECIFIED",
+            Self::Pending => "OPERATION_STATE_PENDING",
+            Self::Running => "OPERATION_STATE_RUNNING",
+            Self::Paused => "OPERATION_STATE_PAUSED",
+            Self::Done => "OPERATION_STATE_DONE",
+            Self::Cancelled => "OPERATION_STATE_CANCELLED",
+            Self::Failed => "OPERATION_STATE_FAILED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OPERATION_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "OPERATION_STATE_PENDING" => Some(Self::Pending),
+            "OPERATION_STATE_RUNNING" => Some(Self::Running),
+            "OPERATION_STATE_PAUSED" => Some(Self::Paused),
+            "OPERATION_STATE_DONE" => Some(Self::Done),
+            "OPERATION_STATE_CANCELLED" => Some(Self::Cancelled),
+            "OPERATION_STATE_FAILED" => Some(Self::Failed),
+            _ => None,
+        }
+    }
+}
+/// What shall become of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum OperationControl {
+    /// Not said.
+    Unspecified = 0,
+    /// Nothing more is begun.
+    Pause = 1,
+    /// It goes on.
+    Resume = 2,
+    /// It ends: what is half done is taken back.
+    Cancel = 3,
+    /// Another operation begins that moves everything back.
+    Undo = 4,
+}
+impl OperationControl {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "OPERATION_CONTROL_UNSPECIFIED",
+            Self::Pause => "OPERATION_CONTROL_PAUSE",
+            Self::Resume => "OPERATION_CONTROL_RESUME",
+            Self::Cancel => "OPERATION_CONTROL_CANCEL",
+            Self::Undo => "OPERATION_CONTROL_UNDO",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "OPERATION_CONTROL_UNSPECIFIED" => Some(Self::Unspecified),
+            "OPERATION_CONTROL_PAUSE" => Some(Self::Pause),
+            "OPERATION_CONTROL_RESUME" => Some(Self::Resume),
+            "OPERATION_CONTROL_CANCEL" => Some(Self::Cancel),
+            "OPERATION_CONTROL_UNDO" => Some(Self::Undo),
+            _ => None,
+        }
+    }
+}
+/// What the balancer does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum BalancerState {
+    /// Not said.
+    Unspecified = 0,
+    /// Turned off.
+    Off = 1,
+    /// Nothing is to be done.
+    Ready = 2,
+    /// It waits for the cluster to settle before it begins.
+    Starting = 3,
+    /// Replicas move.
+    InProgress = 4,
+    /// Something is to be done, and can't be.
+    Stalled = 5,
+}
+impl BalancerState {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "BALANCER_STATE_UNSPECIFIED",
+            Self::Off => "BALANCER_STATE_OFF",
+            Self::Ready => "BALANCER_STATE_READY",
+            Self::Starting => "BALANCER_STATE_STARTING",
+            Self::InProgress => "BALANCER_STATE_IN_PROGRESS",
+            Self::Stalled => "BALANCER_STATE_STALLED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "BALANCER_STATE_UNSPECIFIED" => Some(Self::Unspecified),
+            "BALANCER_STATE_OFF" => Some(Self::Off),
+            "BALANCER_STATE_READY" => Some(Self::Ready),
+            "BALANCER_STATE_STARTING" => Some(Self::Starting),
+            "BALANCER_STATE_IN_PROGRESS" => Some(Self::InProgress),
+            "BALANCER_STATE_STALLED" => Some(Self::Stalled),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
 pub mod admin_service_client {
@@ -2916,6 +3404,181 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("coracle.v1.AdminService", "SetReadReplicas"));
             self.inner.unary(req, path, codec).await
         }
+        /// What would be moved, and why: changes nothing. Any node asks the meta group's leader.
+        pub async fn plan_rebalance(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PlanRebalanceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PlanRebalanceResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/PlanRebalance",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "PlanRebalance"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Begins to carry out a plan that was looked at; refused when the map has changed since.
+        pub async fn start_rebalance(
+            &mut self,
+            request: impl tonic::IntoRequest<super::StartRebalanceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::StartRebalanceResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/StartRebalance",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "StartRebalance"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Begins to move one voter of a shard to another node.
+        pub async fn move_replica(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MoveReplicaRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MoveReplicaResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/MoveReplica",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "MoveReplica"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Drains a node, ends that, or decommissions it.
+        pub async fn set_node_state(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetNodeStateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetNodeStateResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/SetNodeState",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "SetNodeState"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Operations under way, then the last ones that ended, newest first.
+        pub async fn list_operations(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListOperationsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListOperationsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/ListOperations",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "ListOperations"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Pauses, resumes, cancels or undoes an operation.
+        pub async fn control_operation(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ControlOperationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ControlOperationResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/ControlOperation",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "ControlOperation"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Turns automatic balancing on or off, and sets its limits; what is not said stays.
+        pub async fn set_balancing(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetBalancingRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetBalancingResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/SetBalancing",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "SetBalancing"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Cuts this node off from peers, for fault tests and the demo; refused unless the server was
         /// started with fault injection.
         pub async fn inject_fault(
@@ -2994,6 +3657,62 @@ pub mod admin_service_server {
             request: tonic::Request<super::SetReadReplicasRequest>,
         ) -> std::result::Result<
             tonic::Response<super::SetReadReplicasResponse>,
+            tonic::Status,
+        >;
+        /// What would be moved, and why: changes nothing. Any node asks the meta group's leader.
+        async fn plan_rebalance(
+            &self,
+            request: tonic::Request<super::PlanRebalanceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::PlanRebalanceResponse>,
+            tonic::Status,
+        >;
+        /// Begins to carry out a plan that was looked at; refused when the map has changed since.
+        async fn start_rebalance(
+            &self,
+            request: tonic::Request<super::StartRebalanceRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::StartRebalanceResponse>,
+            tonic::Status,
+        >;
+        /// Begins to move one voter of a shard to another node.
+        async fn move_replica(
+            &self,
+            request: tonic::Request<super::MoveReplicaRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MoveReplicaResponse>,
+            tonic::Status,
+        >;
+        /// Drains a node, ends that, or decommissions it.
+        async fn set_node_state(
+            &self,
+            request: tonic::Request<super::SetNodeStateRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetNodeStateResponse>,
+            tonic::Status,
+        >;
+        /// Operations under way, then the last ones that ended, newest first.
+        async fn list_operations(
+            &self,
+            request: tonic::Request<super::ListOperationsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ListOperationsResponse>,
+            tonic::Status,
+        >;
+        /// Pauses, resumes, cancels or undoes an operation.
+        async fn control_operation(
+            &self,
+            request: tonic::Request<super::ControlOperationRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::ControlOperationResponse>,
+            tonic::Status,
+        >;
+        /// Turns automatic balancing on or off, and sets its limits; what is not said stays.
+        async fn set_balancing(
+            &self,
+            request: tonic::Request<super::SetBalancingRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetBalancingResponse>,
             tonic::Status,
         >;
         /// Cuts this node off from peers, for fault tests and the demo; refused unless the server was
@@ -3292,6 +4011,322 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetReadReplicasSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/PlanRebalance" => {
+                    #[allow(non_camel_case_types)]
+                    struct PlanRebalanceSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::PlanRebalanceRequest>
+                    for PlanRebalanceSvc<T> {
+                        type Response = super::PlanRebalanceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PlanRebalanceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::plan_rebalance(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PlanRebalanceSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/StartRebalance" => {
+                    #[allow(non_camel_case_types)]
+                    struct StartRebalanceSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::StartRebalanceRequest>
+                    for StartRebalanceSvc<T> {
+                        type Response = super::StartRebalanceResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::StartRebalanceRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::start_rebalance(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = StartRebalanceSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/MoveReplica" => {
+                    #[allow(non_camel_case_types)]
+                    struct MoveReplicaSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::MoveReplicaRequest>
+                    for MoveReplicaSvc<T> {
+                        type Response = super::MoveReplicaResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MoveReplicaRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::move_replica(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MoveReplicaSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/SetNodeState" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetNodeStateSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::SetNodeStateRequest>
+                    for SetNodeStateSvc<T> {
+                        type Response = super::SetNodeStateResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetNodeStateRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::set_node_state(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetNodeStateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/ListOperations" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListOperationsSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ListOperationsRequest>
+                    for ListOperationsSvc<T> {
+                        type Response = super::ListOperationsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListOperationsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::list_operations(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListOperationsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/ControlOperation" => {
+                    #[allow(non_camel_case_types)]
+                    struct ControlOperationSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::ControlOperationRequest>
+                    for ControlOperationSvc<T> {
+                        type Response = super::ControlOperationResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ControlOperationRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::control_operation(&inner, request)
+                                    .await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ControlOperationSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/SetBalancing" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetBalancingSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::SetBalancingRequest>
+                    for SetBalancingSvc<T> {
+                        type Response = super::SetBalancingResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetBalancingRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::set_balancing(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetBalancingSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -77,6 +77,10 @@ pub struct Replica {
     pub role: ReplicaRole,
     /// It does not hold what the others hold yet: readers go elsewhere.
     pub joining: bool,
+    /// Of one that is joining: it will vote. Until then it is a learner.
+    pub becomes_voter: bool,
+    /// Of one that will vote: the replica that goes when it does.
+    pub replaces: Option<ReplicaId>,
 }
 
 /// How many read replicas every shard of the ring shall have.
@@ -231,6 +235,8 @@ impl Shard {
                 node: NodeId(replica.node),
                 role,
                 joining: replica.joining,
+                becomes_voter: replica.becomes_voter,
+                replaces: (replica.replaces != 0).then_some(ReplicaId(replica.replaces)),
             });
         }
         if !replicas.iter().any(|replica| replica.role == ReplicaRole::Voter) {
@@ -261,6 +267,8 @@ impl Shard {
             }
             .into(),
             joining: replica.joining,
+            becomes_voter: replica.becomes_voter,
+            replaces: replica.replaces.map_or(0, |id| id.0),
         };
         v1::Shard {
             id: self.id.0,

@@ -309,7 +309,7 @@ fn first_map(
             .map(|node| {
                 next_replica += 1;
                 let role = v1::ReplicaRole::Voter.into();
-                v1::Replica { id: next_replica, node: node.0, role, joining: false }
+                v1::Replica { id: next_replica, node: node.0, role, ..Default::default() }
             })
             .collect(),
         leader_node: 0,

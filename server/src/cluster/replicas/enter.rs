@@ -114,6 +114,7 @@ pub(super) fn enter_plan(snapshot: &mut Snapshot, silent: &BTreeMap<u64, Instant
             node: node.0,
             role: v1::ReplicaRole::Learner.into(),
             joining: true,
+            ..Default::default()
         });
         snapshot.ids.next_replica += 1;
         room -= 1;

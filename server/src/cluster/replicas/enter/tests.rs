@@ -4,7 +4,7 @@
 use super::*;
 
 fn replica(id: u64, node: u64, role: v1::ReplicaRole, joining: bool) -> v1::Replica {
-    v1::Replica { id, node, role: role.into(), joining }
+    v1::Replica { id, node, role: role.into(), joining, ..Default::default() }
 }
 
 /// Five nodes in zones a, b, c, a, b; the meta group and two shards on the first three.
