@@ -16,6 +16,9 @@ pub use descriptor::{
     SYSTEM_KEYSPACE_NAME, Shard, ShardId, ShardMapError,
 };
 
+/// Voters of a shard where nobody said how many: they outlive one of them.
+const REPLICAS_DEFAULT: usize = 3;
+
 /// The versioned table of the ring, checked.
 ///
 /// Invariants:
@@ -38,6 +41,7 @@ pub struct ShardMap {
     keyspaces: BTreeMap<KeyspaceId, Keyspace>,
     names: BTreeMap<String, KeyspaceId>,
     read_replicas: Vec<ReadReplicas>,
+    replicas: u32,
 }
 
 impl ShardMap {
@@ -64,6 +68,7 @@ impl ShardMap {
             keyspaces,
             names,
             read_replicas: checked_rules(&map.read_replicas)?,
+            replicas: map.replicas,
         })
     }
 
@@ -78,6 +83,7 @@ impl ShardMap {
             keyspaces: self.keyspaces.values().map(Keyspace::to_proto).collect(),
             server_time_ms: self.server_time_ms,
             read_replicas: self.read_replicas.iter().map(rule_to_proto).collect(),
+            replicas: self.replicas,
         }
     }
 
@@ -163,6 +169,11 @@ impl ShardMap {
     /// How many read replicas every shard shall have, by zone.
     pub fn read_replicas(&self) -> &[ReadReplicas] {
         &self.read_replicas
+    }
+
+    /// How many voters every shard shall have, where there are so many nodes.
+    pub fn replicas(&self) -> usize {
+        if self.replicas == 0 { REPLICAS_DEFAULT } else { self.replicas as usize }
     }
 
     /// A node by id.

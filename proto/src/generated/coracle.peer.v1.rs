@@ -205,9 +205,9 @@ pub struct ChangeMembers {
     /// Its node.
     #[prost(uint64, tag = "5")]
     pub node: u64,
-    /// Of a promotion: the voter that goes; 0 means none.
+    /// Of a change of voters: the voter that goes; 0 means none. So may be the replica that comes.
     #[prost(uint64, tag = "6")]
-    pub instead_of: u64,
+    pub remove: u64,
 }
 /// Hands leadership to a voter that holds the whole log. Another leader already is no error.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -425,8 +425,8 @@ pub enum MemberChange {
     AddLearner = 1,
     /// A read replica goes.
     RemoveLearner = 2,
-    /// A read replica becomes a voter, in another voter's place or beside the others.
-    Promote = 3,
+    /// A read replica becomes a voter, a voter goes, or both.
+    Voters = 3,
     /// A change of voters that was left half done is ended.
     Finish = 4,
 }
@@ -440,7 +440,7 @@ impl MemberChange {
             Self::Unspecified => "MEMBER_CHANGE_UNSPECIFIED",
             Self::AddLearner => "MEMBER_CHANGE_ADD_LEARNER",
             Self::RemoveLearner => "MEMBER_CHANGE_REMOVE_LEARNER",
-            Self::Promote => "MEMBER_CHANGE_PROMOTE",
+            Self::Voters => "MEMBER_CHANGE_VOTERS",
             Self::Finish => "MEMBER_CHANGE_FINISH",
         }
     }
@@ -450,7 +450,7 @@ impl MemberChange {
             "MEMBER_CHANGE_UNSPECIFIED" => Some(Self::Unspecified),
             "MEMBER_CHANGE_ADD_LEARNER" => Some(Self::AddLearner),
             "MEMBER_CHANGE_REMOVE_LEARNER" => Some(Self::RemoveLearner),
-            "MEMBER_CHANGE_PROMOTE" => Some(Self::Promote),
+            "MEMBER_CHANGE_VOTERS" => Some(Self::Voters),
             "MEMBER_CHANGE_FINISH" => Some(Self::Finish),
             _ => None,
         }

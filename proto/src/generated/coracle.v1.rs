@@ -1600,6 +1600,9 @@ pub struct Replica {
     /// Of one that will vote: the replica of this shard that goes when it does; 0 means none.
     #[prost(uint64, tag = "6")]
     pub replaces: u64,
+    /// Of a voter: it goes, and nobody takes its place.
+    #[prost(bool, tag = "7")]
+    pub goes: bool,
 }
 /// One arc \[start, end) of the ring and who replicates it. end = 0 means 2^64.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -1684,6 +1687,9 @@ pub struct ShardMap {
     /// How many read replicas every shard shall have, by zone.
     #[prost(message, repeated, tag = "8")]
     pub read_replicas: ::prost::alloc::vec::Vec<ReadReplicas>,
+    /// Voters that every shard shall have, where there are so many nodes; 0 means 3.
+    #[prost(uint32, tag = "9")]
+    pub replicas: u32,
 }
 /// Read replicas that every shard of the ring shall have beside its voters.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -81,6 +81,8 @@ pub struct Replica {
     pub becomes_voter: bool,
     /// Of one that will vote: the replica that goes when it does.
     pub replaces: Option<ReplicaId>,
+    /// Of a voter: it goes, and nobody takes its place.
+    pub goes: bool,
 }
 
 /// How many read replicas every shard of the ring shall have.
@@ -237,6 +239,7 @@ impl Shard {
                 joining: replica.joining,
                 becomes_voter: replica.becomes_voter,
                 replaces: (replica.replaces != 0).then_some(ReplicaId(replica.replaces)),
+                goes: replica.goes,
             });
         }
         if !replicas.iter().any(|replica| replica.role == ReplicaRole::Voter) {
@@ -269,6 +272,7 @@ impl Shard {
             joining: replica.joining,
             becomes_voter: replica.becomes_voter,
             replaces: replica.replaces.map_or(0, |id| id.0),
+            goes: replica.goes,
         };
         v1::Shard {
             id: self.id.0,

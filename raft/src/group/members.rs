@@ -34,7 +34,7 @@ use crate::types::{NodeId, Place, Role, StoredMembership, TypeConfig};
 enum Change {
     Add { replica: u64, node: NodeId },
     Remove { replica: u64 },
-    Promote { replica: u64, instead_of: Option<u64> },
+    Voters { add: Option<u64>, remove: Option<u64> },
     Finish,
 }
 
@@ -105,20 +105,20 @@ impl Group {
         self.change(Change::Remove { replica: replica.0 }, epoch, deadline).await
     }
 
-    /// Makes a read replica a voter, and ends the membership of the voter whose place it takes; that
-    /// one is not told. Refused while the read replica lacks more than a few entries, and while fewer
-    /// than a majority of the voters to be are heard: the change would stop the group. On the leader,
-    /// which is not replaced itself: it hands over first. Returns the group's epoch behind the change;
-    /// done already is no error.
-    pub async fn promote(
+    /// Makes a read replica a voter, ends the membership of a voter, or both: the one takes the other's
+    /// place. The one that goes is not told. Refused while the read replica lacks more than a few
+    /// entries, and while fewer than a majority of the voters to be are heard: the change would stop
+    /// the group. On the leader, which does not go itself: it hands over first. Returns the group's
+    /// epoch behind the change; done already is no error.
+    pub async fn change_voters(
         &self,
-        replica: ReplicaId,
-        instead_of: Option<ReplicaId>,
+        add: Option<ReplicaId>,
+        remove: Option<ReplicaId>,
         epoch: u64,
         deadline: Instant,
     ) -> Result<u64, ChangeError> {
-        let instead_of = instead_of.map(|old| old.0);
-        self.change(Change::Promote { replica: replica.0, instead_of }, epoch, deadline).await
+        let (add, remove) = (add.map(|id| id.0), remove.map(|id| id.0));
+        self.change(Change::Voters { add, remove }, epoch, deadline).await
     }
 
     /// Ends a change of voters that a lost leader left half done, towards what it was to become. On
@@ -167,12 +167,12 @@ impl Group {
             }
             Change::Remove { replica } => ChangeMembers::RemoveNodes(BTreeSet::from([replica])),
             Change::Finish => ChangeMembers::AddVoterIds(BTreeSet::new()),
-            Change::Promote { replica, instead_of } => {
+            Change::Voters { add, remove } => {
                 let mut voters: BTreeSet<u64> = stored.membership().voter_ids().collect();
-                voters.insert(replica);
-                voters.retain(|id| Some(*id) != instead_of);
+                voters.extend(add);
+                voters.retain(|id| Some(*id) != remove);
                 let lease = self.timing.lease();
-                can_promote(&self.status(), self.replica, replica, &voters, lease)?;
+                check_voters(&self.status(), self.replica, add, &voters, lease)?;
                 ChangeMembers::ReplaceAllVoters(voters)
             }
         })
@@ -228,16 +228,18 @@ fn is_done(stored: &StoredMembership, change: Change) -> Result<bool, ChangeErro
     let refused = |why: String| Err(ChangeError::Refused(why));
     match change {
         Change::Finish => Ok(!is_joint(stored)),
-        Change::Promote { replica, instead_of } => {
-            let replaced = instead_of.is_none_or(|old| membership.get_node(&old).is_none());
-            match (membership.get_node(&replica), votes(replica)) {
-                (Some(_), true) if replaced => Ok(true),
-                (Some(_), true) => refused(format!("replica {replica} votes already")),
-                (None, _) => refused(format!("replica {replica} is no member")),
-                (Some(_), false) if instead_of.is_some_and(|old| !votes(old)) => {
-                    refused(format!("replica {} does not vote", instead_of.unwrap_or(0)))
+        Change::Voters { add, remove } => {
+            let is_member = |replica: u64| membership.get_node(&replica).is_some();
+            let added = add.is_none_or(votes);
+            let removed = remove.is_none_or(|replica| !is_member(replica));
+            match (add, remove) {
+                _ if added && removed => Ok(true),
+                (Some(add), _) if !is_member(add) => refused(format!("replica {add} is no member")),
+                (Some(add), Some(_)) if added => refused(format!("replica {add} votes already")),
+                (_, Some(remove)) if !votes(remove) => {
+                    refused(format!("replica {remove} does not vote"))
                 }
-                (Some(_), false) => Ok(false),
+                _ => Ok(false),
             }
         }
         Change::Remove { replica } if votes(replica) => {
@@ -263,23 +265,23 @@ fn is_done(stored: &StoredMembership, change: Change) -> Result<bool, ChangeErro
 }
 
 /// Whether a group that this replica leads goes on at once with these voters.
-fn can_promote(
+fn check_voters(
     status: &GroupStatus,
     own: ReplicaId,
-    replica: u64,
+    add: Option<u64>,
     voters: &BTreeSet<u64>,
     fresh: Duration,
 ) -> Result<(), ChangeError> {
     let refused = |why: String| Err(ChangeError::Refused(why));
     if !voters.contains(&own.0) {
-        return refused("the leader is to be replaced: it hands over first".to_owned());
+        return refused("the leader is to go: it hands over first".to_owned());
     }
-    let matched = status.members.get(&replica).and_then(|member| member.matched);
-    let lacks = status.last_index.unwrap_or(0).saturating_sub(matched.map_or(0, |at| at.index));
-    if matched.is_none() || lacks > PROMOTE_LAG_MAX {
-        return refused(format!(
-            "replica {replica} lacks {lacks} entries: it is not ready to vote"
-        ));
+    if let Some(add) = add {
+        let matched = status.members.get(&add).and_then(|member| member.matched);
+        let lacks = status.last_index.unwrap_or(0).saturating_sub(matched.map_or(0, |at| at.index));
+        if matched.is_none() || lacks > PROMOTE_LAG_MAX {
+            return refused(format!("replica {add} lacks {lacks} entries: it is not ready to vote"));
+        }
     }
     let heard = |id: &&u64| {
         let heard = status.members.get(id).and_then(|member| member.heard);

@@ -51,14 +51,14 @@ async fn a_voter_takes_the_place_of_another_and_no_write_is_lost() {
     let (leader, epoch) = (cluster.leading().await, cluster.epoch().await);
     let (led, _) = cluster.leader().expect("a leader");
     let old = (1..=3).map(NodeId).find(|node| *node != led).expect("three of them");
-    let behind = leader.promote(LEARNER, Some(on(old)), epoch, soon()).await.expect("all are well");
+    let behind = leader.change_voters(Some(LEARNER), Some(on(old)), epoch, soon()).await.expect("all are well");
     assert!(behind > epoch, "a change of the members raises the epoch");
     let told = leader.members(soon()).await.expect("it leads");
     assert!(!told.joint);
     assert_eq!(told.members.get(&LEARNER.0), Some(&(FOURTH, Role::Voter)));
     assert!(!told.members.contains_key(&on(old).0), "nor does it stay as a read replica");
     assert_eq!(told.members.len(), 3);
-    let again = leader.promote(LEARNER, Some(on(old)), epoch, soon()).await;
+    let again = leader.change_voters(Some(LEARNER), Some(on(old)), epoch, soon()).await;
     assert_eq!(again, Ok(behind), "done already");
 
     // The one that went is not asked any more: without it and one other the new voter counts.
@@ -87,12 +87,23 @@ async fn a_group_gains_a_voter() {
     cluster.put("k0", "v0").await;
     cluster.with_learner().await;
     let epoch = cluster.epoch().await;
-    let behind = cluster.leading().await.promote(LEARNER, None, epoch, soon()).await;
+    let behind = cluster.leading().await.change_voters(Some(LEARNER), None, epoch, soon()).await;
     assert!(behind.expect("all are well") > epoch);
     let told = cluster.leading().await.members(soon()).await.expect("it leads");
     assert!(told.members.values().all(|(_, role)| *role == Role::Voter));
     assert_eq!(told.members.len(), 4);
     cluster.put("k1", "v1").await;
+
+    // And loses one again: three of three are enough, two of four were not.
+    let (old, epoch) = (cluster.other_voter().await, cluster.epoch().await);
+    let behind = cluster.leading().await.change_voters(None, Some(on(old)), epoch, soon()).await;
+    assert!(behind.expect("all are well") > epoch);
+    let told = cluster.leading().await.members(soon()).await.expect("it leads");
+    assert!(told.members.len() == 3 && !told.members.contains_key(&on(old).0));
+    cluster.stop(old).await;
+    let third = cluster.other_voter().await;
+    cluster.stop(third).await;
+    cluster.put("k2", "v2").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -104,7 +115,7 @@ async fn a_change_that_the_group_could_not_stand_is_refused_and_changes_nothing(
     let (led, other) = (cluster.leader().expect("a leader").0, cluster.other_voter().await);
     let before = leader.members(soon()).await.expect("it leads");
 
-    let passed = leader.promote(LEARNER, Some(on(other)), epoch - 1, soon()).await;
+    let passed = leader.change_voters(Some(LEARNER), Some(on(other)), epoch - 1, soon()).await;
     assert_eq!(passed, Err(ChangeError::EpochPassed { epoch }));
     for (replica, instead_of, why) in [
         (LEARNER, Some(on(led)), "the leader itself"),
@@ -112,7 +123,7 @@ async fn a_change_that_the_group_could_not_stand_is_refused_and_changes_nothing(
         (ReplicaId(99), Some(on(other)), "no member"),
         (on(other), Some(on(led)), "a voter already"),
     ] {
-        let refused = leader.promote(replica, instead_of, epoch, soon()).await;
+        let refused = leader.change_voters(Some(replica), instead_of, epoch, soon()).await;
         assert!(is_refused(&refused), "{why}: {refused:?}");
     }
 
@@ -121,7 +132,7 @@ async fn a_change_that_the_group_could_not_stand_is_refused_and_changes_nothing(
     for n in 0..1_100 {
         cluster.put("k0", &format!("v{n}")).await;
     }
-    let refused = leader.promote(LEARNER, Some(on(other)), epoch, soon()).await;
+    let refused = leader.change_voters(Some(LEARNER), Some(on(other)), epoch, soon()).await;
     assert!(is_refused(&refused), "it lacks too much: {refused:?}");
     cluster.restart(FOURTH, 2).await;
     cluster.caught_up().await;
@@ -138,7 +149,7 @@ async fn a_change_that_the_group_could_not_stand_is_refused_and_changes_nothing(
         silent(LEARNER.0) && silent(on(third).0)
     })
     .await;
-    let refused = leader.promote(LEARNER, Some(on(other)), epoch, soon()).await;
+    let refused = leader.change_voters(Some(LEARNER), Some(on(other)), epoch, soon()).await;
     assert!(is_refused(&refused), "no majority of those to be: {refused:?}");
     assert_eq!(leader.members(soon()).await.expect("it leads"), before);
     cluster.put("k1", "v1").await;
@@ -155,7 +166,7 @@ async fn a_change_of_voters_that_was_left_half_done_is_ended_by_whoever_leads() 
     let (led, _) = cluster.leader().expect("a leader");
     cluster.wires.held.lock().extend((1..=4).map(NodeId).filter(|node| *node != led));
     let brief = Instant::now() + Duration::from_millis(300);
-    let gone = leader.promote(LEARNER, Some(on(old)), epoch, brief).await;
+    let gone = leader.change_voters(Some(LEARNER), Some(on(old)), epoch, brief).await;
     assert!(matches!(gone, Err(ChangeError::Unknown(_))), "{gone:?}");
     cluster.wires.held.lock().clear();
     until("half of the change is committed", || {
@@ -170,7 +181,7 @@ async fn a_change_of_voters_that_was_left_half_done_is_ended_by_whoever_leads() 
     let leader = cluster.leading().await;
     let told = leader.members(soon()).await.expect("it leads");
     assert!(told.joint);
-    let other = leader.promote(LEARNER, Some(on(old)), told.epoch, soon()).await;
+    let other = leader.change_voters(Some(LEARNER), Some(on(old)), told.epoch, soon()).await;
     assert_eq!(other, Err(ChangeError::UnderWay), "nothing is built upon it");
     let ended = leader.finish_change(soon()).await.expect("all are well");
     assert!(ended > told.epoch);
