@@ -2725,10 +2725,10 @@ pub struct PlannedMove {
     /// The shard.
     #[prost(uint64, tag = "1")]
     pub shard: u64,
-    /// Where it is.
+    /// Where it is; 0 of a shard that lacks a voter.
     #[prost(uint64, tag = "2")]
     pub from_node: u64,
-    /// Where it goes; of a shard that lacks a voter, with no from_node, where it is made.
+    /// Where it goes; 0 of a shard that has a voter too many.
     #[prost(uint64, tag = "3")]
     pub to_node: u64,
     /// About how many bytes are copied.
@@ -2936,6 +2936,15 @@ pub struct ClusterOperation {
     /// The operation that this one takes back; 0 means none.
     #[prost(uint64, tag = "10")]
     pub undoes: u64,
+    /// It was cancelled: what is half done is being taken back.
+    #[prost(bool, tag = "11")]
+    pub cancelling: bool,
+    /// Of all its moves, so many are done; the moves of old operations are forgotten.
+    #[prost(uint32, tag = "12")]
+    pub moves_done: u32,
+    /// All its moves.
+    #[prost(uint32, tag = "13")]
+    pub moves_all: u32,
 }
 /// See AdminService.ListOperations.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
