@@ -1,0 +1,445 @@
+//! Operations: work on replicas that goes on by itself, whoever leads the meta group.
+//!
+//! Owns what the records of operations make of the map, and the map of them: which move begins, which is
+//! done, which is given up, when an operation ends. Pure functions of the records: they stand in one
+//! batch with the map, so that a controller that dies leaves nothing that the next one does not see.
+//! Does not touch a group (see `super::replicas`) and does not plan (see `super::elastic`).
+//!
+//! A move *begins* by entering a joining replica that will vote, and names the voter whose place it
+//! takes; it is *done* when the map, which copies what the group says, has the new voter and not the old
+//! one. A replica that vanishes from the map before it votes was given up by `super::replicas`: the move
+//! begins again, a few times.
+
+use std::collections::BTreeMap;
+
+use coracle_proto::v1;
+use v1::{NodeState, OperationKind, OperationState};
+
+use crate::records::Snapshot;
+
+/// Operations under way: each that moves replicas by a plan has the cluster to itself, the others are
+/// few. Beyond it: `CONFLICT`.
+const ACTIVE_MAX: usize = 4;
+/// Moves of one operation; the records keep all operations in one value. What a plan has beyond it, the
+/// next plan has again.
+pub(super) const MOVES_MAX: usize = 2_048;
+/// Ended operations that are remembered; the newest of them with its moves, so that it can be undone.
+const ENDED_MAX: usize = 16;
+/// How often a move is begun before it is given up.
+const ATTEMPTS_MAX: u32 = 3;
+/// Moves to one node at a time: each is a snapshot that it takes in.
+const MOVES_TO_A_NODE: usize = 2;
+/// Moves at a time, over the whole cluster, unless it is set.
+const MOVES_AT_A_TIME: u32 = 4;
+/// How long a node may be silent, in milliseconds, before its replicas are made elsewhere, unless it
+/// is set: a restart, even a slow one, takes less.
+const DOWN_AFTER_MS: u64 = 5 * 60 * 1_000;
+
+/// The record of operations.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Operations {
+    /// Those under way, and the last that ended, oldest first.
+    pub list: Vec<v1::ClusterOperation>,
+    /// The highest id that was given.
+    pub last_id: u64,
+    /// Nothing moves only for balance.
+    pub manual: bool,
+    /// 0 means the default.
+    pub moves_at_a_time: u32,
+    /// 0 means the default.
+    pub down_after_ms: u64,
+}
+
+/// What an operation is begun with.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Work {
+    pub(super) kind: OperationKind,
+    pub(super) node: u64,
+    pub(super) undoes: u64,
+    pub(super) moves: Vec<v1::PlannedMove>,
+    pub(super) transfers: Vec<v1::PlannedTransfer>,
+}
+
+impl Operations {
+    /// Moves at a time, over the whole cluster.
+    pub fn moves_at_a_time(&self) -> u32 {
+        if self.moves_at_a_time == 0 { MOVES_AT_A_TIME } else { self.moves_at_a_time }
+    }
+
+    /// How long a node may be silent before its replicas are made elsewhere.
+    pub fn down_after_ms(&self) -> u64 {
+        if self.down_after_ms == 0 { DOWN_AFTER_MS } else { self.down_after_ms }
+    }
+
+    /// Those that have not ended.
+    pub fn active(&self) -> impl Iterator<Item = &v1::ClusterOperation> {
+        self.list.iter().filter(|operation| is_active(operation))
+    }
+
+    pub(super) fn find(&self, id: u64) -> Option<&v1::ClusterOperation> {
+        self.list.iter().find(|operation| operation.id == id)
+    }
+
+    /// Whether a move of this shard is under way or to come.
+    pub(super) fn is_busy(&self, shard: u64) -> bool {
+        let moves = self.active().flat_map(|operation| &operation.moves);
+        moves.into_iter().any(|step| step.shard == shard && !has_ended(step.state()))
+    }
+
+    fn running(&self) -> impl Iterator<Item = &v1::OperationMove> {
+        let moves = self.active().flat_map(|operation| &operation.moves);
+        moves.filter(|step| step.state() == OperationState::Running)
+    }
+
+    fn forget_old(&mut self) {
+        let ended = self.list.iter().filter(|operation| !is_active(operation)).count();
+        let mut surplus = ended.saturating_sub(ENDED_MAX);
+        self.list.retain(|operation| {
+            let goes = surplus > 0 && !is_active(operation);
+            surplus -= usize::from(goes);
+            !goes
+        });
+        let mut ended = self.list.iter_mut().filter(|operation| !is_active(operation));
+        ended.next_back();
+        ended.for_each(|operation| {
+            operation.moves.clear();
+            operation.transfers.clear();
+        });
+    }
+}
+
+pub(super) fn is_active(operation: &v1::ClusterOperation) -> bool {
+    matches!(operation.state(), OperationState::Running | OperationState::Paused)
+}
+
+fn has_ended(state: OperationState) -> bool {
+    use OperationState::{Cancelled, Done, Failed};
+    matches!(state, Done | Cancelled | Failed)
+}
+
+/// Moves replicas by a plan of the whole cluster: two such plans would undo each other.
+fn has_the_cluster(kind: OperationKind) -> bool {
+    matches!(kind, OperationKind::Rebalance | OperationKind::Balance | OperationKind::Undo)
+}
+
+/// Enters a new operation; the error is for whoever asked for it. Moves of shards that another
+/// operation moves are left out where the work goes on by itself, and refused elsewhere.
+pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<u64, String> {
+    let operations = &snapshot.operations;
+    let active: Vec<&v1::ClusterOperation> = operations.active().collect();
+    let other = active.iter().find(|other| has_the_cluster(work.kind) || has_the_cluster(other.kind()));
+    let repairs = matches!(work.kind, OperationKind::Repair | OperationKind::Decommission);
+    if let Some(other) = other.filter(|_| !repairs) {
+        return Err(format!("operation {} is under way: wait for it, or cancel it", other.id));
+    }
+    if active.len() >= ACTIVE_MAX {
+        return Err(format!("{ACTIVE_MAX} operations are under way already"));
+    }
+    let mut moves = Vec::new();
+    for planned in &work.moves {
+        if operations.is_busy(planned.shard) {
+            if repairs {
+                continue;
+            }
+            return Err(format!("another operation moves s{} already", planned.shard));
+        }
+        moves.push(entered(&snapshot.map, planned)?);
+        if moves.len() == MOVES_MAX {
+            break;
+        }
+    }
+    let id = operations.last_id + 1;
+    let operations = &mut snapshot.operations;
+    operations.last_id = id;
+    operations.list.push(v1::ClusterOperation {
+        id,
+        kind: work.kind.into(),
+        state: OperationState::Running.into(),
+        moves_all: moves.len() as u32,
+        moves,
+        transfers: work.transfers,
+        began_ms: now_ms,
+        node: work.node,
+        undoes: work.undoes,
+        ..Default::default()
+    });
+    Ok(id)
+}
+
+/// Gives an operation that goes on until its node is empty more to do. False when there is nothing.
+pub(super) fn extend(snapshot: &mut Snapshot, id: u64, moves: &[v1::PlannedMove]) -> bool {
+    let new: Vec<v1::OperationMove> = moves
+        .iter()
+        .filter(|planned| !snapshot.operations.is_busy(planned.shard))
+        .filter_map(|planned| entered(&snapshot.map, planned).ok())
+        .take(MOVES_MAX)
+        .collect();
+    let operation = snapshot.operations.list.iter_mut().find(|operation| operation.id == id);
+    let Some(operation) = operation.filter(|_| !new.is_empty()) else {
+        return false;
+    };
+    // What ended is counted; kept, it would grow with every round.
+    operation.moves.retain(|step| !has_ended(step.state()));
+    operation.moves_all = operation.moves_done + (operation.moves.len() + new.len()) as u32;
+    operation.moves.extend(new);
+    operation.message.clear();
+    true
+}
+
+/// A planned move as an operation keeps it: with the replica that goes.
+fn entered(map: &v1::ShardMap, planned: &v1::PlannedMove) -> Result<v1::OperationMove, String> {
+    let shard = map.shards.iter().find(|shard| shard.id == planned.shard);
+    let shard = shard.ok_or_else(|| format!("there is no shard s{}", planned.shard))?;
+    let from = match planned.from_node {
+        0 => 0,
+        node => {
+            let voter = shard.replicas.iter().find(|replica| {
+                replica.node == node && replica.role() == v1::ReplicaRole::Voter
+            });
+            let voter = voter.ok_or_else(|| format!("no voter of s{} is on n{node}", shard.id))?;
+            voter.id
+        }
+    };
+    if planned.from_node == 0 && planned.to_node == 0 {
+        return Err(format!("a move of s{} has neither end", shard.id));
+    }
+    Ok(v1::OperationMove {
+        shard: shard.id,
+        from_replica: from,
+        from_node: planned.from_node,
+        to_node: planned.to_node,
+        bytes: planned.bytes,
+        state: OperationState::Pending.into(),
+        ..Default::default()
+    })
+}
+
+/// Takes operations as far as the map says they are, and begins what has room. True when anything
+/// changed.
+pub(super) fn advance(snapshot: &mut Snapshot, now_ms: u64) -> bool {
+    let before = (snapshot.operations.clone(), snapshot.ids);
+    let mut list = std::mem::take(&mut snapshot.operations.list);
+    for operation in list.iter_mut().filter(|operation| is_active(operation)) {
+        follow(snapshot, operation);
+    }
+    snapshot.operations.list = list;
+    start_moves(snapshot);
+    let mut list = std::mem::take(&mut snapshot.operations.list);
+    for operation in list.iter_mut().filter(|operation| is_active(operation)) {
+        end(snapshot, operation, now_ms);
+    }
+    snapshot.operations.list = list;
+    snapshot.operations.forget_old();
+    before != (snapshot.operations.clone(), snapshot.ids)
+}
+
+/// What has become of the moves that were begun.
+fn follow(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation) {
+    let cancelling = operation.cancelling;
+    for step in &mut operation.moves {
+        match step.state() {
+            OperationState::Pending if cancelling => {
+                step.state = OperationState::Cancelled.into();
+            }
+            OperationState::Running => {
+                if cancelling {
+                    take_back(&mut snapshot.map, step);
+                }
+                follow_one(&snapshot.map, step, cancelling);
+            }
+            _ => continue,
+        }
+        if step.state() == OperationState::Done {
+            operation.moves_done += 1;
+        }
+    }
+}
+
+fn replica_of<'a>(
+    map: &'a mut v1::ShardMap,
+    shard: u64,
+    replica: u64,
+) -> Option<&'a mut v1::Replica> {
+    let shard = map.shards.iter_mut().find(|known| known.id == shard)?;
+    shard.replicas.iter_mut().find(|known| known.id == replica)
+}
+
+/// A replica that does not vote yet never will; one that was to go stays.
+fn take_back(map: &mut v1::ShardMap, step: &v1::OperationMove) {
+    if let Some(comes) = replica_of(map, step.shard, step.to_replica).filter(|r| r.joining) {
+        (comes.becomes_voter, comes.replaces) = (false, 0);
+    }
+    if let Some(goes) = replica_of(map, step.shard, step.from_replica) {
+        goes.goes = false;
+    }
+}
+
+fn follow_one(map: &v1::ShardMap, step: &mut v1::OperationMove, cancelling: bool) {
+    let shard = map.shards.iter().find(|shard| shard.id == step.shard);
+    let find = |id: u64| shard.and_then(|shard| shard.replicas.iter().find(|r| r.id == id));
+    let is_there = |id: u64| find(id).is_some();
+    let came = step.to_node == 0
+        || find(step.to_replica).is_some_and(|replica| {
+            replica.role() == v1::ReplicaRole::Voter && !replica.joining
+        });
+    let went = step.from_replica == 0 || !is_there(step.from_replica);
+    let lost = step.to_node != 0 && !is_there(step.to_replica);
+    let state = if came && went {
+        step.message.clear();
+        OperationState::Done
+    } else if cancelling && (lost || step.to_node == 0) {
+        OperationState::Cancelled
+    } else if lost && step.attempts >= ATTEMPTS_MAX {
+        step.message = format!("n{} did not take it in {ATTEMPTS_MAX} tries", step.to_node);
+        OperationState::Failed
+    } else if lost {
+        step.message = format!("n{} did not take it: it is tried again", step.to_node);
+        step.to_replica = 0;
+        OperationState::Pending
+    } else {
+        OperationState::Running
+    };
+    step.state = state.into();
+}
+
+/// Begins moves, in the order of the operations, as far as there is room.
+fn start_moves(snapshot: &mut Snapshot) {
+    let mut room = (snapshot.operations.moves_at_a_time() as usize)
+        .saturating_sub(snapshot.operations.running().count());
+    let mut taking: BTreeMap<u64, usize> = BTreeMap::new();
+    let mut moving: Vec<u64> = Vec::new();
+    for step in snapshot.operations.running() {
+        *taking.entry(step.to_node).or_default() += 1;
+        moving.push(step.shard);
+    }
+    let mut list = std::mem::take(&mut snapshot.operations.list);
+    let running = list.iter_mut().filter(|known| known.state() == OperationState::Running);
+    for step in running.flat_map(|operation| &mut operation.moves) {
+        if room == 0 {
+            break;
+        }
+        let taken = taking.entry(step.to_node).or_default();
+        let full = step.to_node != 0 && *taken >= MOVES_TO_A_NODE;
+        // One move of a shard after the other: its voters change one at a time.
+        if step.state() != OperationState::Pending || full || moving.contains(&step.shard) {
+            continue;
+        }
+        match start_one(snapshot, step) {
+            Ok(true) => {
+                (room, *taken) = (room - 1, *taken + 1);
+                moving.push(step.shard);
+                step.state = OperationState::Running.into();
+            }
+            Ok(false) => moving.push(step.shard),
+            Err(why) => {
+                step.message = why;
+                step.state = OperationState::Failed.into();
+            }
+        }
+    }
+    snapshot.operations.list = list;
+}
+
+/// Enters what begins a move. False when it has to wait; the error says why it never can.
+fn start_one(snapshot: &mut Snapshot, step: &mut v1::OperationMove) -> Result<bool, String> {
+    let leaves = |leaving: &coracle_proto::peer::LeavingReplica| {
+        leaving.shard == step.shard && leaving.node == step.to_node
+    };
+    let node_is_there = snapshot.map.nodes.iter().any(|node| {
+        node.id == step.to_node
+            && matches!(node.state(), NodeState::Active | NodeState::Unspecified)
+    });
+    let leaves_there = snapshot.leaving.iter().any(leaves);
+    let shard = snapshot.map.shards.iter_mut().find(|shard| shard.id == step.shard);
+    let shard = shard.ok_or_else(|| format!("there is no shard s{} any more", step.shard))?;
+    if step.from_replica != 0 && shard.replicas.iter().all(|r| r.id != step.from_replica) {
+        return Err(format!("the replica on n{} is gone already", step.from_node));
+    }
+    let changes = |replica: &v1::Replica| replica.becomes_voter || replica.goes;
+    if shard.forming || shard.replicas.iter().any(changes) || leaves_there {
+        return Ok(false);
+    }
+    if step.to_node == 0 {
+        let goes = shard.replicas.iter_mut().find(|replica| replica.id == step.from_replica);
+        goes.ok_or("the replica is gone already")?.goes = true;
+    } else {
+        if !node_is_there {
+            return Err(format!("n{} takes no replicas", step.to_node));
+        }
+        if shard.replicas.iter().any(|replica| replica.node == step.to_node) {
+            return Err(format!("n{} holds a replica of s{} already", step.to_node, step.shard));
+        }
+        step.to_replica = snapshot.ids.next_replica;
+        snapshot.ids.next_replica += 1;
+        shard.replicas.push(v1::Replica {
+            id: step.to_replica,
+            node: step.to_node,
+            role: v1::ReplicaRole::Learner.into(),
+            joining: true,
+            becomes_voter: true,
+            replaces: step.from_replica,
+            goes: false,
+        });
+    }
+    step.attempts += 1;
+    step.message.clear();
+    Ok(true)
+}
+
+/// Ends what has nothing left to do.
+fn end(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation, now_ms: u64) {
+    if operation.moves.iter().any(|step| !has_ended(step.state())) {
+        return;
+    }
+    let failed = operation.moves.iter().filter(|step| step.state() == OperationState::Failed);
+    let failed: Vec<&str> = failed.map(|step| step.message.as_str()).collect();
+    let state = if operation.cancelling {
+        OperationState::Cancelled
+    } else if operation.kind() == OperationKind::Decommission {
+        if !is_empty(snapshot, operation.node) {
+            return;
+        }
+        let node = snapshot.map.nodes.iter_mut().find(|node| node.id == operation.node);
+        if let Some(node) = node {
+            node.state = NodeState::Decommissioned.into();
+        }
+        OperationState::Done
+    } else if !failed.is_empty() {
+        operation.message = format!("{} moves failed: {}", failed.len(), failed[0]);
+        OperationState::Failed
+    } else if !operation.transfers.is_empty() {
+        return;
+    } else {
+        OperationState::Done
+    };
+    operation.transfers.clear();
+    operation.state = state.into();
+    operation.ended_ms = now_ms;
+}
+
+/// Whether a node holds nothing, and nothing of it is left to remove.
+pub(super) fn is_empty(snapshot: &Snapshot, node: u64) -> bool {
+    let holds = snapshot.map.shards.iter().flat_map(|shard| &shard.replicas);
+    let mut holds = holds.filter(|replica| replica.node == node);
+    holds.next().is_none() && snapshot.leaving.iter().all(|leaving| leaving.node != node)
+}
+
+/// The moves that take back what an operation did, the last first.
+pub(super) fn reversed(operation: &v1::ClusterOperation) -> Work {
+    let done = operation.moves.iter().filter(|step| step.state() == OperationState::Done);
+    let moves = done.rev().map(|step| v1::PlannedMove {
+        shard: step.shard,
+        from_node: step.to_node,
+        to_node: step.from_node,
+        bytes: step.bytes,
+    });
+    Work {
+        kind: OperationKind::Undo,
+        undoes: operation.id,
+        moves: moves.collect(),
+        ..Work::default()
+    }
+}
+
+#[cfg(test)]
+mod tests;
