@@ -15,3 +15,4 @@ mod cluster_past;
 mod members;
 mod reads;
 mod reclaim;
+mod removal;
