@@ -90,6 +90,17 @@ enum Key {
     Replica(ReplicaId),
 }
 
+/// How a replica is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// It runs, or is about to.
+    Runs,
+    /// It is there and does not run: its log or its state is damaged, or it has stopped by itself.
+    Damaged,
+    /// It is not there: never made, or destroyed.
+    Absent,
+}
+
 /// All groups of a node.
 pub struct Host {
     environment: Arc<Environment>,
@@ -333,6 +344,25 @@ impl Host {
         });
         let failed: Vec<String> = self.failed.lock().iter().map(|(_, why)| why.clone()).collect();
         failed.into_iter().chain(stopped).collect()
+    }
+
+    /// How a replica of this node is, as far as the node knows.
+    pub fn condition(&self, replica: ReplicaId) -> Condition {
+        let running = self.groups().into_iter().find(|group| group.replica() == replica);
+        match running {
+            Some(group) if group.status().failed.is_some() => return Condition::Damaged,
+            Some(_) => return Condition::Runs,
+            None => {}
+        }
+        if self.failed.lock().iter().any(|(failed, _)| *failed == replica) {
+            return Condition::Damaged;
+        }
+        match self.environment.log.state(replica) {
+            Err(Error::UnknownReplica(_)) => Condition::Absent,
+            Err(Error::Recovering { .. }) => Condition::Damaged,
+            // It is being made, or removed, or the node ends.
+            Ok(_) | Err(_) => Condition::Runs,
+        }
     }
 
     /// All groups, by shard.

@@ -24,7 +24,7 @@ struct ReplicaView {
     zone: String,
     /// voter or learner.
     role: &'static str,
-    /// leader, following, joining, missing, down.
+    /// leader, following, joining, missing, damaged, down.
     state: &'static str,
     /// What its leader says it lacks; absent where no leader says anything.
     lag_entries: Option<u64>,
@@ -110,7 +110,8 @@ fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
     let members = leader.and_then(group).map(|group| group.members.as_slice()).unwrap_or_default();
     let member: Option<&MemberStatus> =
         members.iter().find(|member| member.replica == place.replica);
-    let is_there = group(place.node).is_some_and(|group| group.replica == place.replica);
+    let own = group(place.node).filter(|group| group.replica == place.replica);
+    let (is_there, role) = (own.is_some(), own.map_or("", |group| group.role.as_str()));
     ReplicaView {
         shard: place.shard.0,
         replica: place.replica.0,
@@ -119,6 +120,7 @@ fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
         role: if place.voter { "voter" } else { "learner" },
         state: match () {
             () if !picture.nodes.contains_key(&place.node) => "down",
+            () if role == "recovering" || role == "stopped" => "damaged",
             () if place.joining => "joining",
             () if !is_there => "missing",
             () if leader == Some(place.node) => "leader",

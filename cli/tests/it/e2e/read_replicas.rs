@@ -111,3 +111,52 @@ async fn read_replicas_come_and_go_while_their_controller_is_killed() {
     client.close().await;
     bench.stop().await;
 }
+
+/// A replica's place: its number, and the directory of its state.
+fn learner_on(replicas: &[Value], node: u64) -> Option<(u64, u64)> {
+    let on_node = |replica: &&Value| replica["role"] == "learner" && replica["node"] == node;
+    let number = |replica: &Value, field: &str| replica[field].as_u64().expect("a number");
+    let found = replicas.iter().find(on_node);
+    found.map(|replica| (number(replica, "shard"), number(replica, "replica")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_read_replica_comes_anew() {
+    let mut bench = Bench::start(4).await;
+    // Three vote for each shard; the fourth node, of zone a, reads along for those that n1 votes for.
+    let set = ["replica", "set", "--learners", "1", "--zone", "a", "--wait", "--timeout", "50s"];
+    bench.expect(&set, 0).await;
+    let replicas = bench.replicas().await;
+    let (at, node) = (3, 4);
+    let (shard, damaged) = learner_on(&replicas, node).expect("it reads along for some shard");
+    bench.cluster.kill(at);
+    bench.cluster.reap(at).await;
+    let shards = bench.cluster.process(at).plan().data_dir.join("shards");
+    let store = shards.join(format!("{damaged:016x}"));
+    std::fs::remove_dir_all(&store).expect("it was there");
+    bench.cluster.restart(&[at]).await.unwrap_or_else(|failure| panic!("{failure:?}"));
+    let mut said = false;
+    until("another one is made", COMES_TRUE, async || {
+        let replicas = bench.replicas().await;
+        let its = |replica: &&Value| replica["shard"] == shard && replica["node"] == node;
+        let found: Vec<&Value> = replicas.iter().filter(its).collect();
+        let is = |state: &str, old: bool| {
+            let wanted = |replica: &&&Value| {
+                replica["state"] == state && (replica["replica"] == damaged) == old
+            };
+            found.iter().any(|replica| wanted(&replica))
+        };
+        said |= is("damaged", true);
+        is("following", false)
+    })
+    .await;
+    assert!(said, "replica ls did not say that it was damaged");
+    assert!(!store.exists(), "the old one left nothing");
+    until("all is well", COMES_TRUE, async || {
+        let run = bench.run_with(&["status"], b"").await;
+        run.status.success()
+    })
+    .await;
+    bench.expect(&set, 0).await;
+    bench.stop().await;
+}
