@@ -29,6 +29,12 @@ pub(super) enum Change {
         shard: u64,
         epoch: u64,
     },
+    /// Who votes, as a majority of the group has confirmed at this epoch.
+    Voters {
+        shard: u64,
+        epoch: u64,
+        voters: Vec<(u64, u64)>,
+    },
     /// A stray is in no record: a command that came late brought it into its group.
     Withdraw {
         shard: u64,
@@ -56,16 +62,31 @@ pub(super) fn is_voter(replica: &v1::Replica) -> bool {
     replica.role() == v1::ReplicaRole::Voter
 }
 
-/// Read replicas are of shards that hold keys, and stand.
+/// Members come and go once a shard stands.
 pub(super) fn is_tended(shard: &v1::Shard) -> bool {
-    shard.id != META_SHARD.0 && !shard.forming
+    !shard.forming
+}
+
+/// Read replicas are of shards that hold keys.
+fn has_read_replicas(shard: &v1::Shard) -> bool {
+    shard.id != META_SHARD.0 && is_tended(shard)
+}
+
+/// Neither votes nor shall.
+fn is_read_replica(replica: &v1::Replica) -> bool {
+    !is_voter(replica) && !replica.becomes_voter
 }
 
 /// What the records lack, and have too much, by their own setting.
 pub(super) fn planned(snapshot: &Snapshot, outlook: &Outlook) -> LearnerPlan {
     let map = &snapshot.map;
     let nodes = map.nodes.iter().filter(|node| {
-        !matches!(node.state(), v1::NodeState::Gone | v1::NodeState::Decommissioned)
+        !matches!(
+            node.state(),
+            v1::NodeState::Gone
+                | v1::NodeState::Decommissioning
+                | v1::NodeState::Decommissioned
+        )
     });
     let holders = nodes.map(|node| Holder {
         node: NodeId(node.id),
@@ -74,13 +95,16 @@ pub(super) fn planned(snapshot: &Snapshot, outlook: &Outlook) -> LearnerPlan {
             && !outlook.silent.contains_key(&node.id)
             && !outlook.avoided.nodes.contains(&node.id),
     });
-    let placed = map.shards.iter().filter(|shard| is_tended(shard)).map(|shard| Placed {
+    let placed = map.shards.iter().filter(|shard| has_read_replicas(shard)).map(|shard| Placed {
         shard: ShardId(shard.id),
-        voters: shard.replicas.iter().filter(|r| is_voter(r)).map(|r| NodeId(r.node)).collect(),
+        voters: {
+            let voters = shard.replicas.iter().filter(|replica| !is_read_replica(replica));
+            voters.map(|replica| NodeId(replica.node)).collect()
+        },
         learners: shard
             .replicas
             .iter()
-            .filter(|replica| !is_voter(replica))
+            .filter(|replica| is_read_replica(replica))
             .map(|replica| (ReplicaId(replica.id), NodeId(replica.node)))
             .collect(),
         avoided: {
@@ -99,7 +123,7 @@ pub(super) fn planned(snapshot: &Snapshot, outlook: &Outlook) -> LearnerPlan {
 /// Enters the next part of what is planned. False when there is nothing to enter.
 pub(super) fn enter_plan(snapshot: &mut Snapshot, outlook: &Outlook) -> bool {
     let learners =
-        |map: &v1::ShardMap| map.shards.iter().flat_map(|s| &s.replicas).any(|r| !is_voter(r));
+        |map: &v1::ShardMap| map.shards.iter().flat_map(|s| &s.replicas).any(is_read_replica);
     if snapshot.map.read_replicas.is_empty() && !learners(&snapshot.map) {
         return false;
     }
@@ -159,6 +183,9 @@ pub(super) fn enter(snapshot: &mut Snapshot, change: &Change) -> bool {
             }
             newer
         }),
+        Change::Voters { shard, epoch, ref voters } => {
+            find(map, shard).is_some_and(|shard| enter_voters(shard, leaving, epoch, voters))
+        }
         Change::Withdraw { shard, replica, node, stray } => {
             // One that was recorded as leaving meanwhile, or votes by now; an id that was never given.
             if leaving.iter().any(|known| known.replica == replica) || replica >= ids.next_replica {
@@ -185,6 +212,42 @@ pub(super) fn enter(snapshot: &mut Snapshot, change: &Change) -> bool {
             leaving.len() < before
         }
     }
+}
+
+/// The map takes over who votes. Those who did and do so no more are left to be removed. False when it
+/// says so already, or the group has changed since.
+fn enter_voters(
+    shard: &mut v1::Shard,
+    leaving: &mut Vec<peer::LeavingReplica>,
+    epoch: u64,
+    voters: &[(u64, u64)],
+) -> bool {
+    let known: BTreeSet<(u64, u64)> =
+        shard.replicas.iter().filter(|r| is_voter(r)).map(|r| (r.id, r.node)).collect();
+    if epoch < shard.epoch || known == voters.iter().copied().collect() {
+        return false;
+    }
+    shard.epoch = epoch;
+    let votes = |replica: &v1::Replica| voters.contains(&(replica.id, replica.node));
+    for gone in shard.replicas.iter().filter(|replica| is_voter(replica) && !votes(replica)) {
+        leaving.push(peer::LeavingReplica { shard: shard.id, replica: gone.id, node: gone.node });
+        if shard.leader_node == gone.node {
+            shard.leader_node = 0;
+        }
+    }
+    shard.replicas.retain(|replica| !is_voter(replica) || votes(replica));
+    for (id, node) in voters {
+        // One that was given up while its group let it vote stays after all.
+        leaving.retain(|leaving| leaving.replica != *id);
+        if shard.replicas.iter().any(|replica| replica.id == *id && is_voter(replica)) {
+            continue;
+        }
+        shard.replicas.retain(|replica| replica.id != *id);
+        let role = v1::ReplicaRole::Voter.into();
+        shard.replicas.push(v1::Replica { id: *id, node: *node, role, ..Default::default() });
+    }
+    shard.replicas.sort_by_key(|replica| replica.id);
+    true
 }
 
 fn find(map: &mut v1::ShardMap, id: u64) -> Option<&mut v1::Shard> {

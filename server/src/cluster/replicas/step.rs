@@ -8,6 +8,8 @@ pub(super) enum Recorded {
     Joining,
     /// In the map.
     Present,
+    /// In the map as a voter that goes, with nobody in its place.
+    Going,
     /// Out of the map; to be ended.
     Leaving,
     /// Nothing.
@@ -56,6 +58,8 @@ pub(super) struct Seen {
     pub(super) lost: bool,
     /// It has been joining for longer than one waits.
     pub(super) stuck: bool,
+    /// By the records: it shall vote.
+    pub(super) becomes_voter: bool,
 }
 
 /// What happens next to a replica. Each can be done again.
@@ -69,6 +73,10 @@ pub(super) enum Step {
     Add,
     /// The map says that it can be read from.
     Settle,
+    /// Its group lets it vote, in the place of the voter that it replaces.
+    Promote,
+    /// Its group lets it go: it votes, and nobody takes its place.
+    Retire,
     /// The map loses it, and the records remember that it must go.
     Withdraw,
     /// Its group lets it go.
@@ -93,7 +101,9 @@ pub(super) fn next(seen: Seen) -> Step {
         (Recorded::Joining | Recorded::Present, Learner { .. }) if seen.lost => Step::Withdraw,
         (Recorded::Joining, Absent) if !seen.made => Step::Make,
         (Recorded::Joining | Recorded::Present, Absent) => Step::Add,
+        (Recorded::Joining, Learner { caught_up: true }) if seen.becomes_voter => Step::Promote,
         (Recorded::Joining, Learner { caught_up: true }) => Step::Settle,
+        (Recorded::Going, Voter) => Step::Retire,
         (Recorded::Leaving, Learner { .. }) => Step::Remove,
         (Recorded::Leaving, Absent) if seen.home == Home::Gone => Step::Forget,
         (Recorded::Leaving, Absent) => Step::Destroy,
@@ -101,8 +111,8 @@ pub(super) fn next(seen: Seen) -> Step {
         (Recorded::Unknown, Learner { .. }) => Step::Withdraw,
         (Recorded::Unknown, Absent) => Step::Wait,
         (Recorded::Joining | Recorded::Present, Learner { .. }) => Step::Wait,
-        // Who votes is not decided here.
-        (_, Voter) => Step::Wait,
+        // The map takes from its group who votes.
+        (Recorded::Going, _) | (_, Voter) => Step::Wait,
     }
 }
 
@@ -130,7 +140,7 @@ mod tests {
             false => Membership::Absent,
         };
         let recorded = RECORDED[world.recorded as usize];
-        Seen { recorded, member, home, made, lost: false, stuck: false }
+        Seen { recorded, member, home, made, lost: false, stuck: false, becomes_voter: false }
     }
 
     fn done(mut world: World, step: Step) -> World {
@@ -143,6 +153,7 @@ mod tests {
             Step::Remove => world.member = false,
             Step::Destroy => (world.on_node, world.was_destroyed) = (false, true),
             Step::Forget => world.recorded = 3,
+            Step::Promote | Step::Retire => unreachable!("a read replica stays one"),
         }
         world
     }
@@ -213,7 +224,8 @@ mod tests {
     fn what_its_node_has_lost_goes_and_so_does_what_never_comes() {
         let member = |caught_up| Membership::Learner { caught_up };
         let seen = |recorded, member, lost, stuck| {
-            next(Seen { recorded, member, home: Home::Hoped, made: true, lost, stuck })
+            let (home, becomes_voter) = (Home::Hoped, false);
+            next(Seen { recorded, member, home, made: true, lost, stuck, becomes_voter })
         };
         for recorded in [Recorded::Joining, Recorded::Present] {
             assert_eq!(seen(recorded, member(false), true, false), Step::Withdraw);
@@ -229,6 +241,25 @@ mod tests {
     }
 
     #[test]
+    fn one_that_shall_vote_is_promoted_when_it_has_caught_up_and_one_that_goes_is_retired() {
+        let seen = |recorded, member, becomes_voter| {
+            let (home, made, lost, stuck) = (Home::Hoped, true, false, false);
+            next(Seen { recorded, member, home, made, lost, stuck, becomes_voter })
+        };
+        let learner = |caught_up| Membership::Learner { caught_up };
+        assert_eq!(seen(Recorded::Joining, Membership::Absent, true), Step::Add);
+        assert_eq!(seen(Recorded::Joining, learner(false), true), Step::Wait);
+        assert_eq!(seen(Recorded::Joining, learner(true), true), Step::Promote);
+        assert_eq!(seen(Recorded::Joining, learner(true), false), Step::Settle);
+        for recorded in RECORDED {
+            assert_eq!(seen(recorded, Membership::Voter, true), Step::Wait, "{recorded:?}");
+        }
+        assert_eq!(seen(Recorded::Going, Membership::Voter, false), Step::Retire);
+        assert_eq!(seen(Recorded::Going, Membership::NotAsked, false), Step::Wait);
+        assert_eq!(seen(Recorded::Going, Membership::Absent, false), Step::Wait, "the map will say");
+    }
+
+    #[test]
     fn nothing_is_made_or_destroyed_while_the_group_knows_it_or_cannot_be_asked() {
         for recorded in RECORDED {
             for member in [
@@ -240,7 +271,9 @@ mod tests {
                 for home in [Home::Hoped, Home::Silent, Home::Gone] {
                     for made in [false, true] {
                         let (lost, stuck) = (false, false);
-                        let step = next(Seen { recorded, member, home, made, lost, stuck });
+                        let becomes_voter = false;
+                        let step =
+                            next(Seen { recorded, member, home, made, lost, stuck, becomes_voter });
                         let touches = [Step::Make, Step::Destroy, Step::Forget, Step::Add];
                         assert!(!touches.contains(&step), "{step:?}: {recorded:?}, {member:?}");
                     }
