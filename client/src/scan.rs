@@ -22,7 +22,7 @@ use crate::connection::fault_of;
 use crate::driver::closed;
 use crate::error::Error;
 use crate::pipeline::Pipeline;
-use crate::request::Target;
+use crate::request::{Target, no_version_0};
 use crate::retry::{AttemptInfo, Decision, Failure, decide};
 
 /// What can be scanned: `a..b`, `a..`, `..b` and `..` over keys.
@@ -117,7 +117,8 @@ impl Scan {
     }
 
     /// The state at a version, instead of one that is fixed when the scan begins.
-    /// [`crate::ErrorKind::VersionGone`] where the keyspace's history does not reach back to it.
+    /// [`crate::ErrorKind::VersionGone`] where the keyspace's history does not reach back to it. There is
+    /// no version 0.
     pub fn at(mut self, version: Version) -> Scan {
         self.request.read = Some(v1::ReadOptions { at_version: version.0, ..Default::default() });
         self
@@ -225,6 +226,10 @@ impl Pager {
     async fn next_page(&mut self) -> Result<Option<Page>, Error> {
         if !self.checked {
             limits::check_scan(&self.request)?;
+            // On the wire 0 would mean the newest.
+            if self.request.read.as_ref().is_some_and(|read| read.at_version == 0) {
+                return Err(no_version_0());
+            }
             self.checked = true;
         }
         if self.done {

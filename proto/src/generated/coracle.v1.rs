@@ -389,7 +389,7 @@ pub struct KeyValue {
 /// One page, at most 1 MiB (or one entry that is larger).
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ScanResponse {
-    /// In order.
+    /// In order. May be empty, also before the end: a run of deleted keys is passed in pages.
     #[prost(message, repeated, tag = "1")]
     pub entries: ::prost::alloc::vec::Vec<KeyValue>,
     /// The version at which the whole scan reads.
@@ -467,7 +467,8 @@ pub struct DeleteRangeResponse {
 /// Operations that leave together; nothing else connects them.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PipelineRequests {
-    /// At most 1,024; no more are added to a message that holds 256 KiB.
+    /// At most 1,024, else the stream ends with INVALID_ARGUMENT; no more are added to a message that
+    /// holds 256 KiB.
     #[prost(message, repeated, tag = "1")]
     pub requests: ::prost::alloc::vec::Vec<PipelineRequest>,
 }
@@ -558,7 +559,7 @@ pub struct FixVersionResponse {
 }
 /// Keeps a version of a keyspace readable on one shard beyond the keyspace's history: what a long scan
 /// asks of each of its shards, and asks again while it goes on. Pins of one version are one pin, which
-/// holds until the latest time that anybody asked for.
+/// holds until the latest time that anybody asked for. Between nodes only: NOT_ALLOWED to clients.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PinVersionRequest {
     /// The shard.
@@ -925,7 +926,8 @@ pub mod kv_service_client {
                 .insert(GrpcMethod::new("coracle.v1.KvService", "DeleteRange"));
             self.inner.server_streaming(req, path, codec).await
         }
-        /// A range in key order at one version, over all shards of the keyspace.
+        /// A range in key order at one version, over all shards of the keyspace. A stream that nobody reads
+        /// for five minutes ends with OVERLOADED; the token of its last page goes on with it.
         pub async fn scan(
             &mut self,
             request: impl tonic::IntoRequest<super::ScanRequest>,
@@ -1042,7 +1044,8 @@ pub mod kv_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// A range in key order at one version, over all shards of the keyspace.
+        /// A range in key order at one version, over all shards of the keyspace. A stream that nobody reads
+        /// for five minutes ends with OVERLOADED; the token of its last page goes on with it.
         async fn scan(
             &self,
             request: tonic::Request<super::ScanRequest>,

@@ -178,6 +178,11 @@ fn pin_version(
     request: &v1::PinVersionRequest,
     origin: Origin,
 ) -> Result<Plan, Fault> {
+    if origin == Origin::Client {
+        let message = "nodes alone pin versions, for the scans that they serve: a scan's own is pinned \
+                       when it takes long";
+        return Err(Fault::new(Reason::NotAllowed, message));
+    }
     let route = request.route.unwrap_or_default();
     if route.shard == 0 {
         return Err(Fault::invalid("route.shard", "a version is pinned on a named shard"));
