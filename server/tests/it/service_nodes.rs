@@ -33,6 +33,7 @@ use coracle_storage::state::MapEngines;
 use coracle_storage::{LogOptions, ReplicaId};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -87,6 +88,8 @@ pub(crate) struct Wires {
     /// Nothing comes through.
     pub(crate) cut: AtomicBool,
     pub(crate) forwards: AtomicUsize,
+    /// The lowest unanswered sequence that the last put on its way has named.
+    pub(crate) last_mark: AtomicU64,
 }
 
 struct Wire {
@@ -105,6 +108,12 @@ impl Forwarder for Wire {
         let lost = |why: String| ForwardError::Lost(why);
         Box::pin(async move {
             wires.forwards.fetch_add(1, Ordering::SeqCst);
+            let request = v1::PipelineRequest::decode(body.clone()).expect("what nodes send");
+            if let Some(Operation::Put(v1::PutRequest { request_id: Some(id), .. })) =
+                request.operation
+            {
+                wires.last_mark.store(id.lowest_unanswered, Ordering::SeqCst);
+            }
             let router = wires.routers.lock().get(&to).cloned();
             let cut = wires.cut.load(Ordering::SeqCst);
             let router =
