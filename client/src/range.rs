@@ -121,8 +121,8 @@ impl DeleteRange {
         self
     }
 
-    /// Deletes as it is polled, and tells the progress. An atomic one has a single progress. Dropping
-    /// it begins no further step.
+    /// Deletes as it is polled, and tells the progress. The first has deleted nothing: what is written
+    /// from then on stays. An atomic one has a single progress. Dropping it begins no further step.
     pub fn stream(self) -> DeleteStream {
         let Target { driver, timeout, .. } = self.target.clone();
         let timeout = timeout.unwrap_or(driver.settings.operation_timeout);
