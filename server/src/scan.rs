@@ -28,7 +28,6 @@ use std::time::Duration;
 
 use coracle_proto::limits::{self, SCAN_PAGE_BYTES, SCAN_PAGE_ENTRIES};
 use coracle_proto::reason::{Fault, Outcome, Reason};
-use coracle_proto::ring;
 use coracle_proto::shard_map::SYSTEM_KEYSPACE;
 use coracle_proto::token::ScanToken;
 use coracle_proto::v1;
@@ -39,8 +38,8 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::admission::{Call, Charge, Seat};
-use crate::fault;
 use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, open_keyspace};
+use crate::versions::{self, ASKED_AT_A_TIME};
 
 mod merge;
 mod pages;
@@ -54,8 +53,6 @@ pub use pin::pins;
 /// With small entries it takes twice that in memory, and as much again on its way. Many shards get
 /// smaller pages, down to [`PAGE_BYTES_MIN`].
 const AHEAD_BYTES: usize = 2 << 20;
-/// Shards that one scan asks at a time.
-const ASKED_AT_A_TIME: usize = 32;
 /// How long one page looks for keys, once a lane has come up empty. Beyond, and after at least one page of
 /// every lane that holds nothing, it ends: well within what a client waits before it asks another
 /// node, so that no gap is too long to be passed, and far above what a page costs.
@@ -305,26 +302,7 @@ async fn lay_out(
     request: &v1::ScanRequest,
     call: &Call,
 ) -> Result<(u64, Lanes), Fault> {
-    let map = router.current_map()?;
-    let ask = |shard: u64| async move {
-        let route = Some(v1::Route { shard, shard_epoch: 0 });
-        let question = v1::FixVersionRequest { route, version: token.version };
-        match router.execute(Operation::FixVersion(question), call).await? {
-            Answer::FixVersion(fixed) => Ok((shard, fixed)),
-            _ => Err(mismatched()),
-        }
-    };
-    let shards: Vec<u64> = map.shards().iter().map(|shard| shard.id.0).collect();
-    let asked = stream::iter(shards.into_iter().map(ask)).buffer_unordered(ASKED_AT_A_TIME);
-    let mut fixed: Vec<(u64, v1::FixVersionResponse)> = asked.try_collect().await?;
-    fixed.sort_by_key(|(_, fixed)| fixed.start);
-    let arcs: Option<Vec<_>> =
-        fixed.iter().map(|(_, fixed)| ring::Arc::new(fixed.start, fixed.end)).collect();
-    let tiled = arcs.is_some_and(|arcs| ring::check_tiling(arcs).is_ok());
-    if !tiled {
-        let first = map.shards().first().map_or(map.meta().id, |shard| shard.id);
-        return Err(fault::stale_route(Some(&map), first, None));
-    }
+    let fixed = versions::fix_on_ring(router, token.version, call).await?;
     let highest = fixed.iter().map(|(_, fixed)| fixed.version).max().unwrap_or(0);
     let version = if token.version > 0 { token.version } else { highest };
     let token = ScanToken { version, ..token.clone() };

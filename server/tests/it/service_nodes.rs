@@ -90,6 +90,8 @@ pub(crate) struct Wires {
     pub(crate) forwards: AtomicUsize,
     /// How long pages of scans are on their way.
     pub(crate) page_delay_ms: AtomicU64,
+    /// The lowest unanswered sequence that the last put on its way has named.
+    pub(crate) last_mark: AtomicU64,
 }
 
 struct Wire {
@@ -108,6 +110,12 @@ impl Forwarder for Wire {
         let lost = |why: String| ForwardError::Lost(why);
         Box::pin(async move {
             wires.forwards.fetch_add(1, Ordering::SeqCst);
+            let request = v1::PipelineRequest::decode(body.clone()).expect("what nodes send");
+            if let Some(Operation::Put(v1::PutRequest { request_id: Some(id), .. })) =
+                request.operation
+            {
+                wires.last_mark.store(id.lowest_unanswered, Ordering::SeqCst);
+            }
             let router = wires.routers.lock().get(&to).cloned();
             let cut = wires.cut.load(Ordering::SeqCst);
             let router =
