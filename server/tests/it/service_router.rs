@@ -12,7 +12,7 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_server::admission::{Call, Origin};
 use prost::Message;
 
-use crate::service_nodes::{Nodes, get, key_on, put, shard_map, until};
+use crate::service_nodes::{Nodes, get, key_on, put, shard_map, shard_of, until};
 
 fn increment(key: &str, id: Option<v1::RequestId>) -> Operation {
     let by = v1::IncrementOperation { by: 1 };
