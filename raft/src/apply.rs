@@ -42,7 +42,7 @@ mod state_record;
 
 pub use state_record::GroupState;
 
-use result::{Invalid, StoredResult, Verdict};
+use result::{Invalid, Met, StoredResult, Verdict};
 
 /// Values of failed conditions that one reply carries, in bytes: as much as a batch may have
 /// brought. Behind the first that does not fit, only versions are told.
@@ -131,6 +131,8 @@ pub struct OperationResult {
 pub struct Current {
     /// The key's version.
     pub version: u64,
+    /// The version from which on it is gone; 0: never.
+    pub expires_at: u64,
     /// The key's value; `None` when the reply has no room for it ([`CURRENT_BYTES_MAX`]), or on a
     /// retry so late that the history does not reach back to it.
     pub value: Option<Bytes>,
@@ -320,7 +322,11 @@ fn judge(overlay: &mut Overlay, request: &Request, version: u64) -> Result<Verdi
         };
         let found = present(overlay, keyspace, &operation.key, version)?;
         if !holds(condition, found.as_ref()) {
-            failed.push((at, found.map(|found| found.version)));
+            let met = |found: Versioned| Met {
+                version: found.version,
+                expires_at: found.expires_at_version,
+            };
+            failed.push((at, found.map(met)));
         }
     }
     let operations = request.operations.len() as u32;
@@ -459,10 +465,10 @@ fn reply(
             // Below the threshold the value may be gone on one replica and not on another.
             let threshold = state.history.threshold(request.keyspace);
             let mut room = if stored.version >= threshold { CURRENT_BYTES_MAX } else { 0 };
-            for (at, version) in failed {
+            for (at, met) in failed {
                 let result = &mut results[*at as usize];
                 result.condition_failed = true;
-                let Some(version) = *version else { continue };
+                let Some(Met { version, expires_at }) = *met else { continue };
                 let mut value = None;
                 if room > 0
                     && let Some(operation) = request.operations.get(*at as usize)
@@ -474,7 +480,7 @@ fn reply(
                     len if len <= room => room -= len,
                     _ => (room, value) = (0, None),
                 }
-                result.current = Some(Current { version, value });
+                result.current = Some(Current { version, expires_at, value });
             }
             Outcome::ConditionFailed { results }
         }

@@ -49,6 +49,8 @@ pub use past::Reclaimed;
 const FLUSH_MAX: Duration = Duration::from_secs(60);
 /// How often a flush is asked for until it is seen to be done.
 const FLUSH_RETRY: Duration = Duration::from_secs(1);
+/// How often a store that is being closed is looked at.
+const CLOSE_POLL: Duration = Duration::from_millis(2);
 /// A group whose other voters were not heard for this many leases has nobody to hand over to.
 const PATIENCE_LEASES: u32 = 2;
 
@@ -494,23 +496,35 @@ impl Group {
         self.raft.trigger().purge_log(upto).await.map_err(stopped)
     }
 
-    /// Ends the replica's tasks and waits until its store is closed.
+    /// Ends the replica's tasks, and what rewrites its store.
     pub(crate) async fn shutdown(&self) {
         self.stop.cancel();
         self.appends.clear();
+        let state = self.state.clone();
+        // Not done where the node stops: then nobody waits for it.
+        let _ = blocking(&*self.environment.exec, move || state.end_compactions()).await;
         if let Err(error) = self.raft.shutdown().await {
             tracing::error!(shard = %self.shard, %error, "the group's core had failed");
         }
     }
 
+    /// After [`Group::shutdown`]: waits until nobody holds the replica's store, nor ever opens it
+    /// again. Only then may its directory go.
+    pub(crate) async fn close(&self) -> Result<(), Error> {
+        let state = self.state.clone();
+        let closed = blocking(&*self.environment.exec, move || state.close()).await;
+        closed.map_err(Error::invalid)?;
+        // openraft's worker and the last reads let go of the store in their own time.
+        let open = self.state.store_marker();
+        while open.strong_count() > 0 {
+            tokio::time::sleep(CLOSE_POLL).await;
+        }
+        Ok(())
+    }
+
     /// Frees what an abandoned snapshot transfer holds.
     pub(crate) fn forget_idle_transfer(&self) {
         self.snapshots.forget_idle();
-    }
-
-    /// Cannot be upgraded any more once the store is closed.
-    pub(crate) fn store_marker(&self) -> Option<std::sync::Weak<()>> {
-        self.state.store_marker()
     }
 
     /// Counts leaderships, and says when the replica has stopped by itself: it does not come back

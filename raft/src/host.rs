@@ -32,8 +32,13 @@ use crate::observer::Observer;
 use crate::snapshot::blocking;
 use crate::state_machine::{SharedState, store_dir};
 use crate::transport::{Answering, Transport, TransportError};
+use crate::turns::Turns;
 use crate::types::{NodeId, ShardId};
 use crate::wire::Reader;
+
+mod removal;
+
+use removal::Destroying;
 
 /// Entries that stay in a group's log behind its last flush: a follower that was away for a moment
 /// catches up from them, without a snapshot.
@@ -78,14 +83,34 @@ pub struct Options {
     pub on_hang: Arc<dyn Fn() + Send + Sync>,
 }
 
+/// What is created and destroyed in turn. Whoever takes both turns takes the shard's first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Key {
+    Shard(ShardId),
+    Replica(ReplicaId),
+}
+
+/// How a replica is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condition {
+    /// It runs, or is about to.
+    Runs,
+    /// It is there and does not run: its log or its state is damaged, or it has stopped by itself.
+    Damaged,
+    /// It is not there: never made, or destroyed.
+    Absent,
+}
+
 /// All groups of a node.
 pub struct Host {
     environment: Arc<Environment>,
     shards: PathBuf,
     log_bytes_target: u64,
     groups: RwLock<BTreeMap<ShardId, Arc<Group>>>,
-    /// One creation, opening or destruction at a time.
-    changing: tokio::sync::Mutex<()>,
+    /// One creation or destruction at a time, of one shard and of one replica: one that takes long
+    /// holds up no other shard's.
+    turns: Turns<Key>,
+    destroying: Destroying,
     on_hang: Arc<dyn Fn() + Send + Sync>,
     /// Replicas that did not open, and why.
     failed: Mutex<Vec<(ReplicaId, String)>>,
@@ -114,7 +139,8 @@ impl Host {
             shards: options.shards,
             log_bytes_target: options.log_bytes_target,
             groups: RwLock::default(),
-            changing: tokio::sync::Mutex::default(),
+            turns: Turns::default(),
+            destroying: Destroying::default(),
             on_hang: options.on_hang,
             failed: Mutex::default(),
             reclaiming: Arc::default(),
@@ -128,9 +154,9 @@ impl Host {
 
     /// Starts every replica that the data directory holds whole. What the log knows and the
     /// directory does not (or the reverse) is the trace of a creation or destruction that a crash
-    /// cut short: it never took part in anything, and is removed.
+    /// cut short: it never took part in anything, and is removed. Once, before any replica is
+    /// created or destroyed.
     pub async fn open_all(&self, recovery: &Recovery) -> Result<(), Error> {
-        let _changing = self.changing.lock().await;
         let (engines, shards) = (self.environment.engines.clone(), self.shards.clone());
         let settle = move || {
             let fs = engines.fs();
@@ -239,8 +265,9 @@ impl Host {
         replica: ReplicaId,
         initial: Descriptor,
     ) -> Result<Arc<Group>, Error> {
-        let _changing = self.changing.lock().await;
         let shard = ShardId(initial.shard);
+        let _shard = self.turns.take(Key::Shard(shard)).await;
+        let _replica = self.turns.take(Key::Replica(replica)).await;
         if let Some(group) = self.group(shard) {
             if group.replica() == replica {
                 return Ok(group);
@@ -305,59 +332,6 @@ impl Host {
         Ok(group)
     }
 
-    /// Stops a replica and removes all of it, whether it runs or not. Its id is remembered, also
-    /// where it was never made: it never comes back. Done already is no error. Goes on when the
-    /// caller gives up waiting.
-    pub async fn destroy(
-        self: &Arc<Self>,
-        shard: ShardId,
-        replica: ReplicaId,
-    ) -> Result<(), Error> {
-        let (answer, destroyed) = oneshot::channel();
-        let host = self.clone();
-        let destroy = async move {
-            let _ = answer.send(host.destroy_whole(shard, replica).await);
-        };
-        self.environment.exec.spawn("destroy", Box::pin(destroy));
-        destroyed.await.unwrap_or_else(|_| Err(Error::invalid("the node is stopping")))
-    }
-
-    async fn destroy_whole(&self, shard: ShardId, replica: ReplicaId) -> Result<(), Error> {
-        let _changing = self.changing.lock().await;
-        let runs = |group: &Arc<Group>| group.replica() == replica;
-        if let Some(group) = self.group(shard).filter(runs) {
-            self.groups.write().remove(&shard);
-            let store = group.store_marker();
-            group.shutdown().await;
-            drop(group);
-            // openraft's worker and the last reads let go of the store in their own time.
-            while store.as_ref().is_some_and(|store| store.strong_count() > 0) {
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-        }
-        let log = &self.environment.log;
-        if !log.was_destroyed(replica)? {
-            if matches!(log.state(replica), Err(Error::UnknownReplica(_))) {
-                // Never made. A late question to make it must find that it is gone.
-                let (done, created) = oneshot::channel();
-                log.create(replica, told(done));
-                ended(created.await)?;
-            }
-            let (done, destroyed) = oneshot::channel();
-            log.destroy(replica, told(done));
-            ended(destroyed.await)?;
-        }
-        self.failed.lock().retain(|(failed, _)| *failed != replica);
-        // A crash before this: the next start knows from the log that it goes.
-        self.remove_dir(store_dir(&self.shards, replica.0)).await
-    }
-
-    async fn remove_dir(&self, dir: PathBuf) -> Result<(), Error> {
-        let engines = self.environment.engines.clone();
-        let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir)).await;
-        removed.map_err(Error::invalid)?
-    }
-
     /// The group of a shard, where this node holds a replica.
     pub fn group(&self, shard: ShardId) -> Option<Arc<Group>> {
         self.groups.read().get(&shard).cloned()
@@ -370,6 +344,25 @@ impl Host {
         });
         let failed: Vec<String> = self.failed.lock().iter().map(|(_, why)| why.clone()).collect();
         failed.into_iter().chain(stopped).collect()
+    }
+
+    /// How a replica of this node is, as far as the node knows.
+    pub fn condition(&self, replica: ReplicaId) -> Condition {
+        let running = self.groups().into_iter().find(|group| group.replica() == replica);
+        match running {
+            Some(group) if group.status().failed.is_some() => return Condition::Damaged,
+            Some(_) => return Condition::Runs,
+            None => {}
+        }
+        if self.failed.lock().iter().any(|(failed, _)| *failed == replica) {
+            return Condition::Damaged;
+        }
+        match self.environment.log.state(replica) {
+            Err(Error::UnknownReplica(_)) => Condition::Absent,
+            Err(Error::Recovering { .. }) => Condition::Damaged,
+            // It is being made, or removed, or the node ends.
+            Ok(_) | Err(_) => Condition::Runs,
+        }
     }
 
     /// All groups, by shard.
@@ -424,9 +417,10 @@ impl Host {
         };
         let (answer, done) = oneshot::channel();
         let reclaim = async move {
-            let _ = answer.send(group.reclaim().await);
-            // Kept until here, whether anybody waits or not.
+            let reclaimed = group.reclaim().await;
+            // Kept until here, whether anybody waits or not; whoever hears the answer may ask again.
             drop(turn);
+            let _ = answer.send(reclaimed);
         };
         self.environment.exec.spawn("reclaim", Box::pin(reclaim));
         done.await.unwrap_or(Err(GroupError::Stopped))

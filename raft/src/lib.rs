@@ -24,6 +24,7 @@ pub mod lease;
 pub mod clock;
 pub mod health;
 mod environment;
+mod turns;
 mod membership;
 mod proposer;
 mod appends;

@@ -18,7 +18,7 @@ use coracle_storage::state::{
 use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -52,6 +52,9 @@ struct Shared {
     /// The same as of the last batch, for async tasks: never held over a write.
     seen: RwLock<Seen>,
     applied: watch::Sender<Position>,
+    /// Whether the store was closed for good. Held over the whole swap of a store: whoever closes
+    /// it waits for that, and no swap comes later.
+    closed: Mutex<bool>,
 }
 
 struct Seen {
@@ -61,10 +64,12 @@ struct Seen {
     history: History,
     /// Weak: a look at figures must not keep a store open that is to be swapped.
     engine: Weak<dyn Engine>,
+    /// Cannot be upgraded any more once that store is closed.
+    open: Weak<()>,
 }
 
 struct Current {
-    /// `None` while a snapshot is swapped in.
+    /// `None` while a snapshot is swapped in, and once it was closed for good.
     store: Option<ReplicaState>,
     group: GroupState,
     last_applied: Option<LogId>,
@@ -115,7 +120,8 @@ impl SharedState {
         let at = current.last_applied.as_ref().map(position).unwrap_or_default();
         let seen = RwLock::new(current.seen());
         let applied = watch::Sender::new(at);
-        Ok(Self(Arc::new(Shared { current: RwLock::new(current), seen, applied })))
+        let (current, closed) = (RwLock::new(current), Mutex::default());
+        Ok(Self(Arc::new(Shared { current, seen, applied, closed })))
     }
 
     pub(crate) fn applied(&self) -> Position {
@@ -154,9 +160,7 @@ impl SharedState {
     pub(crate) fn reclaim(&self) -> io::Result<(u64, u64)> {
         let (store, filter) = {
             let current = self.0.current.read();
-            let store = current.store.clone();
-            let store = store.ok_or_else(|| io::Error::other("a snapshot is being swapped in"))?;
-            (store, current.filter())
+            (current.store.clone().ok_or_else(no_store)?, current.filter())
         };
         flush(&store, filter).map_err(io::Error::other)?;
         let before = store.engine().approximate_bytes();
@@ -169,8 +173,45 @@ impl SharedState {
         self.engine().map_or(0, |engine| engine.unflushed_bytes())
     }
 
-    pub(crate) fn store_marker(&self) -> Option<Weak<()>> {
-        self.engine().map(|engine| engine.open_marker())
+    /// Cannot be upgraded any more once the store is closed.
+    pub(crate) fn store_marker(&self) -> Weak<()> {
+        self.0.seen.read().open.clone()
+    }
+
+    /// Ends what rewrites the store: whoever waits for its end has no use for that. Blocks for a
+    /// moment.
+    pub(crate) fn end_compactions(&self) {
+        if let Some(engine) = self.engine() {
+            engine.end_compactions();
+        }
+    }
+
+    /// Lets go of the store for good, and waits for a swap that is under way: no later one opens it
+    /// again. Others may hold it for a moment still, see [`SharedState::store_marker`]. Blocks.
+    pub(crate) fn close(&self) {
+        self.end_compactions();
+        *self.0.closed.lock() = true;
+        let store = self.0.current.write().store.take();
+        if let Some(store) = store {
+            // Of a store that was swapped in meanwhile.
+            store.engine().end_compactions();
+        }
+    }
+
+    /// Puts another store, which `open` opens, in the place of the one that was closed for it.
+    /// Blocks.
+    fn swap(&self, open: impl FnOnce() -> io::Result<Current>) -> io::Result<()> {
+        let closed = self.0.closed.lock();
+        if *closed {
+            return Err(no_store());
+        }
+        let current = open()?;
+        let at = current.last_applied.as_ref().map(position).unwrap_or_default();
+        let seen = current.seen();
+        *self.0.current.write() = current;
+        *self.0.seen.write() = seen;
+        self.0.applied.send_replace(at);
+        Ok(())
     }
 
     /// Notices what has failed in the background; the store's own factory then ends the node.
@@ -209,8 +250,7 @@ impl SharedState {
     }
 
     fn store(&self) -> io::Result<ReplicaState> {
-        let current = self.0.current.read();
-        current.store.clone().ok_or_else(|| io::Error::other("a snapshot is being swapped in"))
+        self.0.current.read().store.clone().ok_or_else(no_store)
     }
 
     /// Entries are applied in order, each once. (That none is left out is checked where they are read
@@ -244,7 +284,8 @@ impl SharedState {
         // Only the state machine writes, one batch at a time, so what is read here stays true.
         let (store, mut group, mut membership) = {
             let current = self.0.current.read();
-            let store = current.store.clone().expect("the state machine swaps and applies in turn");
+            // The state machine swaps and applies in turn.
+            let store = current.store.clone().ok_or_else(no_store)?;
             (store, current.group.clone(), current.membership.clone())
         };
         let mut overlay = store.overlay();
@@ -278,6 +319,9 @@ impl SharedState {
             // Written under the lock: a read sees the batch and the descriptor that it left, or
             // neither.
             let mut current = self.0.current.write();
+            if current.store.is_none() {
+                return Err(no_store());
+            }
             store.write(batch).map_err(io::Error::other)?;
             current.group = group;
             current.membership = membership;
@@ -298,6 +342,7 @@ impl Current {
             descriptor: self.group.descriptor.clone(),
             history: self.group.history.clone(),
             engine: Arc::downgrade(store.engine()),
+            open: store.engine().open_marker(),
         }
     }
 
@@ -305,6 +350,7 @@ impl Current {
     fn filter(&self) -> FilterState {
         FilterState {
             clock: self.group.clock,
+            index: self.last_applied.map_or(0, |id| id.index()),
             threshold: self.group.history.default_threshold(),
             thresholds: self.group.history.thresholds(),
             ..FilterState::default()
@@ -324,6 +370,10 @@ impl Current {
         };
         Ok(Self { store: Some(store), group, last_applied, membership: Arc::new(membership) })
     }
+}
+
+fn no_store() -> io::Error {
+    io::Error::other("the store is being replaced by a snapshot, or was closed for good")
 }
 
 fn applied_bytes(id: &LogId) -> Bytes {
@@ -418,7 +468,8 @@ impl StateMachine {
         let store = self.shared.0.current.write().store.take();
         let Some(store) = store else { return };
         let open = store.engine().open_marker();
-        drop(store);
+        // The node stops where this is not done: then nobody waits for it either.
+        let _ = blocking(&*self.exec, move || store.engine().end_compactions()).await;
         // Those who still hold it are looks and flushes, which end.
         while open.strong_count() > 0 {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -490,24 +541,19 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         self.recent = None;
         self.close_store().await;
         let (engines, fs, live) = (self.engines.clone(), self.fs.clone(), self.live.clone());
-        let received = received.clone();
-        let current = self
-            .run(move || {
-                checkpoint::swap_in(&*fs, &received.path, &live).map_err(io::Error::other)?;
-                let store = ReplicaState::open(&*engines, &live, OpenState { create: false });
-                Current::load(store.map_err(io::Error::other)?)
-            })
-            .await?;
-        assert_eq!(
-            current.last_applied, meta.last_log_id,
-            "a snapshot's files hold exactly the state of the position that it names"
-        );
-        let at = current.last_applied.as_ref().map(position).unwrap_or_default();
-        let seen = current.seen();
-        *self.shared.0.current.write() = current;
-        *self.shared.0.seen.write() = seen;
-        self.shared.0.applied.send_replace(at);
-        Ok(())
+        let (received, named) = (received.clone(), meta.last_log_id);
+        let open = move || {
+            checkpoint::swap_in(&*fs, &received.path, &live).map_err(io::Error::other)?;
+            let store = ReplicaState::open(&*engines, &live, OpenState { create: false });
+            let current = Current::load(store.map_err(io::Error::other)?)?;
+            assert_eq!(
+                current.last_applied, named,
+                "a snapshot's files hold exactly the state of the position that it names"
+            );
+            Ok(current)
+        };
+        let shared = self.shared.clone();
+        self.run(move || shared.swap(open)).await
     }
 
     async fn get_current_snapshot(

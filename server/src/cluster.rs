@@ -45,7 +45,7 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
 pub use found::{InitError, InitOptions, gather, join_when_alone};
-pub use members::member_statuses;
+pub use members::{DAMAGED, member_statuses};
 
 /// Whom a command goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -146,7 +146,7 @@ impl Cluster {
             },
             Kind::ChangeMembers(asked) => return self.change_members(asked).await,
             Kind::DestroyReplica(asked) => self.destroy_here(asked).await.map(|()| Bytes::new()),
-            Kind::Probe(_) => Ok(Bytes::new()),
+            Kind::Probe(probe) => return self.answer_probe(probe),
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
         match result {
@@ -403,7 +403,10 @@ impl Cluster {
             let asked = self.commands.command(Target::Node(NodeId(id)), kind, within);
             async move {
                 if asked.await.is_ok_and(|done| done.error.is_empty()) {
-                    self.told.lock().insert(id, (start, map.epoch));
+                    let mut told = self.told.lock();
+                    // An older map may be on its way still.
+                    let known = told.entry(id).or_default();
+                    *known = (start, map.epoch).max(*known);
                 }
             }
         });

@@ -20,7 +20,7 @@ use coracle_proto::v1;
 use coracle_proto::v1::admin_service_server::AdminServiceServer;
 use coracle_proto::v1::cluster_service_server::ClusterServiceServer;
 use coracle_proto::v1::kv_service_server::KvServiceServer;
-use coracle_raft::host::Host;
+use coracle_raft::host::{Condition, Host};
 use coracle_raft::leadership::Standing;
 use coracle_raft::types::NodeId;
 use coracle_storage::exec::Exec;
@@ -279,7 +279,25 @@ fn groups(member: &Member) -> Vec<v1::GroupStatus> {
             members: cluster::member_statuses(&group),
         }
     };
-    member.host.groups().into_iter().map(one).collect()
+    member.host.groups().into_iter().map(one).chain(damaged(member)).collect()
+}
+
+/// Replicas of the map that are on this node and do not run: as far as status can tell of which shard
+/// they are.
+fn damaged(member: &Member) -> Vec<v1::GroupStatus> {
+    let Some(map) = member.cluster.map.current() else { return Vec::new() };
+    let here = |shard: &coracle_proto::shard_map::Shard| {
+        let replica = shard.replica_on(member.own.node)?.id;
+        let runs = member.host.group(shard.id).is_some();
+        let condition = member.host.condition(coracle_storage::ReplicaId(replica.0));
+        (!runs && condition == Condition::Damaged).then(|| v1::GroupStatus {
+            shard: shard.id.0,
+            replica: replica.0,
+            role: cluster::DAMAGED.to_owned(),
+            ..Default::default()
+        })
+    };
+    map.all_shards().filter_map(here).collect()
 }
 
 fn damages(member: &Member) -> Vec<String> {
@@ -287,7 +305,11 @@ fn damages(member: &Member) -> Vec<String> {
         let file = damage.file.display();
         format!("replica {}: {file} at {}: {}", damage.replica.0, damage.offset, damage.why)
     };
-    member.recovering.iter().map(one).chain(member.host.failed()).collect()
+    // One that was removed since is no concern of anybody's.
+    let is_there = |damage: &&coracle_storage::log::Damage| {
+        !member.log.was_destroyed(damage.replica).unwrap_or(false)
+    };
+    member.recovering.iter().filter(is_there).map(one).chain(member.host.failed()).collect()
 }
 
 fn peer_status(status: crate::transport::PeerStatus) -> v1::PeerStatus {

@@ -24,7 +24,7 @@ struct ReplicaView {
     zone: String,
     /// voter or learner.
     role: &'static str,
-    /// leader, following, joining, missing, down.
+    /// leader, following, joining, missing, damaged, down.
     state: &'static str,
     /// What its leader says it lacks; absent where no leader says anything.
     lag_entries: Option<u64>,
@@ -77,8 +77,19 @@ pub async fn run(command: Replica, global: &Global, output: &Output) -> Result<(
     match command {
         Replica::Ls { shard } => list(&client, shard, output).await,
         Replica::Set { learners, zone, dry_run, wait } => {
-            set(&client, &zone, learners, dry_run, output).await?;
-            if wait { wait_for(&client, &zone, learners, global, output).await } else { Ok(()) }
+            let asked = (&*zone, learners, dry_run);
+            if !wait {
+                return set(&client, asked, output).await;
+            }
+            let until = global.timeout.map(|timeout| Instant::now() + timeout);
+            // Somebody may be elected just now: whoever waits for the replicas waits for that too.
+            while let Err(failure) = set(&client, asked, output).await {
+                if !passes(&failure) || until.is_some_and(|until| Instant::now() >= until) {
+                    return Err(failure);
+                }
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+            wait_for(&client, &zone, learners, until, output).await
         }
     }
 }
@@ -110,7 +121,8 @@ fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
     let members = leader.and_then(group).map(|group| group.members.as_slice()).unwrap_or_default();
     let member: Option<&MemberStatus> =
         members.iter().find(|member| member.replica == place.replica);
-    let is_there = group(place.node).is_some_and(|group| group.replica == place.replica);
+    let own = group(place.node).filter(|group| group.replica == place.replica);
+    let (is_there, role) = (own.is_some(), own.map_or("", |group| group.role.as_str()));
     ReplicaView {
         shard: place.shard.0,
         replica: place.replica.0,
@@ -119,6 +131,7 @@ fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
         role: if place.voter { "voter" } else { "learner" },
         state: match () {
             () if !picture.nodes.contains_key(&place.node) => "down",
+            () if role == "recovering" || role == "stopped" => "damaged",
             () if place.joining => "joining",
             () if !is_there => "missing",
             () if leader == Some(place.node) => "leader",
@@ -129,11 +142,14 @@ fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
     }
 }
 
+/// Whether it may go well a moment later.
+fn passes(failure: &Failure) -> bool {
+    matches!(failure.exit, Exit::Unreachable | Exit::Overloaded)
+}
+
 async fn set(
     client: &Client,
-    zone: &str,
-    learners: u32,
-    dry_run: bool,
+    (zone, learners, dry_run): (&str, u32, bool),
     output: &Output,
 ) -> Result<(), Failure> {
     let set = client.admin().set_read_replicas(zone, learners, dry_run).await;
@@ -179,17 +195,16 @@ async fn wait_for(
     client: &Client,
     zone: &str,
     learners: u32,
-    global: &Global,
+    until: Option<Instant>,
     output: &Output,
 ) -> Result<(), Failure> {
-    let until = global.timeout.map(|timeout| Instant::now() + timeout);
     let mut progress = output.progress();
     loop {
         let left = match still_to_do(client, zone, learners).await {
             Ok(left) if left.is_empty() => return Ok(()),
             Ok(left) => left,
             // Somebody is elected meanwhile, or a node restarts.
-            Err(failure) if failure.exit == Exit::Unreachable => failure.what,
+            Err(failure) if passes(&failure) => failure.what,
             Err(failure) => return Err(failure),
         };
         if until.is_some_and(|until| Instant::now() >= until) {

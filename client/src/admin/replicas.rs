@@ -120,7 +120,8 @@ impl Admin {
         validate_only: bool,
     ) -> Result<ReadReplicasSet, Error> {
         coracle_proto::limits::check_learners(learners.into())?;
-        let set = self.any(self.timeout(), !validate_only, |node: Arc<Pipeline>| {
+        // Asked for again it is the same setting: where one node gave no answer, another is asked.
+        let set = self.any(self.timeout(), false, |node: Arc<Pipeline>| {
             let zone = zone.to_owned();
             let request = v1::SetReadReplicasRequest { zone, learners, validate_only };
             async move { node.connection().admin().set_read_replicas(request).await }

@@ -248,6 +248,13 @@ async fn what_expired_is_gone(kv: &Client) {
         assert!(tokio::time::Instant::now() < deadline, "it never expires");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    match ok(kv.put("t/long", "y").if_absent().await) {
+        Cas::Mismatch { current: Some(current), .. } => {
+            let version_ms = current.version.0 >> 16;
+            assert_eq!(current.expires_at_ms, Some(version_ms + 3_600_000), "as a read tells it");
+        }
+        other => panic!("it is there: {other:?}"),
+    }
     let keys = keys(&kv.scan(..).prefix("t/").stream().try_collect::<Vec<_>>().await);
     assert_eq!(keys, ["t/kept", "t/long"]);
     let session = kv.with_consistency(Consistency::Session);

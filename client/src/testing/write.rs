@@ -183,8 +183,7 @@ impl Model {
             let current = present(self, &operation.key);
             if !holds(operation.condition.as_ref(), current.as_ref()) {
                 result.condition_failed = true;
-                let current = current.map(|held| held.entry());
-                result.current = current.map(|entry| v1::Entry { expires_at_ms: 0, ..entry });
+                result.current = current.map(|held| held.entry());
             }
         }
         if results.iter().any(|result| result.condition_failed) {

@@ -178,9 +178,16 @@ pub mod cluster_command {
         UpdateKeyspace(::prost::bytes::Bytes),
     }
 }
-/// Asks for nothing.
+/// Asks whether the node answers, and how a replica there is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct Probe {}
+pub struct Probe {
+    /// The replica's shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The replica; 0: none is asked for.
+    #[prost(uint64, tag = "2")]
+    pub replica: u64,
+}
 /// Changes a group's members, on its leader. Done already is no error.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ChangeMembers {
@@ -258,7 +265,9 @@ pub struct CommandDone {
     pub reason: ::prost::alloc::string::String,
     /// The answer's body: of a join an Adopt, of create_keyspace and update_keyspace a
     /// coracle.v1.Keyspace, of change_members the leader's coracle.v1.GroupStatus, of
-    /// set_read_replicas a coracle.v1.SetReadReplicasResponse.
+    /// set_read_replicas a coracle.v1.SetReadReplicasResponse, of a probe for a replica a
+    /// coracle.v1.GroupStatus of which only shard, replica and role are there (recovering, absent,
+    /// or nothing where it runs).
     #[prost(bytes = "bytes", tag = "3")]
     pub body: ::prost::bytes::Bytes,
     /// The node to ask instead; 0 means none known.

@@ -33,10 +33,10 @@ pub(super) enum Verdict {
         operations: u32,
         counters: Vec<(u32, i64)>,
     },
-    /// The operations whose condition failed, by number, with the version that they met.
+    /// The operations whose condition failed, by number, with what they met.
     ConditionFailed {
         operations: u32,
-        failed: Vec<(u32, Option<u64>)>,
+        failed: Vec<(u32, Option<Met>)>,
     },
     Invalid(Invalid),
     /// How far a delete-range went, and over which arc: neither follows from the request alone.
@@ -48,6 +48,14 @@ pub(super) enum Verdict {
     RangeTooLarge {
         limit: u32,
     },
+}
+
+/// What a failed condition met, but for the value.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(super) struct Met {
+    pub(super) version: u64,
+    /// 0: never.
+    pub(super) expires_at: u64,
 }
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -86,10 +94,13 @@ impl StoredResult {
                 out.put_u8(VERDICT_CONDITION_FAILED);
                 out.put_u32(*operations);
                 out.put_u32(failed.len() as u32);
-                for (at, version) in failed {
+                for (at, met) in failed {
                     out.put_u32(*at);
-                    out.put_u8(u8::from(version.is_some()));
-                    version.iter().for_each(|version| out.put_u64(*version));
+                    out.put_u8(u8::from(met.is_some()));
+                    if let Some(met) = met {
+                        out.put_u64(met.version);
+                        out.put_u64(met.expires_at);
+                    }
                 }
             }
             Verdict::Invalid(invalid) => {
@@ -132,7 +143,7 @@ impl StoredResult {
             }
             VERDICT_CONDITION_FAILED => {
                 let (operations, failed) =
-                    get_details(&mut reader, |reader| reader.option(Reader::u64))?;
+                    get_details(&mut reader, |reader| reader.option(Met::get))?;
                 Verdict::ConditionFailed { operations, failed }
             }
             VERDICT_INVALID => Verdict::Invalid(match reader.u8()? {
@@ -150,6 +161,12 @@ impl StoredResult {
         };
         reader.end()?;
         Ok(StoredResult { term, index, version, verdict })
+    }
+}
+
+impl Met {
+    fn get(reader: &mut Reader) -> Result<Met, Malformed> {
+        Ok(Met { version: reader.u64()?, expires_at: reader.u64()? })
     }
 }
 
@@ -193,8 +210,12 @@ mod tests {
                 b"\x01\0\0\0\x02\0\0\0\x01\0\0\0\x01\xff\xff\xff\xff\xff\xff\xff\xfe",
             ),
             (
-                Verdict::ConditionFailed { operations: 2, failed: vec![(0, Some(7)), (1, None)] },
-                b"\x02\0\0\0\x02\0\0\0\x02\0\0\0\0\x01\0\0\0\0\0\0\0\x07\0\0\0\x01\0",
+                Verdict::ConditionFailed {
+                    operations: 2,
+                    failed: vec![(0, Some(Met { version: 7, expires_at: 9 })), (1, None)],
+                },
+                b"\x02\0\0\0\x02\0\0\0\x02\0\0\0\0\x01\0\0\0\0\0\0\0\x07\
+                  \0\0\0\0\0\0\0\x09\0\0\0\x01\0",
             ),
             (Verdict::Invalid(Invalid::CounterNotANumber), b"\x03\x01"),
             (Verdict::Invalid(Invalid::CounterOverflow), b"\x03\x02"),

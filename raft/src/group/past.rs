@@ -50,7 +50,7 @@ impl Group {
 
     /// Rewrites this replica's store without what nobody can read any more: superseded versions,
     /// deletes, expired values. Takes as long as reading and writing all of it does, and goes on when
-    /// the caller gives up. Where this replica leads, the group clock moves first: an idle group's
+    /// the caller gives up; a replica that is stopped, or replaced by a snapshot, ends it. Where this replica leads, the group clock moves first: an idle group's
     /// stands still, and nothing grows old by it.
     pub async fn reclaim(self: &Arc<Self>) -> Result<Reclaimed, GroupError> {
         if self.status().state == Standing::Leader {
@@ -62,7 +62,10 @@ impl Group {
             let _ = answer.send(state.reclaim());
         }));
         let done = done.await.map_err(|_| GroupError::Stopped)?;
-        let (before, after) = done.map_err(|error| GroupError::Storage(error.to_string()))?;
+        let (before, after) = done.map_err(|error| match self.stop.is_cancelled() {
+            true => GroupError::Stopped,
+            false => GroupError::Storage(error.to_string()),
+        })?;
         Ok(Reclaimed { before, after })
     }
 }

@@ -45,7 +45,7 @@ fn a_retry_of_a_failed_condition_gets_the_value_that_it_met_then() {
     let late = request(group.id(1, 2), vec![when(Condition::IfAbsent, put("k", "mine"))]);
     let first = group.write(late.clone());
     let Outcome::ConditionFailed { results } = &first.outcome else { panic!("{first:?}") };
-    let met = Current { version, value: Some(Bytes::from_static(b"old")) };
+    let met = Current { version, expires_at: 0, value: Some(Bytes::from_static(b"old")) };
     assert_eq!(results[0].current, Some(met));
     group.write(request(group.id(1, 3), vec![put("k", "new")]));
     assert_eq!(group.write(late.clone()), Reply { duplicate: true, ..first });
@@ -55,7 +55,7 @@ fn a_retry_of_a_failed_condition_gets_the_value_that_it_met_then() {
     let Outcome::ConditionFailed { results } = group.write(late).outcome else {
         panic!("the failure is forgotten")
     };
-    assert_eq!(results[0].current, Some(Current { version, value: None }));
+    assert_eq!(results[0].current, Some(Current { version, expires_at: 0, value: None }));
 }
 
 #[test]

@@ -337,6 +337,7 @@ impl Model {
                     condition_failed: met.is_some(),
                     current: met.clone().flatten().map(|cell| Current {
                         version: cell.version,
+                        expires_at: cell.expires_ms.map_or(0, |ms| ms << 16),
                         value: if reachable { cell.value } else { None },
                     }),
                     counter: None,

@@ -132,8 +132,8 @@ fn requests_of_one_entry_see_each_other() {
     ];
     let replies = group.entry(Command::Requests(writes));
     assert_eq!((counter(&replies[0]), counter(&replies[1])), (Some(2), Some(5)));
-    let met =
-        Current { version: applied_version(&replies[1]), value: Some(Bytes::from_static(b"5")) };
+    let (version, value) = (applied_version(&replies[1]), Some(Bytes::from_static(b"5")));
+    let met = Current { version, expires_at: 0, value };
     let failed = OperationResult { condition_failed: true, current: Some(met), counter: None };
     assert_eq!(replies[2].outcome, Outcome::ConditionFailed { results: vec![failed] });
     applied_version(&replies[3]);
@@ -154,7 +154,7 @@ fn a_failed_condition_undoes_the_whole_request_and_tells_what_it_met() {
         ],
     ));
     let Outcome::ConditionFailed { results } = reply.outcome else { panic!("{reply:?}") };
-    let met = Current { version, value: Some(Bytes::from_static(b"1")) };
+    let met = Current { version, expires_at: 0, value: Some(Bytes::from_static(b"1")) };
     let failed = |current| OperationResult { condition_failed: true, current, counter: None };
     let fine = OperationResult::default();
     assert_eq!(results, vec![fine.clone(), failed(Some(met)), fine, failed(None)]);

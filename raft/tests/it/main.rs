@@ -16,3 +16,4 @@ mod members;
 mod reads;
 mod reclaim;
 mod voters;
+mod removal;

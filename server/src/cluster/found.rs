@@ -107,7 +107,7 @@ async fn is_there(commands: &dyn Commands, node: &peer::KnownNode) -> bool {
         return true;
     }
     let target = Target::Address(node.peer_address.clone());
-    commands.command(target, Kind::Probe(peer::Probe {}), PROBE_TIMEOUT).await.is_ok()
+    commands.command(target, Kind::Probe(peer::Probe::default()), PROBE_TIMEOUT).await.is_ok()
 }
 
 async fn adopt_all(

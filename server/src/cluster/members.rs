@@ -7,6 +7,7 @@ use coracle_proto::shard_map::{NodeId, ShardId};
 use coracle_proto::{peer, v1};
 use coracle_raft::error::ChangeError;
 use coracle_raft::group::Group;
+use coracle_raft::host::Condition;
 use coracle_raft::types::Role;
 use coracle_storage::ReplicaId;
 use peer::MemberChange;
@@ -14,6 +15,11 @@ use prost::Message;
 use tokio::time::Instant;
 
 use super::{COMMAND_TIMEOUT, Cluster, refused};
+
+/// How a node calls a replica that is there and does not run.
+pub const DAMAGED: &str = "recovering";
+/// How it calls one that is not there.
+pub(super) const ABSENT: &str = "absent";
 
 /// The members of a group, as its leader on this node sees them; none where another leads.
 pub fn member_statuses(group: &Group) -> Vec<v1::MemberStatus> {
@@ -100,10 +106,30 @@ impl Cluster {
         peer::CommandDone { body: status.encode_to_vec().into(), ..Default::default() }
     }
 
-    /// Removes a replica of this node for ever.
+    /// Removes a replica of this node for ever. It goes on where that takes longer than the caller
+    /// waits, who asks again.
     pub(super) async fn destroy_here(&self, asked: peer::DestroyReplica) -> Result<(), String> {
         let (shard, replica) = (ShardId(asked.shard), ReplicaId(asked.replica));
-        self.host.destroy(shard, replica).await.map_err(|error| error.to_string())
+        let destroyed = self.host.destroy(shard, replica);
+        match tokio::time::timeout(COMMAND_TIMEOUT * 3 / 4, destroyed).await {
+            Ok(destroyed) => destroyed.map_err(|error| error.to_string()),
+            Err(_) => Err(format!("replica {} is still being removed", asked.replica)),
+        }
+    }
+
+    /// Says how a replica of this node is, where one is asked for.
+    pub(super) fn answer_probe(&self, probe: peer::Probe) -> peer::CommandDone {
+        if probe.replica == 0 {
+            return peer::CommandDone::default();
+        }
+        let role = match self.host.condition(ReplicaId(probe.replica)) {
+            Condition::Runs => "",
+            Condition::Damaged => DAMAGED,
+            Condition::Absent => ABSENT,
+        };
+        let (shard, replica, role) = (probe.shard, probe.replica, role.to_owned());
+        let status = v1::GroupStatus { shard, replica, role, ..Default::default() };
+        peer::CommandDone { body: status.encode_to_vec().into(), ..Default::default() }
     }
 }
 

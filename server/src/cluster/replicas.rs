@@ -9,7 +9,16 @@
 //! group; and when it holds nearly all that the leader holds, *settled*: from then on it is read
 //! from. One that goes is taken out of the map first, where the record `leaving` remembers it; then
 //! its group lets it go, its node removes it, and the record forgets it.
+//!
+//! One whose node answers and cannot make it, or of which nothing moves, is given up after a while
+//! (`patience`), and another place is tried. One that its node has lost, to damage, goes the same way,
+//! and comes anew under a fresh id.
+//!
+//! From a change of a group's members until the map has the group's epoch, routes of before are refused
+//! to writes: so a group's turn ends with the change, the epoch is recorded at once, and no shard waits
+//! for another one's nodes to hear of it. Reads of keys go by the arc alone.
 
+mod patience;
 mod enter;
 mod step;
 
@@ -22,17 +31,19 @@ use coracle_proto::reason::Reason;
 use coracle_proto::shard_map::{META_SHARD, NodeId, ShardId};
 use coracle_proto::{peer, v1};
 use coracle_raft::leadership::Standing;
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use peer::MemberChange;
 use peer::cluster_command::Kind;
 use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use self::enter::{Change, enter, enter_plan, is_tended, is_voter, planned, told};
+use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter, planned, told};
+use self::patience::Patience;
 use self::step::{Home, Membership, Recorded, Seen, Step, next};
-use super::{COMMAND_TIMEOUT, Cluster, Target, create_command, done, refused};
+use super::members::{ABSENT, DAMAGED};
+use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command, done, refused};
 use crate::records::{RecordsError, Snapshot};
 
 /// Between two looks at what is to be done.
@@ -63,6 +74,7 @@ struct Tending {
     silent: BTreeMap<u64, Instant>,
     /// By shard: how often it was asked in vain, and nobody named its leader.
     failed: BTreeMap<u64, usize>,
+    patience: Patience,
 }
 
 /// One shard's turn.
@@ -73,6 +85,8 @@ struct Job {
     made: BTreeSet<u64>,
     homes: BTreeMap<u64, Home>,
     silent: BTreeSet<u64>,
+    /// Replicas that have been joining for too long.
+    stuck: BTreeSet<u64>,
 }
 
 /// What came of it.
@@ -80,6 +94,12 @@ struct Job {
 struct Outcome {
     shard: u64,
     made: Vec<u64>,
+    /// Replicas that their nodes refused to make.
+    refused: Vec<u64>,
+    /// Up to where replicas hold their log.
+    held: Vec<(u64, u64)>,
+    /// Nodes on which a replica of the shard was given up, and whether it had been there.
+    gave_up: Vec<(u64, bool)>,
     leader: Option<NodeId>,
     changes: Vec<Change>,
 }
@@ -110,6 +130,9 @@ impl Cluster {
             return;
         };
         self.note_silence(&snapshot.map, tending);
+        let joining = snapshot.map.shards.iter().flat_map(|shard| &shard.replicas);
+        let joining = joining.filter(|replica| replica.joining).map(|replica| replica.id);
+        tending.patience.follow(Instant::now(), &joining.collect());
         let snapshot = match self.record_plan(snapshot, tending).await {
             Ok(snapshot) => snapshot,
             Err(error) => {
@@ -120,22 +143,21 @@ impl Cluster {
         let jobs = self.jobs(&snapshot, tending);
         let mut working: FuturesUnordered<_> =
             jobs.into_iter().map(|job| self.work_on(job)).collect();
-        // Each shard's outcome at once: from a change of its members until the map says so, its
-        // clients are told that their route is old.
-        while let Some(outcome) = working.next().await {
-            tending.made.extend(outcome.made);
-            match outcome.leader {
-                Some(leader) => {
-                    tending.leaders.insert(outcome.shard, leader);
-                    tending.failed.remove(&outcome.shard);
-                }
-                None => {
-                    tending.leaders.remove(&outcome.shard);
-                    *tending.failed.entry(outcome.shard).or_default() += 1;
-                }
+        let mut telling = FuturesUnordered::new();
+        loop {
+            let mut changes = tokio::select! {
+                biased;
+                Some(outcome) = working.next(), if !working.is_empty() => tending.learn(outcome),
+                Some(()) = telling.next(), if !telling.is_empty() => continue,
+                else => return,
+            };
+            // What others have come to by now goes into the same record.
+            while let Some(Some(outcome)) = working.next().now_or_never() {
+                changes.extend(tending.learn(outcome));
             }
-            if !outcome.changes.is_empty() {
-                self.record(&outcome.changes).await;
+            if let Some(map) = self.record(&changes).await {
+                // A node that hangs holds up no other shard's record.
+                telling.push(async move { self.publish(&map).await });
             }
         }
     }
@@ -157,11 +179,12 @@ impl Cluster {
         tending: &Tending,
     ) -> Result<Snapshot, RecordsError> {
         let mut probe = snapshot.clone();
-        if !enter_plan(&mut probe, &tending.silent) {
+        let outlook = tending.outlook();
+        if !enter_plan(&mut probe, &outlook) {
             return Ok(snapshot);
         }
         let entered =
-            self.records.change_all(|snapshot| Ok(enter_plan(snapshot, &tending.silent))).await?;
+            self.records.change_all(|snapshot| Ok(enter_plan(snapshot, &outlook))).await?;
         self.publish(&entered.map).await;
         Ok(entered)
     }
@@ -185,6 +208,7 @@ impl Cluster {
         let homes: BTreeMap<u64, Home> =
             snapshot.map.nodes.iter().map(|node| (node.id, tending.home(node))).collect();
         let silent: BTreeSet<u64> = tending.silent.keys().copied().collect();
+        let stuck = tending.patience.stuck(now);
         let mut jobs = Vec::new();
         for shard in due {
             let leaving = snapshot.leaving.iter().filter(|leaving| leaving.shard == shard.id);
@@ -195,6 +219,7 @@ impl Cluster {
                 made: tending.made.clone(),
                 homes: homes.clone(),
                 silent: silent.clone(),
+                stuck: stuck.clone(),
                 shard: shard.clone(),
             });
         }
@@ -222,22 +247,36 @@ impl Cluster {
             Err((why, leader)) => {
                 tracing::debug!(shard = shard.id, node = job.ask.0, why, "a group was not asked");
                 outcome.leader = leader;
-                outcome.changes = given_up(&job);
+                given_up(&job, &mut outcome);
                 return outcome;
             }
         };
         outcome.leader = Some(job.ask);
         for (replica, node, recorded) in concerned(&job, &group) {
             let member = group.members.iter().find(|member| member.replica == replica);
-            let step =
-                job.next(replica, node, recorded, member.map_or(Membership::Absent, membership));
+            outcome.held.extend(member.map(|member| (replica, member.matched_index)));
+            let is = member.map_or(Membership::Absent, membership);
+            let lost = match member {
+                Some(member) => self.is_lost(&job, recorded, member).await,
+                None => false,
+            };
+            let step = job.next(replica, node, recorded, is, lost);
             if step != Step::Wait {
-                tracing::info!(shard = shard.id, replica, node, ?step, "a read replica");
+                tracing::info!(shard = shard.id, replica, node, lost, ?step, "a read replica");
             }
-            if let Err(why) = self.take(step, &job, (replica, node), &mut group, &mut outcome).await
-            {
+            if step == Step::Withdraw && (lost || job.stuck.contains(&replica)) {
+                outcome.gave_up.push((node, lost));
+            }
+            let taken = self.take(step, &job, (replica, node), &mut group, &mut outcome).await;
+            if let Err(why) = &taken {
                 tracing::info!(shard = shard.id, replica, node, ?step, why, "not done yet");
-                break;
+            }
+            match step {
+                // The map is to have the group's new epoch before anything else is done.
+                Step::Add | Step::Remove => break,
+                // Its own node's affair: it holds up no other replica.
+                Step::Make if taken.is_err() => outcome.refused.push(replica),
+                _ => {}
             }
         }
         if group.epoch > shard.epoch {
@@ -296,6 +335,30 @@ impl Cluster {
         Ok(())
     }
 
+    /// Whether a replica that its leader has not heard for long is lost: its node answers, and says that
+    /// it does not run there.
+    async fn is_lost(&self, job: &Job, recorded: Recorded, member: &v1::MemberStatus) -> bool {
+        let expected = matches!(recorded, Recorded::Joining | Recorded::Present);
+        let unheard = u128::from(member.heard_ms) >= SILENT.as_millis();
+        if !expected || !unheard || job.silent.contains(&member.node) {
+            return false;
+        }
+        let probe = peer::Probe { shard: job.shard.id, replica: member.replica };
+        let own = self.membership.identity().is_some_and(|(_, own)| own.0 == member.node);
+        let answer = match own {
+            true => Ok(self.answer_probe(probe)),
+            false => {
+                let target = Target::Node(NodeId(member.node));
+                self.commands.command(target, Kind::Probe(probe), PUBLISH_TIMEOUT).await
+            }
+        };
+        // A node that is just starting says nothing.
+        let told = answer.ok().and_then(|answer| v1::GroupStatus::decode(answer.body).ok());
+        told.is_some_and(|told| {
+            told.replica == member.replica && [DAMAGED, ABSENT].contains(&&*told.role)
+        })
+    }
+
     /// Asks whoever leads a group. The error names who leads instead, where that is known.
     async fn ask_leader(
         &self,
@@ -328,7 +391,11 @@ impl Cluster {
         if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
     }
 
-    async fn record(&self, changes: &[Change]) {
+    /// Records changes. Returns the map that is to be told, if there were any.
+    async fn record(&self, changes: &[Change]) -> Option<v1::ShardMap> {
+        if changes.is_empty() {
+            return None;
+        }
         let recorded = self.records.change_all(|snapshot| {
             let mut changed = false;
             for change in changes {
@@ -337,8 +404,11 @@ impl Cluster {
             Ok(changed)
         });
         match recorded.await {
-            Ok(snapshot) => self.publish(&snapshot.map).await,
-            Err(error) => tracing::info!(%error, "replicas could not be recorded"),
+            Ok(snapshot) => Some(snapshot.map),
+            Err(error) => {
+                tracing::info!(%error, "replicas could not be recorded");
+                None
+            }
         }
     }
 
@@ -364,7 +434,8 @@ impl Cluster {
                 let silence = self.commands.silence(NodeId(node.id));
                 silence.is_none_or(|silence| silence >= SILENT)
             });
-            nodes.map(|node| (node.id, Instant::now())).collect()
+            let silent = nodes.map(|node| (node.id, Instant::now())).collect();
+            Outlook { silent, ..Outlook::default() }
         };
         let changed = self.records.change_all(|snapshot| {
             let rules = &mut snapshot.map.read_replicas;
@@ -410,9 +481,17 @@ impl Cluster {
 }
 
 impl Job {
-    fn next(&self, replica: u64, node: u64, recorded: Recorded, member: Membership) -> Step {
+    fn next(
+        &self,
+        replica: u64,
+        node: u64,
+        recorded: Recorded,
+        member: Membership,
+        lost: bool,
+    ) -> Step {
         let home = self.homes.get(&node).copied().unwrap_or(Home::Gone);
-        next(Seen { recorded, member, home, made: self.made.contains(&replica) })
+        let (made, stuck) = (self.made.contains(&replica), self.stuck.contains(&replica));
+        next(Seen { recorded, member, home, made, lost, stuck })
     }
 
     fn is_stray(&self, replica: u64) -> bool {
@@ -421,6 +500,40 @@ impl Job {
 }
 
 impl Tending {
+    /// Remembers what came of a shard's turn. Returns what is to be recorded.
+    fn learn(&mut self, outcome: Outcome) -> Vec<Change> {
+        let (now, shard) = (Instant::now(), outcome.shard);
+        outcome.made.iter().for_each(|replica| self.patience.asked(now, *replica, false));
+        outcome.refused.iter().for_each(|replica| self.patience.asked(now, *replica, true));
+        for (replica, matched) in outcome.held {
+            self.patience.holds(now, replica, matched);
+        }
+        for (node, lost) in outcome.gave_up {
+            self.patience.gave_up(now, shard, node, lost);
+        }
+        self.made.extend(outcome.made);
+        match outcome.leader {
+            Some(leader) => {
+                self.leaders.insert(shard, leader);
+                self.failed.remove(&shard);
+            }
+            None => {
+                self.leaders.remove(&shard);
+                *self.failed.entry(shard).or_default() += 1;
+            }
+        }
+        outcome.changes
+    }
+
+    fn outlook(&self) -> Outlook {
+        let now = Instant::now();
+        Outlook {
+            silent: self.silent.clone(),
+            avoided: self.patience.avoided(now),
+            stalled: self.patience.stalled(now),
+        }
+    }
+
     fn home(&self, node: &v1::Node) -> Home {
         match (node.state(), self.silent.get(&node.id)) {
             (v1::NodeState::Gone | v1::NodeState::Decommissioned, _) => Home::Gone,
@@ -431,15 +544,16 @@ impl Tending {
 }
 
 /// What can be done though a group cannot be asked: nobody waits for a node that does not come back.
-fn given_up(job: &Job) -> Vec<Change> {
-    let mut changes = Vec::new();
+fn given_up(job: &Job, outcome: &mut Outcome) {
     for (replica, node, recorded) in concerned(job, &v1::GroupStatus::default()) {
-        if job.next(replica, node, recorded, Membership::NotAsked) == Step::Withdraw {
+        if job.next(replica, node, recorded, Membership::NotAsked, false) == Step::Withdraw {
             let (shard, stray) = (job.shard.id, false);
-            changes.push(Change::Withdraw { shard, replica, node, stray });
+            outcome.changes.push(Change::Withdraw { shard, replica, node, stray });
+            if job.stuck.contains(&replica) {
+                outcome.gave_up.push((node, false));
+            }
         }
     }
-    changes
 }
 
 /// The replicas of a shard of which something may have to be done: those that leave first, because one

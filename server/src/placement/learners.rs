@@ -31,6 +31,8 @@ pub struct Placed {
     pub voters: Vec<NodeId>,
     /// Its read replicas.
     pub learners: Vec<(ReplicaId, NodeId)>,
+    /// Nodes where no new ones come for now.
+    pub avoided: Vec<NodeId>,
 }
 
 /// What is to be done so that every setting holds, as far as nodes allow.
@@ -90,6 +92,7 @@ pub fn plan(holders: &[Holder], shards: &[Placed], rules: &[ReadReplicas]) -> Le
                 holder.takes
                     && (zone.is_empty() || *zone == holder.zone)
                     && !held.contains(&holder.node)
+                    && !placed.avoided.contains(&holder.node)
             });
             let allowed: Vec<NodeId> = allowed.map(|holder| holder.node).collect();
             for _ in 0..count {

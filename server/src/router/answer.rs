@@ -151,8 +151,9 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
 /// out is told as empty: the version still tells it apart.
 fn first_current(results: Vec<apply::OperationResult>) -> Option<v1::Entry> {
     let current = results.into_iter().next()?.current?;
+    let expires_at_ms = HybridTime(current.expires_at).ms();
     let value = current.value.unwrap_or_default();
-    Some(v1::Entry { value, version: current.version, expires_at_ms: 0 })
+    Some(v1::Entry { value, version: current.version, expires_at_ms })
 }
 
 /// All operations' results, the current values among them up to the limit on their bytes.
@@ -166,7 +167,8 @@ fn operation_results(results: Vec<apply::OperationResult>) -> Vec<v1::OperationR
             room -= value.as_ref().map_or(0, Bytes::len);
             value_left_out = value.is_none();
             let value = value.unwrap_or_default();
-            v1::Entry { value, version: current.version, expires_at_ms: 0 }
+            let expires_at_ms = HybridTime(current.expires_at).ms();
+            v1::Entry { value, version: current.version, expires_at_ms }
         });
         v1::OperationResult {
             condition_failed: result.condition_failed,
@@ -220,7 +222,7 @@ mod tests {
 
     fn failed(value: Option<usize>) -> apply::OperationResult {
         let value = value.map(|len| Bytes::from(vec![b'v'; len]));
-        let current = Some(apply::Current { version: 7, value });
+        let current = Some(apply::Current { version: 7, expires_at: 9 << 16, value });
         apply::OperationResult { condition_failed: true, current, counter: None }
     }
 
@@ -241,6 +243,9 @@ mod tests {
         let told = [(Some(most - 1), false), (Some(0), true), (Some(1), false), (Some(0), true)];
         assert_eq!(lengths[..4], told);
         assert_eq!(lengths[4], (None, false));
+        let current = results[..4].iter().map(|result| result.current.as_ref().expect("told"));
+        let told: Vec<_> = current.map(|told| (told.version, told.expires_at_ms)).collect();
+        assert_eq!(told, [(7, 9); 4], "version and expiry are always there");
     }
 
     #[test]

@@ -185,7 +185,7 @@ pub(crate) async fn read_page(
     let wanted = spec.clone();
     let look = move |state: &ReadState| {
         let serves = |descriptor: &&Descriptor| match position {
-            Some(position) => descriptor.serves(wanted.keyspace, position, epoch),
+            Some(position) => descriptor.owns(wanted.keyspace, position),
             None => descriptor.arc.is_some() && (epoch == 0 || epoch == descriptor.epoch),
         };
         let descriptor = state.descriptor.as_ref().filter(serves);

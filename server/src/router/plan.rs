@@ -85,6 +85,14 @@ impl Plan {
         !matches!(self.task, Task::Write { .. } | Task::DeleteRange(_) | Task::Pin { .. })
     }
 
+    /// True when it reads keys by their positions. Then the arc that the view itself holds says whether
+    /// the shard may answer: an epoch that only a change of the members has raised, on this side or on
+    /// the caller's, refuses no read.
+    pub(crate) fn reads_keys(&self) -> bool {
+        let reads = matches!(self.task, Task::Get(_) | Task::BatchGet(_) | Task::Page(_));
+        reads && self.position.is_some()
+    }
+
     /// True when the caller named a shard whose map entry here does not hold the key: only the
     /// group's own word can tell which of the two is older.
     pub(crate) fn differs_from(&self, map: &ShardMap) -> bool {
@@ -467,9 +475,11 @@ fn one_entity(keyspace: &Keyspace, operations: &[v1::Operation]) -> Result<(), F
 }
 
 /// Refuses a route that is certainly older than what is known here: `known` is the epoch by the
-/// group's own word, or by the map. A newer one is for the leader to judge.
+/// group's own word, or by the map. A newer one is for the leader to judge, and so are reads of keys
+/// (see [`Plan::reads_keys`]).
 pub(crate) fn check_epoch(map: &ShardMap, plan: &Plan, known: Option<u64>) -> Result<(), Fault> {
     match known {
+        _ if plan.reads_keys() => Ok(()),
         Some(known) if plan.epoch != 0 && plan.epoch < known => {
             Err(fault::stale_route(Some(map), plan.shard, None).with(metadata::EPOCH, known))
         }

@@ -46,7 +46,6 @@ pub(crate) struct Found {
 #[derive(Clone)]
 struct Question {
     keyspace: u32,
-    epoch: u64,
     keys: Arc<Vec<(u64, Bytes)>>,
 }
 
@@ -55,13 +54,12 @@ struct Question {
 pub(crate) async fn look_up(
     group: &Group,
     keyspace: u32,
-    epoch: u64,
     lookup: &Lookup,
     now_ms: u64,
     deadline: Instant,
 ) -> Result<Found, Refusal> {
     loop {
-        match look_up_once(group, keyspace, epoch, lookup, now_ms, deadline).await {
+        match look_up_once(group, keyspace, lookup, now_ms, deadline).await {
             Err(Refusal::Overtaken) if Instant::now() < deadline => {}
             result => return result,
         }
@@ -71,12 +69,11 @@ pub(crate) async fn look_up(
 async fn look_up_once(
     group: &Group,
     keyspace: u32,
-    epoch: u64,
     lookup: &Lookup,
     now_ms: u64,
     deadline: Instant,
 ) -> Result<Found, Refusal> {
-    let question = Question { keyspace, epoch, keys: Arc::new(lookup.keys.clone()) };
+    let question = Question { keyspace, keys: Arc::new(lookup.keys.clone()) };
     match lookup.freshness {
         Freshness::Any => {
             let look = move |state: &ReadState| question.look(state, u64::MAX);
@@ -202,10 +199,11 @@ impl Question {
         let mut entries = Vec::with_capacity(self.keys.len());
         let mut bytes = 0;
         for (position, key) in self.keys.iter() {
-            let serves = |descriptor: &coracle_raft::descriptor::Descriptor| {
-                descriptor.serves(self.keyspace, *position, self.epoch)
+            // Whatever epoch was named: the view holds the key, or another shard does.
+            let owns = |descriptor: &coracle_raft::descriptor::Descriptor| {
+                descriptor.owns(self.keyspace, *position)
             };
-            if !state.descriptor.as_ref().is_some_and(serves) {
+            if !state.descriptor.as_ref().is_some_and(owns) {
                 return Err(Refusal::Stale(state.descriptor.clone()));
             }
             let found = state.reader.get_at(self.keyspace, key, version)?;

@@ -35,16 +35,14 @@ impl Router {
         let told = |refusal: Refusal| self.refused(map, plan.shard, group, refusal);
         match plan.task {
             Task::Get(lookup) => {
-                let found =
-                    self.look_up(group, plan.shard, plan.keyspace, plan.epoch, &lookup, deadline);
+                let found = self.look_up(group, plan.shard, plan.keyspace, &lookup, deadline);
                 let (mut entries, served) = found.await.map_err(told)?;
                 steps.add(Step::Read, began.elapsed());
                 let (entry, served) = (entries.pop().flatten(), Some(served));
                 Ok(Answer::Get(v1::GetResponse { entry, served }))
             }
             Task::BatchGet(lookup) => {
-                let found =
-                    self.look_up(group, plan.shard, plan.keyspace, plan.epoch, &lookup, deadline);
+                let found = self.look_up(group, plan.shard, plan.keyspace, &lookup, deadline);
                 let (entries, served) = found.await.map_err(told)?;
                 steps.add(Step::Read, began.elapsed());
                 let item = |entry| v1::BatchGetItem { entry, served: Some(served) };
@@ -106,14 +104,13 @@ impl Router {
         group: &Group,
         shard: ShardId,
         keyspace: KeyspaceId,
-        epoch: u64,
         lookup: &Lookup,
         deadline: Instant,
     ) -> Result<(Vec<Option<v1::Entry>>, v1::Served), Refusal> {
         let (began, now_ms) = (Instant::now(), self.now_ms());
         // A clock that strays judges no expiry: the group's own is behind at worst.
         let judged_ms = self.parts.clock.check().map_or(0, |()| now_ms);
-        let found = read::look_up(group, keyspace.0, epoch, lookup, judged_ms, deadline).await?;
+        let found = read::look_up(group, keyspace.0, lookup, judged_ms, deadline).await?;
         self.stages.observe(Stage::Read, began.elapsed());
         let mut served = self.served(shard, found.at, group.leads());
         served.judged_at = found.judged_at;

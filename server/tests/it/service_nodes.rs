@@ -342,6 +342,14 @@ impl Node {
         }
     }
 
+    /// Has a shard's group take in a read replica that nobody has. Returns the group's epoch.
+    pub(crate) async fn add_learner(&self, shard: u64) -> u64 {
+        let group = self.host.group(ShardId(shard)).expect("it is here");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let added = group.add_learner(ReplicaId(900 + shard), NodeId(9), 1, deadline).await;
+        added.expect("a healthy group")
+    }
+
     /// The value of a key of `default`.
     pub(crate) async fn value(&self, key: &str) -> Option<String> {
         let answer = self.get(get(key)).await.expect("a read");

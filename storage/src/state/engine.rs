@@ -47,6 +47,11 @@ pub trait Engine: Send + Sync + 'static {
     /// out.
     fn compact(&self, range: Option<Range<Vec<u8>>>) -> Result<(), Error>;
 
+    /// Ends a [`Engine::compact`] that is under way, and refuses later ones with
+    /// [`Error::Stopped`]: the store is about to be closed, and nobody shall wait for all of it to
+    /// be rewritten. Blocks for the moment that this takes.
+    fn end_compactions(&self);
+
     /// What the store takes, on disk and in memory; an estimate.
     fn approximate_bytes(&self) -> u64;
 

@@ -66,6 +66,8 @@ pub struct FilterState {
     pub paused: bool,
     /// The group clock.
     pub clock: u64,
+    /// The last entry that all this holds: of two states with one clock the later one is newer.
+    pub index: u64,
     /// The history threshold of keyspaces that are not in `thresholds`: versions below it are not
     /// read any more.
     pub threshold: u64,
@@ -88,6 +90,7 @@ impl fmt::Debug for FilterState {
         f.debug_struct("FilterState")
             .field("paused", &self.paused)
             .field("clock", &self.clock)
+            .field("index", &self.index)
             .field("threshold", &self.threshold)
             .field("thresholds", &self.thresholds)
             .field("arc", &self.arc.is_some())
@@ -115,10 +118,11 @@ struct Dead {
 impl Filter {
     /// Replaces the state, for compactions that begin from now on. Only with what a flush has made
     /// durable. Of two flushes that overlap the newer one's stays: readers judge by the state that
-    /// stands what compactions may have dropped until then.
+    /// stands what compactions may have dropped until then. The clock alone does not tell the newer
+    /// one: entries that change settings or pins need not move it.
     pub fn set(&self, state: FilterState) {
         let mut current = self.state.write();
-        if state.clock >= current.clock {
+        if (state.clock, state.index) >= (current.clock, current.index) {
             *current = Arc::new(state);
         }
     }
@@ -420,6 +424,26 @@ mod tests {
         assert_eq!(state.threshold(1), 90);
         state.thresholds.insert(1, 95);
         assert_eq!((state.threshold(1), state.threshold(2)), (95, 90));
+    }
+
+    #[test]
+    fn of_two_flushes_that_overlap_the_newer_one_stays() {
+        let filter = Filter::default();
+        let state = |clock, index, threshold| FilterState {
+            clock,
+            index,
+            threshold,
+            ..FilterState::default()
+        };
+        let then = |clock, index, threshold| {
+            filter.set(state(clock, index, threshold));
+            filter.state().threshold
+        };
+        assert_eq!(then(50, 7, 20), 20);
+        assert_eq!(then(50, 6, 10), 20, "an older flush of the same clock ended later");
+        assert_eq!(then(49, 5, 9), 20);
+        assert_eq!(then(50, 8, 30), 30);
+        assert_eq!(then(51, 9, 40), 40);
     }
 
     #[test]

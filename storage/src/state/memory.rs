@@ -54,6 +54,7 @@ impl Engines for MapEngines {
                 entries: Arc::new(entries),
                 unflushed_bytes: 0,
                 failed: None,
+                closing: false,
             }),
             open: Arc::default(),
         });
@@ -99,6 +100,8 @@ struct Inner {
     unflushed_bytes: u64,
     /// Why the store stopped: a failed flush leaves unknown what is durable.
     failed: Option<String>,
+    /// Set by [`Engine::end_compactions`].
+    closing: bool,
 }
 
 impl Inner {
@@ -172,6 +175,10 @@ impl Engine for MapEngine {
     fn compact(&self, range: Option<Range<Vec<u8>>>) -> Result<(), Error> {
         self.flush()?;
         let mut inner = self.inner.lock();
+        if inner.closing {
+            let why = format!("{}: the store is about to be closed", self.dir.display());
+            return Err(Error::Stopped { why });
+        }
         // Only a pass over everything may drop dead versions: a range may begin between two
         // versions of a key.
         let mut pass = self.filter.pass(range.is_none());
@@ -187,6 +194,11 @@ impl Engine for MapEngine {
         inner.unflushed_bytes += dropped;
         drop(inner);
         self.flush()
+    }
+
+    fn end_compactions(&self) {
+        // One that is under way holds the lock: it is waited for, and short.
+        self.inner.lock().closing = true;
     }
 
     fn approximate_bytes(&self) -> u64 {

@@ -116,6 +116,7 @@ impl RocksEngines {
             fs: self.fs.clone(),
             filter,
             failed: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
             on_fatal: self.on_fatal.clone(),
             write_options,
             in_memory: matches!(self.place, Place::Memory(_)),
@@ -202,6 +203,8 @@ struct RocksEngine {
     /// Set by the first failed write or flush: from then on nothing is written, and nothing is said
     /// to be durable.
     failed: AtomicBool,
+    /// Set by [`Engine::end_compactions`].
+    closing: AtomicBool,
     on_fatal: OnFatal,
     write_options: WriteOptions,
     in_memory: bool,
@@ -217,6 +220,15 @@ impl RocksEngine {
         if self.property(properties::BACKGROUND_ERRORS) > 0 {
             let what = "a flush or compaction failed in the background; its LOG says why";
             return Err(self.fail(Error::Engine { why: why(what) }));
+        }
+        Ok(())
+    }
+
+    /// Refuses once the store is about to be closed.
+    fn check_not_closing(&self) -> Result<(), Error> {
+        if self.closing.load(Ordering::Acquire) {
+            let why = format!("{}: the store is about to be closed", self.dir.display());
+            return Err(Error::Stopped { why });
         }
         Ok(())
     }
@@ -345,6 +357,7 @@ impl Engine for RocksEngine {
         if range.as_ref().is_some_and(|range| range.is_empty()) {
             return Ok(());
         }
+        self.check_not_closing()?;
         self.flush()?;
         let before = self.files(range.as_ref())?;
         let mut options = CompactOptions::default();
@@ -358,6 +371,7 @@ impl Engine for RocksEngine {
             None => (None, None),
         };
         self.db.compact_range_opt(start, end, &options);
+        self.check_not_closing()?;
         self.check()?;
         // The binding drops RocksDB's answer, so the effect is checked: no file is left that it had
         // to rewrite.
@@ -366,6 +380,14 @@ impl Engine for RocksEngine {
             Some(file) => Err(Error::Engine {
                 why: format!("{}: compaction left {file} as it was", self.dir.display()),
             }),
+        }
+    }
+
+    fn end_compactions(&self) {
+        if !self.closing.swap(true, Ordering::AcqRel) {
+            // Only those that were asked for: closing ends RocksDB's own by itself. They notice at
+            // their next entry.
+            self.db.disable_manual_compaction();
         }
     }
 

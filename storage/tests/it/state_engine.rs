@@ -365,6 +365,65 @@ fn a_compaction_of_a_range_without_keys_is_no_error() {
     }
 }
 
+/// A store that is rewritten at 64 KiB a second: whoever closes it does not wait for a minute.
+#[test]
+fn a_compaction_under_way_is_ended() {
+    let temporary = tempfile::tempdir().expect("a temporary directory");
+    let on_fatal = Arc::new(|error: &Error| panic!("background error: {error}"));
+    let options = StateOptions { write_bytes_per_second: 64 << 10, ..StateOptions::test_min() };
+    let quick = RocksEngines::on_disk(&StateOptions::test_min(), on_fatal.clone());
+    let slow = RocksEngines::on_disk(&options, on_fatal).expect("options that fit");
+    let dir = temporary.path().join("1");
+    let engine = quick.expect("options that fit").open(&dir, OpenState { create: true });
+    let engine = engine.expect("a new store");
+    let mut batch = Batch::new();
+    for number in 0..1_024_u32 {
+        // Nothing that a compression finds anything in.
+        let mut seed = u64::from(number) + 1;
+        let byte = |_| {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (seed >> 33) as u8
+        };
+        let value: Vec<u8> = (0..4_096).map(byte).collect();
+        batch.put(key::data(1, &number.to_be_bytes(), 1).to_vec(), value);
+    }
+    engine.write(batch).expect("a write");
+    engine.flush().expect("a flush");
+    drop(engine);
+    let engine = slow.open(&dir, OpenState { create: false }).expect("it is there");
+    let before = dump(&*engine);
+    let (ended, end) = std::sync::mpsc::channel();
+    let compacted = engine.clone();
+    let worker = std::thread::spawn(move || {
+        let _ = ended.send(compacted.compact(None));
+    });
+    let early = end.recv_timeout(std::time::Duration::from_millis(500));
+    assert!(early.is_err(), "4 MiB at 64 KiB a second were rewritten at once: {early:?}");
+    engine.end_compactions();
+    let result = end.recv_timeout(std::time::Duration::from_secs(20)).expect("it ends");
+    assert!(matches!(result, Err(Error::Stopped { .. })), "{result:?}");
+    worker.join().expect("no panic");
+    engine.health().expect("nothing has failed");
+    assert_eq!(dump(&*engine), before);
+}
+
+#[test]
+fn a_store_about_to_be_closed_is_not_compacted() {
+    for kind in ALL {
+        let rig = Rig::new(kind);
+        let engine = rig.open("1");
+        put(&*engine, "a", "1");
+        engine.compact(None).expect("a compaction");
+        engine.end_compactions();
+        engine.end_compactions();
+        let refused = engine.compact(None);
+        assert!(matches!(refused, Err(Error::Stopped { .. })), "{kind:?}: {refused:?}");
+        put(&*engine, "b", "1");
+        engine.flush().expect("only compactions end");
+        engine.health().expect("nothing has failed");
+    }
+}
+
 #[test]
 fn a_failed_flush_stops_the_store_and_is_told_once() {
     let temporary = tempfile::tempdir().expect("a temporary directory");

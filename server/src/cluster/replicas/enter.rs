@@ -3,13 +3,14 @@
 //! Owns the changes of the records. Each can be made again, and none undoes what another controller has
 //! recorded meanwhile. Does not ask anybody.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use coracle_proto::limits::REPLICAS_MAX;
 use coracle_proto::shard_map::{META_SHARD, NodeId, ReadReplicas, ReplicaId, ShardId};
 use coracle_proto::{peer, v1};
 use tokio::time::Instant;
 
+use super::patience::Avoided;
 use crate::placement::learners::{Holder, LearnerPlan, Placed, plan};
 use crate::records::Snapshot;
 
@@ -40,6 +41,17 @@ pub(super) enum Change {
     },
 }
 
+/// What a plan goes by, beside the records.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Outlook {
+    /// Nodes that are not heard, and since when: nothing is asked of them.
+    pub(super) silent: BTreeMap<u64, Instant>,
+    /// Where none comes for now.
+    pub(super) avoided: Avoided,
+    /// Replicas that are joining and take nothing of anybody.
+    pub(super) stalled: BTreeSet<u64>,
+}
+
 pub(super) fn is_voter(replica: &v1::Replica) -> bool {
     replica.role() == v1::ReplicaRole::Voter
 }
@@ -50,7 +62,7 @@ pub(super) fn is_tended(shard: &v1::Shard) -> bool {
 }
 
 /// What the records lack, and have too much, by their own setting.
-pub(super) fn planned(snapshot: &Snapshot, silent: &BTreeMap<u64, Instant>) -> LearnerPlan {
+pub(super) fn planned(snapshot: &Snapshot, outlook: &Outlook) -> LearnerPlan {
     let map = &snapshot.map;
     let nodes = map.nodes.iter().filter(|node| {
         !matches!(node.state(), v1::NodeState::Gone | v1::NodeState::Decommissioned)
@@ -58,7 +70,9 @@ pub(super) fn planned(snapshot: &Snapshot, silent: &BTreeMap<u64, Instant>) -> L
     let holders = nodes.map(|node| Holder {
         node: NodeId(node.id),
         zone: node.zone.clone(),
-        takes: node.state() == v1::NodeState::Active && !silent.contains_key(&node.id),
+        takes: node.state() == v1::NodeState::Active
+            && !outlook.silent.contains_key(&node.id)
+            && !outlook.avoided.nodes.contains(&node.id),
     });
     let placed = map.shards.iter().filter(|shard| is_tended(shard)).map(|shard| Placed {
         shard: ShardId(shard.id),
@@ -69,6 +83,10 @@ pub(super) fn planned(snapshot: &Snapshot, silent: &BTreeMap<u64, Instant>) -> L
             .filter(|replica| !is_voter(replica))
             .map(|replica| (ReplicaId(replica.id), NodeId(replica.node)))
             .collect(),
+        avoided: {
+            let places = outlook.avoided.places.iter().filter(|(id, _)| *id == shard.id);
+            places.map(|(_, node)| NodeId(*node)).collect()
+        },
     });
     let rules = map
         .read_replicas
@@ -79,24 +97,26 @@ pub(super) fn planned(snapshot: &Snapshot, silent: &BTreeMap<u64, Instant>) -> L
 }
 
 /// Enters the next part of what is planned. False when there is nothing to enter.
-pub(super) fn enter_plan(snapshot: &mut Snapshot, silent: &BTreeMap<u64, Instant>) -> bool {
+pub(super) fn enter_plan(snapshot: &mut Snapshot, outlook: &Outlook) -> bool {
     let learners =
         |map: &v1::ShardMap| map.shards.iter().flat_map(|s| &s.replicas).any(|r| !is_voter(r));
     if snapshot.map.read_replicas.is_empty() && !learners(&snapshot.map) {
         return false;
     }
-    let plan = planned(snapshot, silent);
+    let plan = planned(snapshot, outlook);
     let mut changed = false;
     for (shard, replica, node) in plan.remove {
         let (shard, replica, node) = (shard.0, replica.0, node.0);
         changed |= enter(snapshot, &Change::Withdraw { shard, replica, node, stray: false });
     }
     let shards = &mut snapshot.map.shards;
-    // Those that wait for a silent node take nothing of anybody: others may come meanwhile.
-    let joining = shards
-        .iter()
-        .flat_map(|shard| &shard.replicas)
-        .filter(|replica| replica.joining && !silent.contains_key(&replica.node));
+    // Those that wait for a silent node, or do not move, take nothing of anybody: others may come
+    // meanwhile.
+    let joining = shards.iter().flat_map(|shard| &shard.replicas).filter(|replica| {
+        replica.joining
+            && !outlook.silent.contains_key(&replica.node)
+            && !outlook.stalled.contains(&replica.id)
+    });
     let joining = joining.count();
     let mut room = JOINING_MAX.saturating_sub(joining);
     for (shard, node) in plan.add {

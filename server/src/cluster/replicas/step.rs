@@ -52,6 +52,10 @@ pub(super) struct Seen {
     pub(super) home: Home,
     /// Its node has said, to this controller, that it has made it.
     pub(super) made: bool,
+    /// Its node has said that it does not run there: damaged, or not there at all.
+    pub(super) lost: bool,
+    /// It has been joining for longer than one waits.
+    pub(super) stuck: bool,
 }
 
 /// What happens next to a replica. Each can be done again.
@@ -77,13 +81,16 @@ pub(super) enum Step {
 
 /// Decides. A replica is made only as long as its group does not know it: one that the group knows and
 /// that lost what it held must not come back empty under the same id. It is destroyed only when the
-/// group knows it no more, and only then forgotten.
+/// group knows it no more, and only then forgotten. What its node has lost is so replaced under a fresh
+/// id: it goes, and the setting that it leaves unmet brings another.
 pub(super) fn next(seen: Seen) -> Step {
     use Membership::{Absent, Learner, NotAsked, Voter};
     match (seen.recorded, seen.member) {
-        (Recorded::Joining, _) if seen.home != Home::Hoped => Step::Withdraw,
+        (Recorded::Joining | Recorded::Present, Voter) => Step::Wait,
+        (Recorded::Joining, _) if seen.home != Home::Hoped || seen.stuck => Step::Withdraw,
         (Recorded::Present, Learner { .. } | Absent) if seen.home == Home::Gone => Step::Withdraw,
         (_, NotAsked) => Step::Wait,
+        (Recorded::Joining | Recorded::Present, Learner { .. }) if seen.lost => Step::Withdraw,
         (Recorded::Joining, Absent) if !seen.made => Step::Make,
         (Recorded::Joining | Recorded::Present, Absent) => Step::Add,
         (Recorded::Joining, Learner { caught_up: true }) => Step::Settle,
@@ -122,7 +129,8 @@ mod tests {
             true => Membership::Learner { caught_up: world.on_node },
             false => Membership::Absent,
         };
-        Seen { recorded: RECORDED[world.recorded as usize], member, home, made }
+        let recorded = RECORDED[world.recorded as usize];
+        Seen { recorded, member, home, made, lost: false, stuck: false }
     }
 
     fn done(mut world: World, step: Step) -> World {
@@ -202,6 +210,25 @@ mod tests {
     }
 
     #[test]
+    fn what_its_node_has_lost_goes_and_so_does_what_never_comes() {
+        let member = |caught_up| Membership::Learner { caught_up };
+        let seen = |recorded, member, lost, stuck| {
+            next(Seen { recorded, member, home: Home::Hoped, made: true, lost, stuck })
+        };
+        for recorded in [Recorded::Joining, Recorded::Present] {
+            assert_eq!(seen(recorded, member(false), true, false), Step::Withdraw);
+            assert_eq!(seen(recorded, Membership::Voter, true, true), Step::Wait);
+            assert_eq!(seen(recorded, Membership::NotAsked, true, false), Step::Wait);
+        }
+        for membership in [member(false), Membership::Absent, Membership::NotAsked] {
+            assert_eq!(seen(Recorded::Joining, membership, false, true), Step::Withdraw);
+        }
+        assert_eq!(seen(Recorded::Present, member(false), false, true), Step::Wait);
+        assert_eq!(seen(Recorded::Leaving, member(false), true, true), Step::Remove);
+        assert_eq!(seen(Recorded::Leaving, Membership::Absent, true, true), Step::Destroy);
+    }
+
+    #[test]
     fn nothing_is_made_or_destroyed_while_the_group_knows_it_or_cannot_be_asked() {
         for recorded in RECORDED {
             for member in [
@@ -212,7 +239,8 @@ mod tests {
             ] {
                 for home in [Home::Hoped, Home::Silent, Home::Gone] {
                     for made in [false, true] {
-                        let step = next(Seen { recorded, member, home, made });
+                        let (lost, stuck) = (false, false);
+                        let step = next(Seen { recorded, member, home, made, lost, stuck });
                         let touches = [Step::Make, Step::Destroy, Step::Forget, Step::Add];
                         assert!(!touches.contains(&step), "{step:?}: {recorded:?}, {member:?}");
                     }

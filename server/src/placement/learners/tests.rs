@@ -18,6 +18,7 @@ fn placed(shard: u64, voters: &[u64], learners: &[(u64, u64)]) -> Placed {
         shard: ShardId(shard),
         voters: voters.iter().copied().map(NodeId).collect(),
         learners: learners.iter().map(|(id, node)| (ReplicaId(*id), NodeId(*node))).collect(),
+        avoided: Vec::new(),
     }
 }
 
@@ -32,6 +33,19 @@ fn learner_goes_where_the_zone_is_and_the_shard_is_not() {
     let plan = plan(&nodes, &shards, &[rule("a", 1)]);
     assert_eq!(plan.add, [(ShardId(1), NodeId(4)), (ShardId(2), NodeId(1))]);
     assert_eq!((plan.remove.len(), plan.short.len()), (0, 0));
+}
+
+#[test]
+fn nothing_new_comes_where_it_failed_and_what_is_there_stays() {
+    let nodes = holders(&["a", "b", "c", "d", "d"]);
+    let avoided = |learners: &[(u64, u64)]| Placed {
+        avoided: vec![NodeId(4)],
+        ..placed(1, &[1, 2, 3], learners)
+    };
+    let shards = [avoided(&[]), placed(2, &[1, 2, 3], &[(9, 5)])];
+    assert_eq!(plan(&nodes, &shards, &[rule("d", 1)]).add, [(ShardId(1), NodeId(5))]);
+    assert_eq!(plan(&nodes, &shards, &[rule("d", 2)]).short[0].shards, 1);
+    assert_eq!(plan(&nodes, &[avoided(&[(9, 4)])], &[rule("d", 1)]), LearnerPlan::default());
 }
 
 #[test]

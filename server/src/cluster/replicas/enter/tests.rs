@@ -40,6 +40,10 @@ fn snapshot() -> Snapshot {
     }
 }
 
+fn silent(node: u64) -> Outlook {
+    Outlook { silent: BTreeMap::from([(node, Instant::now())]), ..Outlook::default() }
+}
+
 fn learners(snapshot: &Snapshot) -> Vec<(u64, u64, u64, bool)> {
     let of = |shard: &v1::Shard| {
         let learners = shard.replicas.iter().filter(|replica| !is_voter(replica));
@@ -51,7 +55,7 @@ fn learners(snapshot: &Snapshot) -> Vec<(u64, u64, u64, bool)> {
 #[test]
 fn plan_is_entered_under_fresh_ids_and_only_once() {
     let mut records = snapshot();
-    let nobody = BTreeMap::new();
+    let nobody = Outlook::default();
     assert!(enter_plan(&mut records, &nobody));
     assert_eq!(learners(&records), [(1, 10, 4, true), (2, 11, 4, true)], "and none of shard 0");
     assert_eq!(records.ids.next_replica, 12);
@@ -70,42 +74,45 @@ fn only_a_few_join_at_a_time() {
         more.replicas.iter_mut().for_each(|replica| replica.id += 100 * id);
         records.map.shards.push(more);
     }
-    assert!(enter_plan(&mut records, &BTreeMap::new()));
+    assert!(enter_plan(&mut records, &Outlook::default()));
     assert_eq!(learners(&records).len(), JOINING_MAX);
-    assert!(!enter_plan(&mut records, &BTreeMap::new()));
-    let waiting = BTreeMap::from([(4, Instant::now())]);
+    assert!(!enter_plan(&mut records, &Outlook::default()));
+    let waiting = silent(4);
     records.map.read_replicas[0].zone = String::new();
     assert!(enter_plan(&mut records.clone(), &waiting), "those of a silent node hold nobody up");
+    let stalled = learners(&records).iter().map(|(_, replica, _, _)| *replica).collect();
+    let stalled = Outlook { stalled, ..Outlook::default() };
+    assert!(enter_plan(&mut records.clone(), &stalled), "nor do those that do not move");
     records.map.read_replicas[0].zone = "a".to_owned();
     let (shard, replica, _, _) = learners(&records)[0];
     enter(&mut records, &Change::Settle { shard, replica });
-    assert!(enter_plan(&mut records, &BTreeMap::new()));
+    assert!(enter_plan(&mut records, &Outlook::default()));
     assert_eq!(learners(&records).len(), JOINING_MAX + 1);
 }
 
 #[test]
 fn one_that_leaves_is_remembered_until_it_is_gone_and_keeps_its_place() {
     let mut records = snapshot();
-    enter_plan(&mut records, &BTreeMap::new());
+    enter_plan(&mut records, &Outlook::default());
     records.map.read_replicas.clear();
-    assert!(enter_plan(&mut records, &BTreeMap::new()));
+    assert!(enter_plan(&mut records, &Outlook::default()));
     assert_eq!(learners(&records), []);
     let left: Vec<_> = records.leaving.iter().map(|l| (l.shard, l.replica, l.node)).collect();
     assert_eq!(left, [(1, 10, 4), (2, 11, 4)]);
-    assert!(!enter_plan(&mut records, &BTreeMap::new()));
+    assert!(!enter_plan(&mut records, &Outlook::default()));
     // Asked for again: not before the node has let go of the last one.
     records.map.read_replicas.push(v1::ReadReplicas { zone: "a".to_owned(), learners: 1 });
-    assert!(!enter_plan(&mut records, &BTreeMap::new()));
+    assert!(!enter_plan(&mut records, &Outlook::default()));
     assert!(enter(&mut records, &Change::Forget { replica: 10 }));
     assert!(!enter(&mut records, &Change::Forget { replica: 10 }));
-    assert!(enter_plan(&mut records, &BTreeMap::new()));
+    assert!(enter_plan(&mut records, &Outlook::default()));
     assert_eq!(learners(&records), [(1, 12, 4, true)], "never the old id");
 }
 
 #[test]
 fn nothing_is_asked_of_a_silent_node() {
     let mut records = snapshot();
-    let silent = BTreeMap::from([(4, Instant::now())]);
+    let silent = silent(4);
     assert!(!enter_plan(&mut records, &silent));
     records.map.read_replicas[0].zone = String::new();
     assert!(enter_plan(&mut records, &silent));
@@ -115,7 +122,7 @@ fn nothing_is_asked_of_a_silent_node() {
 #[test]
 fn late_word_of_a_stray_does_not_undo_what_was_recorded() {
     let mut records = snapshot();
-    enter_plan(&mut records, &BTreeMap::new());
+    enter_plan(&mut records, &Outlook::default());
     let stray = |replica| Change::Withdraw { shard: 1, replica, node: 4, stray: true };
     assert!(!enter(&mut records, &stray(10)), "it was recorded meanwhile");
     assert!(!enter(&mut records, &stray(4)), "it votes");
@@ -130,4 +137,21 @@ fn late_word_of_a_stray_does_not_undo_what_was_recorded() {
     assert!(!enter(&mut records, &voter));
     assert!(enter(&mut records, &Change::Epoch { shard: 1, epoch: 3 }));
     assert!(!enter(&mut records, &Change::Epoch { shard: 1, epoch: 2 }), "epochs never fall");
+}
+
+#[test]
+fn nothing_comes_where_it_failed_and_others_take_its_place() {
+    let records = snapshot();
+    let entered = |zone: &str, avoided| {
+        let mut records = records.clone();
+        records.map.read_replicas[0].zone = zone.to_owned();
+        enter_plan(&mut records, &Outlook { avoided, ..Outlook::default() });
+        learners(&records).iter().map(|(shard, _, node, _)| (*shard, *node)).collect::<Vec<_>>()
+    };
+    let place = Avoided { places: [(1, 4)].into(), ..Avoided::default() };
+    assert_eq!(entered("a", place.clone()), [(2, 4)], "of this shard only");
+    assert_eq!(entered("", place), [(1, 5), (2, 4)]);
+    let node = Avoided { nodes: [4].into(), ..Avoided::default() };
+    assert_eq!(entered("a", node.clone()), []);
+    assert_eq!(entered("", node), [(1, 5), (2, 5)]);
 }
