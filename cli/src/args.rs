@@ -130,7 +130,7 @@ pub enum Command {
         coracle delete-range --prefix user/7/ --atomic\n  \
         coracle delete-range --start a --end b --dry-run\n  \
         coracle delete-range --prefix tmp/ --resume tmp.state\n\n\
-        Without --atomic in steps over all shards: what is written meanwhile may go too.")]
+        Without --atomic in steps over all shards: what is written once they have begun stays.")]
     DeleteRange(DeleteRange),
     /// List keys in order, at one version
     #[command(after_help = "Examples:\n  \

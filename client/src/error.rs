@@ -168,15 +168,6 @@ impl Error {
         self.0.fault.as_ref().and_then(|fault| fault.text(metadata::LIMIT))
     }
 
-    /// Of a delete-range in steps, of which some may have been applied.
-    pub(crate) fn of_steps(fault: Fault, attempts: u32, may_have_deleted: bool) -> Error {
-        let fault = match may_have_deleted {
-            true => fault.with_outcome(Outcome::Unknown),
-            false => fault,
-        };
-        Error::of_fault(fault, attempts, true)
-    }
-
     /// The reason from the service's closed list, like `NO_QUORUM`.
     pub fn reason(&self) -> Option<&str> {
         self.0.fault.as_ref().map(|fault| fault.reason.as_str())

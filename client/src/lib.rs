@@ -18,6 +18,7 @@ mod driver;
 pub mod admin;
 pub mod answer;
 pub mod request;
+mod resume;
 pub mod scan;
 pub mod range;
 mod client;

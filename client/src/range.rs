@@ -2,31 +2,29 @@
 //! carried on by the resume token when a node fails. Does not step through shards: any node does.
 //!
 //! In steps: every key that existed when the call began and was not written since is gone when it is
-//! done. A key that is written while it runs may be deleted or not; a call that goes on with a token is
-//! part of the one that the token came from.
+//! done. The first progress has deleted nothing, and its token names a version: whatever is written once
+//! it was given out stays, however late a step that was sent under it comes. A call that goes on with a
+//! token is part of the one that the token came from.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::reason::{Fault, Outcome, Reason};
+use coracle_proto::reason::Outcome;
 use coracle_proto::v1::pipeline_request::Operation as Wire;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_proto::{entity, limits, v1};
 use futures_util::stream::try_unfold;
 use futures_util::{Stream, TryStreamExt};
-use tokio::time::{Instant, sleep, timeout_at};
-use tonic::{Status, Streaming};
+use tonic::{Response, Status, Streaming};
 
 use crate::answer::{Served, Version};
-use crate::connection::fault_of;
+use crate::connection::Connection;
 use crate::driver::Call;
 use crate::error::{Error, ErrorKind, Report};
-use crate::pipeline::Pipeline;
 use crate::request::{Pending, Target};
-use crate::retry::{AttemptInfo, Decision, Failure, decide};
+use crate::resume::{Behind, Broken, Resumable, Resumed};
 use crate::scan::KeyRange;
 
 /// Deletes a range. Awaiting it goes to the end and gives [`DeletedRange`]; [`DeleteRange::stream`]
@@ -123,20 +121,20 @@ impl DeleteRange {
         self
     }
 
-    /// Deletes as it is polled, and tells the progress. An atomic one has a single progress. Dropping
-    /// it begins no further step.
+    /// Deletes as it is polled, and tells the progress. The first has deleted nothing: what is written
+    /// from then on stays. An atomic one has a single progress. Dropping it begins no further step.
     pub fn stream(self) -> DeleteStream {
+        let Target { driver, timeout, .. } = self.target.clone();
+        let timeout = timeout.unwrap_or(driver.settings.operation_timeout);
         let walk = Walk {
-            timeout: self.target.timeout.unwrap_or(self.target.driver.settings.operation_timeout),
-            bounds: (!self.is_empty).then(|| bounds(&self.request)).flatten(),
+            first: (!self.is_empty).then(|| first_key(&self.request)).flatten(),
             target: self.target,
-            request: self.request,
-            open: None,
-            avoid: None,
+            rounds: Resumed::new(driver, timeout, self.request),
+            stream: 0,
             before: 0,
             deleted: 0,
             may_have_deleted: false,
-            state: State::New,
+            is_new: true,
         };
         let progress = try_unfold(walk, |mut walk| async move {
             let progress = walk.next().await?;
@@ -177,63 +175,54 @@ impl Stream for DeleteStream {
     }
 }
 
-/// The first key of a range and the first behind it; `None` when no key can be in it.
-fn bounds(request: &v1::DeleteRangeRequest) -> Option<(Vec<u8>, Option<Vec<u8>>)> {
-    entity::bounds(&request.start, &request.end, &request.prefix)
+/// The first key of a range; `None` when no key can be in it.
+fn first_key(request: &v1::DeleteRangeRequest) -> Option<Bytes> {
+    let bounds = entity::bounds(&request.start, &request.end, &request.prefix);
+    bounds.map(|(first, _)| first.into())
 }
 
-#[derive(PartialEq, Eq)]
-enum State {
-    New,
-    Going,
-    Done,
-}
-
-/// A delete-range on its way. The request's token always stands at the last progress.
+/// A delete-range on its way.
 struct Walk {
     target: Target,
-    timeout: Duration,
-    request: v1::DeleteRangeRequest,
+    rounds: Resumed<v1::DeleteRangeRequest>,
     /// `None`: nothing can be in it.
-    bounds: Option<(Vec<u8>, Option<Vec<u8>>)>,
-    open: Option<(Arc<Pipeline>, Streaming<v1::DeleteRangeResponse>)>,
-    /// The address that failed last.
-    avoid: Option<String>,
-    /// Deleted by the streams before the one that is open.
+    first: Option<Bytes>,
+    /// The stream that the last progress came on.
+    stream: u64,
+    /// Deleted by the streams before that one.
     before: u64,
     deleted: u64,
     may_have_deleted: bool,
-    state: State,
+    is_new: bool,
 }
 
 impl Walk {
     /// The next progress; `None` behind the last.
     async fn next(&mut self) -> Result<Option<DeleteProgress>, Error> {
-        if self.state == State::New {
-            limits::check_delete_range(&self.request)?;
-            self.state = State::Going;
+        if std::mem::take(&mut self.is_new) {
+            limits::check_delete_range(&self.rounds.request)?;
         }
-        if self.state == State::Done {
+        if self.rounds.over {
             return Ok(None);
         }
-        let Some((first, _)) = &self.bounds else {
-            self.state = State::Done;
+        let Some(first) = &self.first else {
+            self.rounds.over = true;
             return Ok(Some(DeleteProgress::of(v1::DeleteRangeResponse {
                 done: true,
                 ..Default::default()
             })));
         };
-        if self.request.atomic {
-            self.state = State::Done;
-            let key = first.clone().into();
+        if self.rounds.request.atomic {
+            self.rounds.over = true;
+            let key = first.clone();
             return self.at_once(key).await.map(Some);
         }
-        self.steps().await.map(Some)
+        self.round().await
     }
 
     /// One write like any other: routed to the leader, retried under its id.
     async fn at_once(&self, key: Bytes) -> Result<DeleteProgress, Error> {
-        let operation = Wire::DeleteRange(self.request.clone());
+        let operation = Wire::DeleteRange(self.rounds.request.clone());
         let Target { driver, keyspace, timeout, consistency, .. } = self.target.clone();
         let any_replica = false;
         let call = Call { keyspace, key, operation, timeout, consistency, any_replica };
@@ -244,49 +233,31 @@ impl Walk {
         }
     }
 
-    /// Until the next progress, of whatever node.
-    async fn steps(&mut self) -> Result<DeleteProgress, Error> {
-        let driver = self.target.driver.clone();
-        let deadline = Instant::now() + self.timeout;
-        let mut attempts = 0u32;
-        let mut backoffs = 0;
-        loop {
-            if driver.is_closed() {
-                return Err(self.closed());
+    async fn round(&mut self) -> Result<Option<DeleteProgress>, Error> {
+        // Without a token a call only fixes its version, whatever becomes of it.
+        let deletes = !self.rounds.request.resume_token.is_empty();
+        let round = self.rounds.next().await;
+        self.may_have_deleted |= deletes && (self.rounds.unknown || round.is_ok());
+        self.rounds.unknown = false;
+        let round = round.map_err(|broken| match broken {
+            Broken::Closed => self.closed(),
+            Broken::Fault(fault, attempts) => {
+                let outcome = match self.may_have_deleted {
+                    true => Outcome::Unknown,
+                    false if deletes => fault.outcome,
+                    false => Outcome::NotApplied,
+                };
+                Error::of_fault(fault.with_outcome(outcome), attempts, true)
             }
-            attempts += 1;
-            // A round of steps may take long without anybody being at fault: the later an attempt,
-            // the longer it waits.
-            let patience = driver.settings.attempt_timeout.saturating_mul(attempts.div_ceil(2));
-            let until = deadline.min(Instant::now() + patience);
-            let (failure, fault) = match self.attempt(until).await {
-                Ok(progress) => return Ok(progress),
-                Err(fault) => (Failure::of(fault.reason, None), fault),
-            };
-            self.open = None;
+        })?;
+        let Some(round) = round else { return Ok(None) };
+        if std::mem::replace(&mut self.stream, self.rounds.streams) != self.stream {
             self.before = self.deleted;
-            self.may_have_deleted |= fault.outcome == Outcome::Unknown;
-            let retry_after_ms = fault.retry_after_ms;
-            let step = decide(&AttemptInfo {
-                failure,
-                backoffs,
-                detours: attempts - 1,
-                // The token makes every attempt safe.
-                unresolved: false,
-                budget: true,
-                retry_after: (retry_after_ms > 0).then(|| Duration::from_millis(retry_after_ms)),
-                remaining: deadline.saturating_duration_since(Instant::now()),
-                jitter: driver.follower.random(),
-            });
-            tracing::debug!(attempts, failure = %fault, ?step, "round of a delete-range failed");
-            if step.decision == Decision::Stop {
-                return Err(Error::of_steps(fault, attempts, self.may_have_deleted));
-            }
-            if !step.wait.is_zero() {
-                backoffs += 1;
-                sleep(step.wait).await;
-            }
         }
+        let session = &self.target.driver.follower.session;
+        round.steps.iter().for_each(|served| session.observe(served, round.version));
+        self.deleted = self.before + round.deleted;
+        Ok(Some(DeleteProgress { deleted: self.deleted, ..DeleteProgress::of(round) }))
     }
 
     fn closed(&self) -> Error {
@@ -305,75 +276,35 @@ impl Walk {
             fault: None,
         })
     }
+}
 
-    /// Waits for one progress, on the stream that is open or on a new one.
-    async fn attempt(&mut self, until: Instant) -> Result<DeleteProgress, Fault> {
-        let started = Instant::now();
-        if self.open.is_none() {
-            let pipeline = self.choose()?;
-            // Whatever goes wrong from here on, goes wrong at this node.
-            self.avoid = Some(pipeline.connection().address().to_owned());
-            let mut client = pipeline.connection().kv();
-            let answer = match timeout_at(until, client.delete_range(self.request.clone())).await {
-                Ok(answer) => answer.map_err(|status| failed(&pipeline, &status)),
-                Err(_) => Err(silent(&pipeline, started)),
-            };
-            self.open = Some((pipeline, answer?.into_inner()));
-        }
-        let (pipeline, stream) = self.open.as_mut().expect("it was opened above");
-        let progress = match timeout_at(until, stream.message()).await {
-            Ok(Ok(Some(progress))) => progress,
-            Ok(Ok(None)) => {
-                let message = "the node ended the delete-range midway";
-                return Err(Fault::new(Reason::Unreachable, message));
-            }
-            Ok(Err(status)) => return Err(failed(pipeline, &status)),
-            Err(_) => return Err(silent(pipeline, started)),
-        };
-        pipeline.connection().heard();
-        self.avoid = None;
+impl Resumable for v1::DeleteRangeRequest {
+    type Part = v1::DeleteRangeResponse;
+
+    const NAMES: (&'static str, &'static str) = ("delete-range", "progress");
+
+    async fn open(
+        self,
+        connection: &Connection,
+    ) -> Result<Response<Streaming<v1::DeleteRangeResponse>>, Status> {
+        connection.kv().delete_range(self).await
+    }
+
+    fn range(&self) -> v1::ScanRequest {
+        let (start, end) = (self.start.clone(), self.end.clone());
+        let (keyspace, prefix) = (self.keyspace.clone(), self.prefix.clone());
+        v1::ScanRequest { keyspace, start, end, prefix, ..Default::default() }
+    }
+
+    fn advance(&mut self, progress: &v1::DeleteRangeResponse) -> Behind {
         if progress.done {
-            (self.state, self.open) = (State::Done, None);
-        } else if progress.resume_token.is_empty() {
-            return Err(Fault::new(Reason::Internal, "a progress came without a resume token"));
+            return Behind::End;
         }
-        let session = &self.target.driver.follower.session;
-        progress.steps.iter().for_each(|served| session.observe(served, progress.version));
-        self.may_have_deleted = true;
-        self.deleted = self.before + progress.deleted;
-        self.request.resume_token = progress.resume_token.clone();
-        Ok(DeleteProgress { deleted: self.deleted, ..DeleteProgress::of(progress) })
+        if progress.resume_token.is_empty() {
+            return Behind::NoToken;
+        }
+        let before = std::mem::replace(&mut self.resume_token, progress.resume_token.clone());
+        // The call that fixes the version deletes nothing, and ends.
+        if before.is_empty() { Behind::Another } else { Behind::Same }
     }
-
-    /// The node to ask: the leader where all keys are of one entity, else any.
-    fn choose(&self) -> Result<Arc<Pipeline>, Fault> {
-        let follower = &self.target.driver.follower;
-        let table = follower.routes.table();
-        let v1::DeleteRangeRequest { keyspace, start, end, prefix, .. } = self.request.clone();
-        let range = v1::ScanRequest { keyspace, start, end, prefix, ..Default::default() };
-        let leader = table.route_of_range(&range).and_then(|route| route.leader.node);
-        let leader = leader.and_then(|node| table.address(node)).map(str::to_owned);
-        let leader = leader.filter(|address| follower.pool.is_usable(address));
-        let mut candidates: Vec<String> = leader.into_iter().collect();
-        candidates.extend(follower.candidates());
-        let others = candidates.iter().filter(|address| Some(*address) != self.avoid.as_ref());
-        let mut in_order = others.chain(&candidates);
-        in_order.find_map(|address| follower.pool.get(address)).ok_or_else(|| {
-            let fault = Fault::new(Reason::Unreachable, "no node is known");
-            fault.with_outcome(Outcome::NotApplied)
-        })
-    }
-}
-
-fn failed(pipeline: &Pipeline, status: &Status) -> Fault {
-    fault_of(status, pipeline.connection().address())
-}
-
-fn silent(pipeline: &Pipeline, started: Instant) -> Fault {
-    let connection = pipeline.connection();
-    if connection.is_silent_since(started) {
-        connection.failed();
-    }
-    let message = format!("no progress from {} in time", connection.address());
-    Fault::new(Reason::OutcomeUnknown, message)
 }

@@ -46,11 +46,16 @@ impl Target {
     fn at(&mut self, version: Option<Version>) -> Result<Option<v1::ReadOptions>, Error> {
         let Some(Version(at_version)) = version else { return Ok(None) };
         if at_version == 0 {
-            return Err(Error::invalid("there is no version 0: leave it out to read the newest"));
+            return Err(no_version_0());
         }
         self.consistency = Consistency::Linearizable;
         Ok(Some(v1::ReadOptions { at_version, ..Default::default() }))
     }
+}
+
+/// Versions begin at 1; on the wire 0 means that none is named.
+pub(crate) fn no_version_0() -> Error {
+    Error::invalid("there is no version 0: leave it out to read the newest")
 }
 
 /// Reads one key. Awaiting it gives `Option<Entry>`.

@@ -40,3 +40,5 @@ pub mod ring;
 pub mod shard_map;
 
 pub mod token;
+
+pub mod delete_range;

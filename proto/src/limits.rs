@@ -187,7 +187,7 @@ pub const SCAN_TOKEN_BYTES_MAX: usize = KEY_BYTES_MAX + 64;
 
 /// An encoded resume token of a delete-range: a key and an arc for each of its lanes, and a frame.
 /// Beyond: `TOO_LARGE`.
-pub const DELETE_TOKEN_BYTES_MAX: usize = DELETE_RANGE_LANES_MAX * (KEY_BYTES_MAX + 24) + 64;
+pub const DELETE_TOKEN_BYTES_MAX: usize = DELETE_RANGE_LANES_MAX * (KEY_BYTES_MAX + 24) + 72;
 
 /// An error's text for people. Errors travel in trailers, for which HTTP/2 peers commonly allow
 /// 16 KiB, and the text stands in them three times. Beyond: cut.

@@ -9,8 +9,8 @@
 //!
 //! # A request
 //!
-//! 1. The descriptor must serve its position under its epoch, else nothing happens and nothing is
-//!    kept.
+//! 1. The descriptor must serve its position under its epoch, and a delete-range's fence lie below its
+//!    version, else nothing happens and nothing is kept.
 //! 2. Its id must be new (see `dedup`); a known one is answered with its first result, term and
 //!    index.
 //! 3. It gets a version of its own: the entry's stamp, or one above the group clock, whichever is
@@ -28,9 +28,9 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use coracle_storage::state::{self, ArcFilter, Overlay, Versioned};
+use coracle_storage::state::{self, ArcFilter, Overlay, Versioned, View, key};
 
-use crate::command::{Change, Command, Condition, DecodeError, Request, Stamped};
+use crate::command::{Change, Command, Condition, DecodeError, Request, RequestId, Stamped};
 use crate::dedup::{Admission, SEQUENCE_OF_MARK};
 use crate::descriptor::Descriptor;
 use crate::history::{COUNTER_BITS, Pinned, physical_ms};
@@ -98,6 +98,9 @@ pub enum Outcome {
     RetryWindowPassed,
     /// The id's birth lies beyond the bound on clocks. Not applied.
     BirthBeyondClock,
+    /// A delete-range names a fence that the group clock has not reached. Not applied, and nothing was
+    /// kept.
+    FenceBeyondClock,
     /// The memory of request ids is full of young ones. Not applied.
     Overloaded {
         /// When to try again, with the same id.
@@ -254,6 +257,12 @@ fn apply_request(
     if let Some(why) = malformed(request) {
         return refused(Outcome::Invalid { why });
     }
+    let above = state.clock.checked_add(1);
+    let above = above.ok_or(ApplyError::ClockExhausted { index: at.index })?;
+    let version = at.stamp.max(above);
+    if range::is_ahead(request, version) {
+        return refused(Outcome::FenceBeyondClock);
+    }
     // Also the time by which results age: were it the group clock alone, a group too full to take a
     // write would never see it move on within the entry.
     let now_ms = physical_ms(at.stamp.max(state.clock));
@@ -270,9 +279,6 @@ fn apply_request(
             return refused(Outcome::Overloaded { retry_after_ms: RETRY_AFTER_MS });
         }
     }
-    let above = state.clock.checked_add(1);
-    let above = above.ok_or(ApplyError::ClockExhausted { index: at.index })?;
-    let version = at.stamp.max(above);
     state.clock = version;
     let verdict = match range::of(request) {
         Some(range) => {
@@ -407,6 +413,37 @@ fn add(before: Option<&[u8]>, by: i64) -> Result<i64, Invalid> {
     before.checked_add(by).ok_or(Invalid::CounterOverflow)
 }
 
+/// What was decided of a delete-range under this id, as far as a state knows: what a retry gets. `None`
+/// also of an id that is another request's.
+pub fn decided_range(state: &dyn View, id: &RequestId) -> Result<Option<Reply>, ApplyError> {
+    let Some(bytes) = state.get(&key::result(id.client, id.sequence, id.birth_ms))? else {
+        return Ok(None);
+    };
+    let stored = StoredResult::decode(bytes)
+        .map_err(|source| ApplyError::Record { record: "result", source })?;
+    let outcome = range_outcome(&stored);
+    Ok(outcome.map(|outcome| Reply {
+        outcome,
+        term: stored.term,
+        index: stored.index,
+        duplicate: true,
+    }))
+}
+
+/// What a stored result says of a delete-range, if it is of one.
+fn range_outcome(stored: &StoredResult) -> Option<Outcome> {
+    match &stored.verdict {
+        Verdict::RangeDeleted { deleted, next, arc } => Some(Outcome::RangeDeleted {
+            version: stored.version,
+            deleted: *deleted,
+            next: next.clone(),
+            arc: *arc,
+        }),
+        Verdict::RangeTooLarge { limit } => Some(Outcome::RangeTooLarge { limit: *limit }),
+        _ => None,
+    }
+}
+
 /// A result as its request's answer: the same way for the first time and for every retry.
 fn reply(
     overlay: &Overlay,
@@ -447,13 +484,9 @@ fn reply(
             }
             Outcome::ConditionFailed { results }
         }
-        Verdict::RangeDeleted { deleted, next, arc } => Outcome::RangeDeleted {
-            version: stored.version,
-            deleted: *deleted,
-            next: next.clone(),
-            arc: *arc,
-        },
-        Verdict::RangeTooLarge { limit } => Outcome::RangeTooLarge { limit: *limit },
+        Verdict::RangeDeleted { .. } | Verdict::RangeTooLarge { .. } => {
+            range_outcome(stored).expect("it is of a delete-range")
+        }
         Verdict::Invalid(invalid) => Outcome::Invalid { why: invalid.why() },
     };
     Ok(Reply { outcome, term: stored.term, index: stored.index, duplicate })

@@ -9,7 +9,7 @@ use crate::wire::{Malformed, Reader};
 
 mod range;
 
-pub use range::{DeleteRange, Owned};
+pub use range::{DeleteRange, NO_FENCE, Owned};
 
 /// The format that this program writes, and the only one that it reads. It is an entry's first
 /// byte; 0 and 255 are taken there by Raft's own entries.

@@ -1,17 +1,28 @@
 //! Owns a delete-range over the shards of a keyspace: which arcs are under way, the steps on them, the
 //! token that goes on. Does not delete on a shard (see `router`).
 //!
+//! **One version.** A call that comes without a token deletes nothing: it fixes a version on all shards
+//! (see `fence`), and answers once, with a token that holds it. Every step is of a call that came with
+//! a token, and leaves alone what was written above its version. So a caller that has lost its node may
+//! go on at another, by the token, or anew when it has got none: what the lost one still does, however
+//! late, it does under a version that lies below all that is written once the token was out. Were the
+//! version fixed by the call that begins with the steps, one that is held up before it could fix one
+//! above what was written after another had finished, and delete it.
+//!
 //! **Steps.** Each is a logical write of its own on one shard, with a request id of its own, which it
-//! keeps over all its retries: what was written after its first application stays, however often it is
-//! sent. An answer whose step is unknown to the end is left in the token as not done.
+//! keeps over its retries: so it is counted once. An answer whose step is unknown to the end is left in
+//! the token as not done; to go over it again does no harm.
 //!
 //! **Changes on the way.** The token names arcs of the ring, and a step says which arc its group held
 //! when it was applied. So a split or a move in between leaves nothing out: what a step has not covered
 //! is asked of whoever holds it then.
 //!
 //! **What it promises.** Every key that existed when the call began and was not written since is gone
-//! when it is done. A key that is written while it runs may be deleted or not, and so may one that is
-//! written between a call that broke off and the one that goes on with its token: the two are one.
+//! when it is done. A key that is written before the token was answered may be deleted or not. What is
+//! written after stays, also between a call that broke off and the one that goes on with its token.
+//!
+//! **Slow readers.** It works on a round that somebody waits for, and only then is it a request in
+//! flight. When nobody asks for long, it gives its request ids back ([`DeleteRange::rest`]).
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,13 +35,18 @@ use coracle_proto::shard_map::ShardId;
 use coracle_proto::token::{DeleteToken, Lane};
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
-use coracle_proto::{entity, limits, v1};
+use coracle_proto::{delete_range, ring, v1};
 use futures_util::stream::{self, StreamExt};
 use prost::Message;
 
-use crate::admission::{Call, Permit};
+use crate::admission::Call;
 use crate::fault;
-use crate::router::{Issued, Router, mismatched, open_keyspace, range};
+use crate::router::{Issued, Router, mismatched, open_keyspace};
+
+mod fence;
+mod rounds;
+
+pub use rounds::{IDLE_MAX, REST_AFTER, Rounds, open};
 
 /// Arcs that one delete-range is under way in at a time: their leaders are many nodes' disks, and one
 /// caller shall not take all of what each can do. Beyond: they follow in ring order.
@@ -56,7 +72,6 @@ pub struct DeleteRange {
     /// Something may have been deleted: a failure says no more than that.
     may_have_deleted: bool,
     done: bool,
-    _permit: Permit,
 }
 
 impl DeleteRange {
@@ -66,13 +81,12 @@ impl DeleteRange {
         request: v1::DeleteRangeRequest,
         call: Call,
     ) -> Result<DeleteRange, Fault> {
-        limits::check_delete_range(&request)?;
         if !request.atomic && request.request_id.is_some() {
             let message = "the steps of a delete-range have ids of their own: leave it out";
             return Err(Fault::invalid("request_id", message));
         }
-        let size = request.encoded_len() as u64;
-        let permit = router.admission().admit(size, call.origin)?;
+        // A node that takes nothing new on takes no delete-range on either.
+        router.admission().admit(request.encoded_len() as u64, call.origin)?;
         let token = match begun(&router, &request, &call) {
             Err(Fault { reason: Reason::UnknownKeyspace | Reason::StaleRoute, .. }) => {
                 router.refresh(call.deadline).await;
@@ -92,7 +106,6 @@ impl DeleteRange {
             may_have_deleted: false,
             done: false,
             request: v1::DeleteRangeRequest { resume_token: Bytes::new(), ..request },
-            _permit: permit,
         })
     }
 
@@ -110,10 +123,9 @@ impl DeleteRange {
         if self.done {
             return Ok(None);
         }
-        if self.router.admission().draining().is_cancelled() {
-            // Another node goes on, by the token of the last progress.
-            return Err(Fault::new(Reason::Draining, "this node is shutting down"));
-        }
+        // While this node shuts down another one goes on, by the token of the last progress.
+        let held = (self.request.encoded_len() + self.token_bytes()) as u64;
+        let _permit = self.router.admission().admit(held, self.call.origin)?;
         let call = self.call.next_page();
         if self.request.atomic && !self.token.is_done() {
             let operation = Operation::DeleteRange(self.request.clone());
@@ -123,6 +135,13 @@ impl DeleteRange {
                 Answer::DeleteRange(answer) => Ok(Some(answer)),
                 _ => Err(mismatched()),
             };
+        }
+        if self.token.version == 0 && !self.token.is_done() {
+            self.token.version = fence::fix(&self.router, &self.token, &call).await?;
+            let first = self.progress();
+            // The caller has it before anything is deleted under it.
+            self.done = true;
+            return Ok(Some(first));
         }
         loop {
             let round = self.round(&call).await?;
@@ -137,12 +156,23 @@ impl DeleteRange {
         Ok(Some(self.progress()))
     }
 
+    /// Gives back what is held between rounds. A step that may have been applied goes again under
+    /// another id, to no effect but on the count.
+    pub fn rest(&mut self) {
+        self.open.clear();
+    }
+
+    fn token_bytes(&self) -> usize {
+        self.token.lanes.iter().map(|lane| lane.from.len()).sum()
+    }
+
     fn progress(&mut self) -> v1::DeleteRangeResponse {
         self.done = self.token.is_done();
-        let atomic = self.request.atomic;
+        // Nothing can be in the range: no version was fixed.
+        let has_token = self.token.version > 0;
         v1::DeleteRangeResponse {
             deleted: self.deleted,
-            resume_token: if atomic { Bytes::new() } else { self.token.encode() },
+            resume_token: if has_token { self.token.encode() } else { Bytes::new() },
             done: self.done,
             version: self.version,
             served: self.served,
@@ -242,27 +272,13 @@ fn begun(
 ) -> Result<DeleteToken, Fault> {
     let map = router.current_map()?;
     let keyspace = open_keyspace(&map, &request.keyspace, call.origin)?;
-    let bounds = entity::bounds(&request.start, &request.end, &request.prefix);
-    let begin = DeleteToken::begin(request, keyspace.id);
-    let Some((start, end)) = bounds else { return Ok(DeleteToken { rest: None, ..begin }) };
-    let entity = keyspace.rule.entity_of_range(&start, end.as_deref().unwrap_or_default());
-    range::check(keyspace, request, entity)?;
-    if request.atomic {
-        return Ok(begin);
-    }
-    if let Some(token) = range::token(keyspace, request)? {
-        return Ok(token);
-    }
-    if let Some(entity) = entity {
-        let arc = range::arc_of(map.position_of(keyspace, entity).0);
-        return Ok(DeleteToken::of_arc(request, keyspace.id, arc));
-    }
-    let Some(route) = request.only_shard.filter(|route| route.shard != 0) else {
-        return Ok(begin);
+    let Some(asked) = delete_range::read(&map, keyspace, request)? else {
+        return Ok(DeleteToken { rest: None, ..DeleteToken::begin(request, keyspace.id) });
     };
-    let id = ShardId(route.shard);
-    let named = map.shard(id).filter(|shard| [0, shard.epoch.0].contains(&route.shard_epoch));
-    let arc = named.and_then(|shard| shard.arc);
-    let arc = arc.ok_or_else(|| fault::stale_route(Some(&map), id, None))?;
-    Ok(DeleteToken::of_arc(request, keyspace.id, arc))
+    asked.begun(keyspace, request, |route| {
+        let id = ShardId(route.shard);
+        let named = map.shard(id).filter(|shard| [0, shard.epoch.0].contains(&route.shard_epoch));
+        let arc: Option<ring::Arc> = named.and_then(|shard| shard.arc);
+        arc.ok_or_else(|| fault::stale_route(Some(&map), id, None))
+    })
 }

@@ -16,6 +16,7 @@ pub mod cluster;
 pub mod home;
 pub mod fault;
 pub mod router;
+mod versions;
 pub mod scan;
 pub mod delete;
 pub mod peers;

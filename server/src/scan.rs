@@ -10,10 +10,15 @@
 //! changed since, all are asked again, at the same version, and the scan goes on behind the last key
 //! that was handed out: nothing is missing and nothing comes twice.
 //!
+//! **Long gaps.** A page ends after [`PAGE_TIME`], with what was found or empty, and its token stands behind
+//! the last key up to which all shards have looked: a run of deleted keys, however long, is passed in
+//! steps, and a reader whose node dies in the midst of it goes on from the last of them.
+//!
 //! **Slow readers.** A scan works only on a page that somebody waits for, and only then is it a request
 //! in flight. What it has read ahead counts in the node's budget, and is dropped when nobody asks for
 //! long ([`Scan::rest`]): it is read again behind the last key that was handed out. Nothing of the store,
-//! no iterator and no view, outlives a page; so a scan pins no file and no log.
+//! no iterator and no view, outlives a page; so a scan pins no file and no log. One that nobody reads for
+//! [`IDLE_MAX`] is ended, and its token resumes it.
 //!
 //! **Long scans** over several shards pin their version (see `pin`), for ten minutes at most. Beyond,
 //! and where one shard holds all of it, a scan that the history passes ends with `VERSION_GONE`.
@@ -23,32 +28,35 @@ use std::time::Duration;
 
 use coracle_proto::limits::{self, SCAN_PAGE_BYTES, SCAN_PAGE_ENTRIES};
 use coracle_proto::reason::{Fault, Outcome, Reason};
-use coracle_proto::ring;
 use coracle_proto::shard_map::SYSTEM_KEYSPACE;
 use coracle_proto::token::ScanToken;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::admission::{Call, Charge, Seat};
-use crate::fault;
 use crate::router::{PAGE_BYTES_MIN, PageSpec, Router, entry_bytes, mismatched, open_keyspace};
+use crate::versions::{self, ASKED_AT_A_TIME};
 
 mod merge;
 mod pages;
 mod pin;
 
 use merge::{Merge, OutOfOrder};
-pub use pages::{NewPins, Pages, Pins, REST_AFTER, open};
+pub use pages::{IDLE_MAX, NewPins, Pages, Pins, REST_AFTER, open};
 pub use pin::pins;
 
 /// Keys and values that one scan reads ahead over all its shards; half of it more where pages meet.
 /// With small entries it takes twice that in memory, and as much again on its way. Many shards get
 /// smaller pages, down to [`PAGE_BYTES_MIN`].
 const AHEAD_BYTES: usize = 2 << 20;
-/// Shards that one scan asks at a time.
-const ASKED_AT_A_TIME: usize = 32;
+/// How long one page looks for keys, once a lane has come up empty. Beyond, and after at least one page of
+/// every lane that holds nothing, it ends: well within what a client waits before it asks another
+/// node, so that no gap is too long to be passed, and far above what a page costs.
+pub const PAGE_TIME: Duration = Duration::from_millis(250);
 /// How often a scan lays its lanes out anew before one page. Beyond: the last fault; its token still
 /// resumes it.
 const LAYOUTS_MAX: u32 = 8;
@@ -64,6 +72,8 @@ pub struct Scan {
     token: ScanToken,
     shape: Shape,
     page_bytes: usize,
+    /// At which all is read, once it is known: before the first page is.
+    version: watch::Sender<Option<u64>>,
     /// What the lanes hold.
     ahead: Charge,
     done: bool,
@@ -122,9 +132,11 @@ impl Scan {
         // A node that takes nothing new on takes no scan on either.
         router.admission().admit(0, call.origin)?;
         let (seat, ahead) = (router.admission().open_scan()?, router.admission().hold(0));
+        let token = spec.token().clone();
         Ok(Scan {
             done: spec.is_over(),
-            token: spec.token().clone(),
+            version: watch::Sender::new((token.version > 0).then_some(token.version)),
+            token,
             shape: if one { Shape::One } else { Shape::All(None) },
             router,
             request,
@@ -158,9 +170,9 @@ impl Scan {
         self.ahead.set(0).expect("holding less is always allowed");
     }
 
-    /// The version at which all is read, once it is known.
-    pub fn version(&self) -> Option<u64> {
-        (self.token.version > 0).then_some(self.token.version)
+    /// The version at which all is read, as soon as it is known.
+    pub fn version(&self) -> watch::Receiver<Option<u64>> {
+        self.version.subscribe()
     }
 
     /// Whether its version is pinned when it takes long: a scan of one entity never is.
@@ -213,31 +225,37 @@ impl Scan {
                 let (version, lanes) =
                     lay_out(&self.router, &self.token, &self.request, call).await?;
                 self.token.version = version;
+                self.version.send_replace(Some(version));
                 slot.insert(lanes)
             }
         };
-        // Handed out are whole keys of the merge; what it still holds is behind the token.
-        while lanes.merge.starved() {
-            lanes.feed(&self.router, &self.request, call).await?;
-            self.ahead.set(lanes.merge.held_bytes() as u64)?;
-        }
         let most = self.token.remaining.and_then(|left| usize::try_from(left).ok());
         let most = most.map_or(SCAN_PAGE_ENTRIES, |left| left.min(SCAN_PAGE_ENTRIES));
-        let (mut entries, mut bytes, mut over) = (Vec::new(), 0, false);
-        while entries.len() < most && bytes < self.page_bytes {
-            let Some(entry) = lanes.merge.next().map_err(broken)? else {
-                over = !lanes.merge.starved();
-                break;
-            };
-            bytes += entry_bytes(&entry);
-            entries.push(entry);
-        }
+        let (mut entries, mut bytes, mut until) = (Vec::new(), 0, None);
+        // Whether all that the lanes are known to hold is in the page.
+        let drained = loop {
+            if entries.len() >= most || bytes >= self.page_bytes {
+                break false;
+            }
+            if let Some(entry) = lanes.merge.next().map_err(broken)? {
+                bytes += entry_bytes(&entry);
+                entries.push(entry);
+            } else if !lanes.merge.starved() || until.is_some_and(|until| Instant::now() >= until) {
+                break true;
+            } else {
+                until.get_or_insert_with(|| Instant::now() + PAGE_TIME);
+                lanes.feed(&self.router, &self.request, call).await?;
+                self.ahead.set(lanes.merge.held_bytes() as u64)?;
+            }
+        };
         self.ahead.set(lanes.merge.held_bytes() as u64)?;
-        if let Some(last) = entries.last() {
-            self.token = self.token.advance(last.key.clone(), entries.len() as u64);
+        // What the merge still holds is behind the token.
+        let looked = lanes.merge.frontier().filter(|_| drained).cloned();
+        if let Some(last) = looked.or_else(|| entries.last().map(|last| last.key.clone())) {
+            self.token = self.token.advance(last, entries.len() as u64);
         }
         Ok(v1::ScanResponse {
-            done: over || self.token.remaining == Some(0),
+            done: drained && !lanes.merge.starved() || self.token.remaining == Some(0),
             entries,
             version: self.token.version,
             resume_token: self.token.encode(),
@@ -269,7 +287,8 @@ impl Lanes {
         let pages: Vec<_> = pages.try_collect().await?;
         for (at, page) in pages {
             self.lanes[at].token = position_of(&page)?;
-            self.merge.bring(at, page.entries, !page.done).map_err(broken)?;
+            let looked = self.lanes[at].token.last_key.clone();
+            self.merge.bring(at, page.entries, !page.done, looked).map_err(broken)?;
         }
         Ok(())
     }
@@ -283,26 +302,7 @@ async fn lay_out(
     request: &v1::ScanRequest,
     call: &Call,
 ) -> Result<(u64, Lanes), Fault> {
-    let map = router.current_map()?;
-    let ask = |shard: u64| async move {
-        let route = Some(v1::Route { shard, shard_epoch: 0 });
-        let question = v1::FixVersionRequest { route, version: token.version };
-        match router.execute(Operation::FixVersion(question), call).await? {
-            Answer::FixVersion(fixed) => Ok((shard, fixed)),
-            _ => Err(mismatched()),
-        }
-    };
-    let shards: Vec<u64> = map.shards().iter().map(|shard| shard.id.0).collect();
-    let asked = stream::iter(shards.into_iter().map(ask)).buffer_unordered(ASKED_AT_A_TIME);
-    let mut fixed: Vec<(u64, v1::FixVersionResponse)> = asked.try_collect().await?;
-    fixed.sort_by_key(|(_, fixed)| fixed.start);
-    let arcs: Option<Vec<_>> =
-        fixed.iter().map(|(_, fixed)| ring::Arc::new(fixed.start, fixed.end)).collect();
-    let tiled = arcs.is_some_and(|arcs| ring::check_tiling(arcs).is_ok());
-    if !tiled {
-        let first = map.shards().first().map_or(map.meta().id, |shard| shard.id);
-        return Err(fault::stale_route(Some(&map), first, None));
-    }
+    let fixed = versions::fix_on_ring(router, token.version, call).await?;
     let highest = fixed.iter().map(|(_, fixed)| fixed.version).max().unwrap_or(0);
     let version = if token.version > 0 { token.version } else { highest };
     let token = ScanToken { version, ..token.clone() };
@@ -335,6 +335,7 @@ fn position_of(page: &v1::ScanResponse) -> Result<ScanToken, Fault> {
 
 /// A shard has answered with keys that are not its own, or not in order.
 fn broken(_: OutOfOrder) -> Fault {
-    let message = "two shards gave the same key, or one gave its keys out of order";
+    let message =
+        "two shards gave the same key, or one gave its keys out of order or went no further";
     Fault::new(Reason::Internal, message).with_outcome(Outcome::NotApplied)
 }

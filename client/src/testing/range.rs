@@ -5,11 +5,11 @@
 use std::ops::Bound;
 
 use bytes::Bytes;
-use coracle_proto::entity;
-use coracle_proto::limits::{self, DELETE_RANGE_KEYS_MAX, DELETE_RANGE_STEP_KEYS};
+use coracle_proto::delete_range;
+use coracle_proto::limits::{DELETE_RANGE_KEYS_MAX, DELETE_RANGE_STEP_KEYS};
 use coracle_proto::reason::{Fault, Outcome, Reason, Retry, metadata};
 use coracle_proto::ring::{Arc, Position};
-use coracle_proto::shard_map::{Keyspace, KeyspaceId};
+use coracle_proto::shard_map::KeyspaceId;
 use coracle_proto::token::DeleteToken;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_response::Result as Answer;
@@ -52,6 +52,8 @@ struct Step {
     end: Option<Bytes>,
     limit: usize,
     atomic: bool,
+    /// Keys whose newest version lies above it stay.
+    fence: u64,
     /// Where keys of several entities count, if the shard holds them.
     arc: Option<Arc>,
     /// `None` of an atomic one.
@@ -66,7 +68,6 @@ impl Model {
         request: v1::DeleteRangeRequest,
     ) -> Result<Deleting, Fault> {
         self.check_made()?;
-        limits::check_delete_range(&request)?;
         if !request.atomic && request.request_id.is_some() {
             let message = "the steps of a delete-range have ids of their own: leave it out";
             return Err(Fault::invalid("request_id", message));
@@ -87,26 +88,31 @@ impl Model {
     /// Where a request stands: at its token, or before its first step.
     fn begun(&self, request: &v1::DeleteRangeRequest) -> Result<DeleteToken, Fault> {
         let keyspace = self.keyspace(&request.keyspace)?;
-        let begin = DeleteToken::begin(request, keyspace.id);
-        let bounds = entity::bounds(&request.start, &request.end, &request.prefix);
-        let Some((start, end)) = bounds else { return Ok(DeleteToken { rest: None, ..begin }) };
-        let entity = keyspace.rule.entity_of_range(&start, end.as_deref().unwrap_or_default());
-        check(keyspace, request, entity)?;
-        if request.atomic {
-            return Ok(begin);
-        }
-        if let Some(token) = token(keyspace, request)? {
-            return Ok(token);
-        }
-        if let Some(entity) = entity {
-            let arc = arc_of(self.map.position_of(keyspace, entity));
-            return Ok(DeleteToken::of_arc(request, keyspace.id, arc));
-        }
-        let Some(route) = request.only_shard.filter(|route| route.shard != 0) else {
-            return Ok(begin);
+        let Some(asked) = delete_range::read(&self.map, keyspace, request)? else {
+            return Ok(DeleteToken { rest: None, ..DeleteToken::begin(request, keyspace.id) });
         };
-        let arc = self.arc_of_shard(route)?;
-        Ok(DeleteToken::of_arc(request, keyspace.id, arc))
+        asked.begun(keyspace, request, |route| self.arc_of_shard(route))
+    }
+
+    /// Fixes the version of a delete-range that is about to begin on every shard that it may step on:
+    /// no later write of them gets it, or a lower one.
+    fn fix_fence(&mut self, asked: NodeId, token: &DeleteToken) -> Result<u64, Fault> {
+        let shards: Vec<ShardId> = match token.lanes.first() {
+            Some(lane) => vec![self.map.locate(lane.arc.start()).id],
+            None => self.map.shards().iter().map(|shard| shard.id).collect(),
+        };
+        let mut version = self.stamp();
+        for shard in &shards {
+            // Whoever asks several shards asks their leaders, however it treats other requests.
+            let asked = self.leader(*shard).filter(|_| shards.len() > 1).unwrap_or(asked);
+            self.leader_from(asked, *shard)?;
+            version = version.max(self.groups[shard].clock);
+        }
+        for shard in &shards {
+            let group = self.groups.get_mut(shard).expect("it is of the map");
+            group.clock = group.clock.max(version);
+        }
+        Ok(version)
     }
 
     /// One round of steps, one on each arc under way, and the progress that it made.
@@ -117,6 +123,13 @@ impl Model {
         if deleting.request.atomic && !deleting.token.is_done() {
             deleting.done = true;
             return self.delete_step(deleting.asked, &deleting.request);
+        }
+        if deleting.token.version == 0 && !deleting.token.is_done() {
+            deleting.token.version = self.fix_fence(deleting.asked, &deleting.token)?;
+            let first = deleting.progress(Vec::new());
+            // Whoever asked has it before anything is deleted under it.
+            deleting.done = true;
+            return Ok(first);
         }
         while deleting.token.lanes.len() < LANES_AT_A_TIME
             && let Some(rest) = deleting.token.rest
@@ -129,7 +142,7 @@ impl Model {
             let at = lane.arc.start();
             let shard = self.map.locate(at).id;
             // Whoever steps through several shards asks their leaders, however it treats other requests.
-            let only = arc_of(at) == lane.arc;
+            let only = delete_range::arc_of(at) == lane.arc;
             let asked = self.leader(shard).filter(|_| !only).unwrap_or(deleting.asked);
             let token = DeleteToken { lanes: vec![lane], rest: None, ..deleting.token.clone() };
             let request = v1::DeleteRangeRequest {
@@ -155,7 +168,6 @@ impl Model {
         asked: NodeId,
         request: &v1::DeleteRangeRequest,
     ) -> Result<Answer, Fault> {
-        limits::check_delete_range(request)?;
         self.delete_step(asked, request).map(Answer::DeleteRange)
     }
 
@@ -174,36 +186,13 @@ impl Model {
     /// What a request asks of which shard.
     fn step_of(&self, request: &v1::DeleteRangeRequest) -> Result<Step, Fault> {
         let keyspace = self.keyspace(&request.keyspace)?;
-        let bounds = entity::bounds(&request.start, &request.end, &request.prefix);
-        let Some((start, end)) = bounds else {
+        let Some(asked) = delete_range::read(&self.map, keyspace, request)? else {
             return Err(Fault::invalid("end", "the range is empty: no key can be in it"));
         };
-        let entity = keyspace.rule.entity_of_range(&start, end.as_deref().unwrap_or_default());
-        check(keyspace, request, entity)?;
-        let position = entity.map(|entity| self.map.position_of(keyspace, entity));
-        let route = request.only_shard.filter(|route| route.shard != 0);
-        let lane = match (token(keyspace, request)?, position, route) {
-            (_, Some(_), _) if request.atomic => None,
-            (Some(token), ..) if token.lanes.len() == 1 && token.rest.is_none() => Some(token),
-            (Some(_), ..) => {
-                let message = "a step is of one arc: this token is of a delete-range over several";
-                return Err(Fault::invalid("resume_token", message));
-            }
-            (None, Some(position), _) => {
-                Some(DeleteToken::of_arc(request, keyspace.id, arc_of(position)))
-            }
-            (None, None, Some(route)) => {
-                let arc = self.arc_of_shard(route)?;
-                Some(DeleteToken::of_arc(request, keyspace.id, arc))
-            }
-            (None, None, None) => {
-                let message =
-                    "a step is of one shard: name it, or a token, or a range of one entity";
-                return Err(Fault::invalid("only_shard", message));
-            }
-        };
-        let begins = lane.as_ref().map(|token| token.lanes[0].arc.start()).or(position);
+        let lane = asked.lane(request)?;
+        let begins = lane.as_ref().map(|token| token.lanes[0].arc.start()).or(asked.position);
         let shard = self.map.locate(begins.expect("an atomic one is of an entity"));
+        let route = request.only_shard.filter(|route| route.shard != 0);
         self.check_route(shard, route.as_ref())?;
         let from = lane.as_ref().map_or_else(Bytes::new, |token| token.lanes[0].from.clone());
         let limit = match request.step_keys as usize {
@@ -213,11 +202,12 @@ impl Model {
         };
         Ok(Step {
             place: Place { keyspace: keyspace.id, shard: shard.id },
-            start: from.max(start.into()),
-            end: end.map(Bytes::from),
+            start: from.max(asked.start),
+            end: asked.end,
             limit,
             atomic: request.atomic,
-            arc: shard.arc.filter(|_| position.is_none()),
+            arc: shard.arc.filter(|_| asked.position.is_none()),
+            fence: lane.as_ref().map_or(u64::MAX, |token| token.version),
             lane,
         })
     }
@@ -258,7 +248,7 @@ impl Model {
         let keys = self.keys.range((start, Bound::Excluded(end))).map(|((_, key), _)| key);
         let is_there = |key: &&Bytes| {
             let held = self.held(id, key, version);
-            held.is_some_and(|held| !held.is_absent_at(version))
+            held.is_some_and(|held| held.version <= step.fence && !held.is_absent_at(version))
         };
         let is_owned = |key: &&Bytes| {
             step.arc.is_none_or(|arc| arc.contains(self.map.position_of(keyspace, key)))
@@ -328,10 +318,11 @@ impl Deleting {
 
     fn progress(&mut self, steps: Vec<v1::Served>) -> v1::DeleteRangeResponse {
         self.done = self.token.is_done();
-        let atomic = self.request.atomic;
+        // Nothing can be in the range: no version was fixed.
+        let has_token = self.token.version > 0;
         v1::DeleteRangeResponse {
             deleted: self.deleted,
-            resume_token: if atomic { Bytes::new() } else { self.token.encode() },
+            resume_token: if has_token { self.token.encode() } else { Bytes::new() },
             done: self.done,
             version: self.version,
             served: self.served,
@@ -348,40 +339,6 @@ impl Deleting {
     }
 }
 
-/// Refuses what nobody may delete like this. `entity`: that of all keys in the range.
-fn check(
-    keyspace: &Keyspace,
-    request: &v1::DeleteRangeRequest,
-    entity: Option<&[u8]>,
-) -> Result<(), Fault> {
-    if request.atomic && entity.is_none() {
-        let message = format!(
-            "the range may hold several entities of keyspace {}: name a prefix of one, or delete it in steps, without atomic",
-            keyspace.name
-        );
-        return Err(Fault::new(Reason::CrossEntity, message)
-            .with(metadata::KEYSPACE, &keyspace.name)
-            .with(metadata::FIELD, "atomic"));
-    }
-    if request.atomic && !request.resume_token.is_empty() {
-        let message = "an atomic delete-range is done at once: it is never gone on with";
-        return Err(Fault::invalid("resume_token", message));
-    }
-    Ok(())
-}
-
-fn token(
-    keyspace: &Keyspace,
-    request: &v1::DeleteRangeRequest,
-) -> Result<Option<DeleteToken>, Fault> {
-    if request.resume_token.is_empty() {
-        return Ok(None);
-    }
-    let token = DeleteToken::decode(&request.resume_token)?;
-    token.check(request, keyspace.id)?;
-    Ok(Some(token))
-}
-
 fn too_large(shard: ShardId) -> Fault {
     let limit = DELETE_RANGE_KEYS_MAX;
     let message = format!(
@@ -391,12 +348,6 @@ fn too_large(shard: ShardId) -> Fault {
         .with(metadata::LIMIT, "DELETE_RANGE_KEYS_MAX")
         .with(metadata::MAX, limit)
         .with(metadata::SHARD, shard)
-}
-
-/// The arc of one position.
-fn arc_of(position: Position) -> Arc {
-    let Position(at) = position;
-    Arc::new(at, at.wrapping_add(1)).expect("the last position ends at 2^64")
 }
 
 /// The first key behind a key.

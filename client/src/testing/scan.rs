@@ -81,15 +81,22 @@ impl Model {
     pub(super) fn next_page(&self, scanning: &mut Scanning) -> v1::ScanResponse {
         let Scanning { request, keyspace, token, .. } = &*scanning;
         let most = token.remaining.and_then(|left| usize::try_from(left).ok());
-        let most = most.map_or(self.page_entries, |left| left.min(self.page_entries));
         let bytes_max = match request.page_bytes as usize {
             0 => limits::SCAN_PAGE_BYTES,
             asked => asked.clamp(PAGE_BYTES_MIN, limits::SCAN_PAGE_BYTES),
         };
         let (mut entries, mut bytes, mut more) = (Vec::new(), 0, false);
-        for key in self.keys_behind(request, *keyspace, &token.last_key) {
+        let mut last = token.last_key.clone();
+        let keys = self.keys_behind(request, *keyspace, &token.last_key);
+        for (looked_at, key) in keys.enumerate() {
+            // As on servers, a page ends also after so many keys that are not shown: it may be empty.
+            if looked_at == self.page_entries || Some(entries.len()) == most {
+                more = true;
+                break;
+            }
             let held = self.held(*keyspace, key, token.version);
             let Some(held) = held.filter(|held| !held.is_absent_at(token.version)) else {
+                last = key.clone();
                 continue;
             };
             let mut entry = held.entry();
@@ -97,13 +104,13 @@ impl Model {
                 entry.value = Bytes::new();
             }
             bytes += key.len() + entry.value.len();
-            if entries.len() == most || (bytes > bytes_max && !entries.is_empty()) {
+            if bytes > bytes_max && !entries.is_empty() {
                 more = true;
                 break;
             }
+            last = key.clone();
             entries.push(v1::KeyValue { key: key.clone(), entry: Some(entry) });
         }
-        let last = entries.last().map_or_else(|| token.last_key.clone(), |last| last.key.clone());
         let token = token.advance(last, entries.len() as u64);
         scanning.done = !more || token.remaining == Some(0);
         let page = v1::ScanResponse {

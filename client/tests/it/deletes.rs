@@ -105,17 +105,16 @@ async fn a_broken_delete_range_goes_on_behind_its_last_progress() {
     let mut before = 0;
     while let Some(progress) = stream.try_next().await.expect("it goes on by itself") {
         told.push(progress.deleted);
-        if told.len() == 4 {
-            // A key behind which it has gone on is its own again.
+        if told.len() == 5 {
+            // Behind it, and before it: neither is its own any more.
             before = streams();
             other.put("k00", "newer").await.expect("a put");
+            other.put("k19", "newer").await.expect("a put");
         }
     }
-    // The last one finds no key, and with it the end.
-    let mut expected: Vec<u64> = (1..=10).map(|round| 2 * round).collect();
-    expected.push(20);
+    let expected: Vec<u64> = (0..10).map(|round| 2 * round).chain([19]).collect();
     assert_eq!(told, expected, "each key once");
-    assert_eq!(left(&cluster).await, [0]);
+    assert_eq!(left(&cluster).await, [0, 19]);
     let after = streams();
     assert!(before >= 3 && after >= 3, "it was broken before and after: {before}, {after}");
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
@@ -144,19 +143,29 @@ async fn a_broken_one_over_many_shards_goes_on_behind_its_last_progress() {
 #[tokio::test(start_paused = true)]
 async fn a_lost_progress_is_not_waited_for_and_what_it_did_stays_done() {
     let (cluster, kv) = filled(4, 12).await;
+    // Those of calls that fix the version, and those of others.
     cluster.lose_answers(2);
-    let done = kv.delete_range(..).await.expect("the third is answered");
-    assert_eq!(cluster.counts().lost_answers, 2);
-    assert!(done.deleted < 12, "what was not told of is not counted: {}", done.deleted);
+    let mut stream = kv.delete_range(..).stream();
+    let mut last = stream.try_next().await.expect("the third is answered").expect("a progress");
+    assert_eq!((cluster.counts().lost_answers, last.deleted), (2, 0));
+    assert_eq!(left(&cluster).await.len(), 12);
+    cluster.lose_answers(2);
+    while let Some(progress) = stream.try_next().await.expect("the third is answered") {
+        last = progress;
+    }
+    assert_eq!(cluster.counts().lost_answers, 4);
+    assert!(last.deleted < 12, "what was not told of is not counted: {}", last.deleted);
     assert!(left(&cluster).await.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn another_client_goes_on_with_the_token() {
     let (cluster, kv) = filled(1, 10).await;
+    let mut stream = kv.delete_range(..).stream();
+    let first = stream.try_next().await.expect("a progress").expect("not the end");
+    assert_eq!((first.deleted, first.done), (0, false));
     // Without it the node goes on for a while before it hears that nobody listens.
     NODES.into_iter().for_each(|node| cluster.script(node, [Act::CutAfterPages(1)]));
-    let mut stream = kv.delete_range(..).stream();
     let first = stream.try_next().await.expect("a progress").expect("not the end");
     assert_eq!((first.deleted, first.done), (2, false));
     drop(stream);
@@ -178,6 +187,13 @@ async fn what_failed_says_whether_something_may_be_deleted() {
     NODES.into_iter().for_each(|node| cluster.script(node, [refuse("CROSS_ENTITY")]));
     let error = kv.delete_range(..).await.expect_err("refused");
     assert_eq!(refused(error), (ErrorKind::CrossEntity, Outcome::NotApplied));
+    // Whatever became of calls that fix the version.
+    let (cluster, kv) = filled(4, 6).await;
+    let acts = [Act::LoseAnswer, refuse("NOT_ALLOWED")];
+    NODES.into_iter().for_each(|node| cluster.script(node, acts.clone()));
+    let error = kv.delete_range(..).await.expect_err("refused");
+    assert_eq!(cluster.counts().lost_answers, 3);
+    assert_eq!(refused(error), (ErrorKind::NotAllowed, Outcome::NotApplied));
     // Whichever node comes next: after one that has deleted, a refusal is not the whole story.
     let later = |pages| {
         let never = Refusal::new("NOT_ALLOWED");
@@ -188,8 +204,9 @@ async fn what_failed_says_whether_something_may_be_deleted() {
     };
     for acts in later(1) {
         let (cluster, kv) = filled(1, 6).await;
-        NODES.into_iter().for_each(|node| cluster.script(node, acts.clone()));
         let mut stream = kv.delete_range(..).stream();
+        assert_eq!(stream.try_next().await.expect("a progress").map(|told| told.deleted), Some(0));
+        NODES.into_iter().for_each(|node| cluster.script(node, acts.clone()));
         let error = loop {
             match stream.try_next().await {
                 Ok(progress) => assert!(progress.is_some_and(|progress| !progress.done)),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use coracle_client::NodeId;
 use coracle_client::testing::{Act, FakeCluster, Refusal};
-use coracle_client::{Client, ErrorKind};
+use coracle_client::{Client, ErrorKind, Version};
 use futures_util::TryStreamExt;
 use tokio::time::Instant;
 
@@ -96,6 +96,49 @@ async fn what_cannot_go_on_is_said() {
     assert!(stream.try_next().await.expect("it has ended").is_none());
     let long = kv.scan(..).prefix(vec![b'x'; 5_000]).stream().try_next().await;
     assert_eq!(long.expect_err("too long").kind(), ErrorKind::TooLarge);
+}
+
+#[tokio::test(start_paused = true)]
+async fn empty_pages_are_passed_and_can_be_resumed_from() {
+    for reverse in [false, true] {
+        let (cluster, kv) = filled(30).await;
+        for n in (3..12).chain(15..28) {
+            kv.delete(format!("k{n:02}")).await.expect("a delete");
+        }
+        let scan = || if reverse { kv.scan(..).reverse() } else { kv.scan(..) };
+        let mut left: Vec<u32> = (0..3).chain(12..15).chain(28..30).collect();
+        if reverse {
+            left.reverse();
+        }
+        assert_eq!(keys(scan().stream()).await, expected(left.clone()));
+        let (mut found, mut empty, mut token) = (Vec::new(), 0, None);
+        loop {
+            // Every page by a scan of its own.
+            let scan = token.take().into_iter().fold(scan(), |scan, token| scan.resume(token));
+            let page = scan.pages().try_next().await.expect("a page").expect("not the end");
+            empty += usize::from(page.entries.is_empty());
+            found.extend(page.entries.into_iter().map(|pair| pair.key));
+            if page.is_last {
+                break;
+            }
+            token = Some(page.resume_token);
+        }
+        assert!(empty >= 5, "{empty} empty pages");
+        assert_eq!(found, expected(left.clone()));
+        for node in 1..=3 {
+            cluster.script(NodeId(node), vec![Act::CutAfterPages(1); 4]);
+        }
+        assert_eq!(keys(scan().stream()).await, expected(left), "over streams that break");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn there_is_no_version_0() {
+    let (_cluster, kv) = filled(2).await;
+    let mut scan = kv.scan(..).at(Version(0)).stream();
+    assert_eq!(scan.try_next().await.expect_err("none").kind(), ErrorKind::InvalidArgument);
+    let get = kv.get("k00").at(Version(0)).await;
+    assert_eq!(get.expect_err("none").kind(), ErrorKind::InvalidArgument);
 }
 
 #[tokio::test(start_paused = true)]

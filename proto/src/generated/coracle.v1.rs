@@ -389,7 +389,7 @@ pub struct KeyValue {
 /// One page, at most 1 MiB (or one entry that is larger).
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ScanResponse {
-    /// In order.
+    /// In order. May be empty, also before the end: a run of deleted keys is passed in pages.
     #[prost(message, repeated, tag = "1")]
     pub entries: ::prost::alloc::vec::Vec<KeyValue>,
     /// The version at which the whole scan reads.
@@ -429,7 +429,8 @@ pub struct DeleteRangeRequest {
     /// stream get ids of their own from the node that it enters, which keeps them over its retries.
     #[prost(message, optional, tag = "6")]
     pub request_id: ::core::option::Option<RequestId>,
-    /// Goes on after an interrupted call: the token of the last answer received. Not with atomic.
+    /// Goes on behind the first answer, or after an interrupted call: the token of the last answer
+    /// received. Not with atomic; a single step on a pipeline needs one.
     #[prost(bytes = "bytes", tag = "7")]
     pub resume_token: ::prost::bytes::Bytes,
     /// Deletes only on this one shard; 0 means all shards of the keyspace.
@@ -440,7 +441,8 @@ pub struct DeleteRangeRequest {
     #[prost(uint32, tag = "9")]
     pub step_keys: u32,
 }
-/// How far a delete-range is. A stream ends behind the answer with done.
+/// How far a delete-range is. A stream ends behind the answer with done; that of a call without a token
+/// behind its first.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DeleteRangeResponse {
     /// Keys deleted so far by this call. What a step has deleted whose answer was lost for good (the
@@ -467,7 +469,8 @@ pub struct DeleteRangeResponse {
 /// Operations that leave together; nothing else connects them.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PipelineRequests {
-    /// At most 1,024; no more are added to a message that holds 256 KiB.
+    /// At most 1,024, else the stream ends with INVALID_ARGUMENT; no more are added to a message that
+    /// holds 256 KiB.
     #[prost(message, repeated, tag = "1")]
     pub requests: ::prost::alloc::vec::Vec<PipelineRequest>,
 }
@@ -558,7 +561,7 @@ pub struct FixVersionResponse {
 }
 /// Keeps a version of a keyspace readable on one shard beyond the keyspace's history: what a long scan
 /// asks of each of its shards, and asks again while it goes on. Pins of one version are one pin, which
-/// holds until the latest time that anybody asked for.
+/// holds until the latest time that anybody asked for. Between nodes only: NOT_ALLOWED to clients.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PinVersionRequest {
     /// The shard.
@@ -898,9 +901,11 @@ pub mod kv_service_client {
         }
         /// Deletes the keys of a range: inside one entity all or nothing up to DELETE_RANGE_KEYS_MAX keys, or
         /// in steps over all shards of the keyspace, with the progress after each round of steps. In steps:
-        /// every key that existed when the call began and was not written since is gone when it is done; of
-        /// a key that is written while it runs either may be true. That holds for the call together with
-        /// those that go on with its token, until the last of them is done.
+        /// a call without a token deletes nothing. It fixes a version on all shards, answers once, with a
+        /// token that holds it, and ends; calls with that token delete, and leave alone whatever was written
+        /// above the version. So every key that existed when the first call began and was not written since
+        /// is gone when the last is done; of a key that was written before the first answer either may be
+        /// true; what is written after it stays, however late a call that was given up still works.
         pub async fn delete_range(
             &mut self,
             request: impl tonic::IntoRequest<super::DeleteRangeRequest>,
@@ -925,7 +930,8 @@ pub mod kv_service_client {
                 .insert(GrpcMethod::new("coracle.v1.KvService", "DeleteRange"));
             self.inner.server_streaming(req, path, codec).await
         }
-        /// A range in key order at one version, over all shards of the keyspace.
+        /// A range in key order at one version, over all shards of the keyspace. A stream that nobody reads
+        /// for five minutes ends with OVERLOADED; the token of its last page goes on with it.
         pub async fn scan(
             &mut self,
             request: impl tonic::IntoRequest<super::ScanRequest>,
@@ -1026,9 +1032,11 @@ pub mod kv_service_server {
             + 'static;
         /// Deletes the keys of a range: inside one entity all or nothing up to DELETE_RANGE_KEYS_MAX keys, or
         /// in steps over all shards of the keyspace, with the progress after each round of steps. In steps:
-        /// every key that existed when the call began and was not written since is gone when it is done; of
-        /// a key that is written while it runs either may be true. That holds for the call together with
-        /// those that go on with its token, until the last of them is done.
+        /// a call without a token deletes nothing. It fixes a version on all shards, answers once, with a
+        /// token that holds it, and ends; calls with that token delete, and leave alone whatever was written
+        /// above the version. So every key that existed when the first call began and was not written since
+        /// is gone when the last is done; of a key that was written before the first answer either may be
+        /// true; what is written after it stays, however late a call that was given up still works.
         async fn delete_range(
             &self,
             request: tonic::Request<super::DeleteRangeRequest>,
@@ -1042,7 +1050,8 @@ pub mod kv_service_server {
             >
             + std::marker::Send
             + 'static;
-        /// A range in key order at one version, over all shards of the keyspace.
+        /// A range in key order at one version, over all shards of the keyspace. A stream that nobody reads
+        /// for five minutes ends with OVERLOADED; the token of its last page goes on with it.
         async fn scan(
             &self,
             request: tonic::Request<super::ScanRequest>,

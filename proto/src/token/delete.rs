@@ -1,10 +1,9 @@
-//! Owns the token of a delete-range: which arcs of the ring it is under way in, from which key each
-//! goes on, and where on the ring nothing was begun. Does not delete.
+//! Owns the token of a delete-range: up to which version it deletes, which arcs of the ring it is under
+//! way in, from which key each goes on, and where on the ring nothing was begun. Does not delete.
 //!
 //! It names arcs, not shards: so it stays true over splits, merges and moves, and on any node. It
-//! carries no request id. Going on by it deletes again from where the last step was *told* of: a key
-//! that was written since then may be deleted with the rest, as any key may be that is written while
-//! a delete-range runs.
+//! carries no request id: going on by it goes over what was done again, from where the last step was
+//! *told* of, and finds nothing there that is as old as its version.
 
 use bytes::{BufMut, Bytes};
 use xxhash_rust::xxh3::Xxh3;
@@ -25,6 +24,9 @@ pub struct DeleteToken {
     pub keyspace: KeyspaceId,
     /// Of the range: see [`DeleteToken::check`].
     pub digest: u64,
+    /// Keys whose newest version lies above this one stay. 0 before it is fixed: such a token is of no
+    /// step, and does not travel.
+    pub version: u64,
     /// Under way.
     pub lanes: Vec<Lane>,
     /// From this position on nothing was begun; `None`: everything was.
@@ -44,13 +46,13 @@ impl DeleteToken {
     /// The token of a delete-range over the whole ring that is about to begin.
     pub fn begin(request: &v1::DeleteRangeRequest, keyspace: KeyspaceId) -> DeleteToken {
         let digest = digest(request);
-        DeleteToken { keyspace, digest, lanes: Vec::new(), rest: Some(0) }
+        DeleteToken { keyspace, digest, version: 0, lanes: Vec::new(), rest: Some(0) }
     }
 
     /// The token of one that is about to begin, and of this arc alone.
     pub fn of_arc(request: &v1::DeleteRangeRequest, keyspace: KeyspaceId, arc: Arc) -> DeleteToken {
         let lanes = vec![Lane { arc, from: Bytes::new() }];
-        DeleteToken { keyspace, digest: digest(request), lanes, rest: None }
+        DeleteToken { keyspace, digest: digest(request), version: 0, lanes, rest: None }
     }
 
     /// Whether nothing is left.
@@ -107,7 +109,7 @@ impl DeleteToken {
         while self.lanes.len() > DELETE_RANGE_LANES_MAX {
             let last = self.lanes.pop().expect("more than the limit");
             let before = self.lanes.last_mut().expect("more than the limit");
-            // What lies between them is done; to go over it again finds nothing old.
+            // What lies between them is done; to go over it again finds nothing as old as the version.
             let arc = Arc::new(before.arc.start().0, last.arc.end());
             before.arc = arc.expect("lanes are in ring order");
             before.from = before.from.clone().min(last.from);
@@ -132,12 +134,14 @@ impl DeleteToken {
     /// As it travels.
     ///
     /// # Panics
-    /// When a key is longer than the first behind a key can be.
+    /// When a key is longer than the first behind a key can be, or no version is fixed.
     pub fn encode(&self) -> Bytes {
+        assert!(self.version > 0, "a delete-range goes on under the version that was fixed for it");
         let keys: usize = self.lanes.iter().map(|lane| 20 + lane.from.len()).sum();
-        let mut out = begin(KIND_DELETE, 21 + keys);
+        let mut out = begin(KIND_DELETE, 29 + keys);
         out.put_u32(self.keyspace.0);
         out.put_u64(self.digest);
+        out.put_u64(self.version);
         out.put_u8(self.rest.is_some().into());
         out.put_u64(self.rest.unwrap_or(0));
         for lane in &self.lanes {
@@ -154,6 +158,10 @@ impl DeleteToken {
     pub fn decode(token: &[u8]) -> Result<DeleteToken, TokenError> {
         let mut body = open(KIND_DELETE, token, DELETE_TOKEN_BYTES_MAX)?;
         let (keyspace, digest) = (KeyspaceId(body.u32()?), body.u64()?);
+        let version = body.u64()?;
+        if version == 0 {
+            return Err(TokenError::Damaged("no version"));
+        }
         let (has_rest, rest) = (body.flag()?, body.u64()?);
         if !has_rest && rest != 0 {
             return Err(TokenError::Damaged("a rest that is none"));
@@ -178,7 +186,7 @@ impl DeleteToken {
         if has_rest && free.is_none_or(|free| rest < free) {
             return Err(TokenError::Damaged("arcs out of order"));
         }
-        Ok(DeleteToken { keyspace, digest, lanes, rest: has_rest.then_some(rest) })
+        Ok(DeleteToken { keyspace, digest, version, lanes, rest: has_rest.then_some(rest) })
     }
 }
 
@@ -214,7 +222,7 @@ mod tests {
     }
 
     fn token(lanes: Vec<Lane>, rest: Option<u64>) -> DeleteToken {
-        DeleteToken { lanes, rest, ..DeleteToken::begin(&request(), KeyspaceId(7)) }
+        DeleteToken { version: 9, lanes, rest, ..DeleteToken::begin(&request(), KeyspaceId(7)) }
     }
 
     #[test]
@@ -263,8 +271,9 @@ mod tests {
     fn golden_bytes() {
         let token = token(vec![lane(1, 2, "k")], Some(2));
         let head = b"d\x01\0\0\0\x07";
+        let version = b"\0\0\0\0\0\0\0\x09";
         let tail = b"\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\x01k";
-        let framed = [&head[..], &token.digest.to_be_bytes(), tail].concat();
+        let framed = [&head[..], &token.digest.to_be_bytes(), version, tail].concat();
         let crc = crc32fast::hash(&framed).to_be_bytes();
         assert_eq!(token.encode(), [&framed[..], &crc].concat());
         assert_eq!(DeleteToken::decode(&token.encode()), Ok(token));
@@ -286,6 +295,12 @@ mod tests {
             assert!(DeleteToken::decode(&bad.encode()).is_err(), "{bad:?}");
         }
         assert!(DeleteToken::decode(b"").is_err());
+        // One without a version would be one without a fence.
+        let mut none = good.encode().to_vec();
+        none.truncate(none.len() - 4);
+        none[14..22].fill(0);
+        none.extend(crc32fast::hash(&none).to_be_bytes());
+        assert_eq!(DeleteToken::decode(&none), Err(TokenError::Damaged("no version")));
     }
 
     proptest! {

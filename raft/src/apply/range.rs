@@ -6,7 +6,8 @@
 //! Every replica must come to the same keys, also one that has compacted more than another, or that
 //! applies again after a crash. Deleted and superseded versions are still there on one and gone on
 //! the other. So nothing here may count them: what ends a walk is the range's end, or the number of
-//! keys that are *live* at the request's version and within the arc. Those are the same everywhere.
+//! keys that are *live* at the request's version, not newer than its fence, and within the arc. Those
+//! are the same everywhere.
 //!
 //! What remains is the work: a walk passes whatever dead versions lie in the range, and no bound on
 //! them can stand here. The leader keeps it small instead. It looks at its own state before it
@@ -17,13 +18,20 @@
 //!
 //! Where a step has ended is part of its result: another leader, to which a retry comes, might have
 //! set another end.
+//!
+//! # The fence
+//!
+//! A step names a version, and leaves alone what was written above it. It only happens at a version
+//! of its own above that: from then on the group gives no version up to the fence any more. So behind
+//! a step no key that it has passed is as old as its fence, ever: the same step, sent again or held
+//! up somewhere for however long, under whatever id, deletes nothing that was written since.
 
 use bytes::Bytes;
 use coracle_storage::state::{KeyRange, Overlay};
 
 use super::ApplyError;
 use super::result::Verdict;
-use crate::command::{Change, DeleteRange, Request};
+use crate::command::{Change, DeleteRange, NO_FENCE, Request};
 use crate::descriptor::Descriptor;
 
 const NOT_ALONE: &str = "a delete-range is a request of its own, without a condition";
@@ -48,6 +56,12 @@ pub(super) fn malformed(request: &Request) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// Whether a delete-range names a fence that the version which it would get does not lie above. Never
+/// of one that was applied before: the group clock has passed its fence.
+pub(super) fn is_ahead(request: &Request, version: u64) -> bool {
+    of(request).is_some_and(|range| range.fence != NO_FENCE && range.fence >= version)
 }
 
 /// Judges a delete-range at its version and, if it stands, writes its delete markers.
@@ -75,7 +89,8 @@ pub(super) fn judge(
     Ok(Verdict::RangeDeleted { deleted: keys.len() as u32, next, arc: descriptor.arc })
 }
 
-/// The first keys of the range that are live at the version and the group's own.
+/// The first keys of the range that are live at the version, not newer than the fence, and the group's
+/// own.
 fn live(
     overlay: &Overlay,
     descriptor: &Descriptor,
@@ -94,7 +109,11 @@ fn live(
     let keyspace = request.keyspace;
     let found = reader.scan(keyspace, KeyRange { start: start.to_vec(), end }, false, version)?;
     for found in found {
-        let key = found?.key;
+        let found = found?;
+        if found.version > range.fence {
+            continue;
+        }
+        let key = found.key;
         let owned = |owned: &crate::command::Owned| {
             descriptor.owns(keyspace, owned.position(keyspace, &key))
         };

@@ -17,6 +17,9 @@ const RULE_PREFIX: u8 = 3;
 /// keys at most, and what waits for a group a few hundred thousand.
 const KEY_WEIGHT_BYTES: usize = 100;
 
+/// A fence that stops at nothing: what one request does at once, its id keeps from happening again.
+pub const NO_FENCE: u64 = u64::MAX;
+
 /// The live keys from the operation's key on, in key order: they get delete markers of the request's
 /// version.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -25,6 +28,10 @@ pub struct DeleteRange {
     pub end: Bytes,
     /// Live keys that are deleted at most; at least 1.
     pub limit: u32,
+    /// A key whose newest version lies above this one is not counted and not touched; it lies below
+    /// the request's own version. So a step is the same as none once another has passed its keys,
+    /// whatever was written since, and whenever it comes. [`NO_FENCE`]: there is no such version.
+    pub fence: u64,
     /// All or nothing: where more than `limit` keys live in the range, nothing is deleted.
     pub whole: bool,
     /// How the position of each key is found, where they may be of several entities: a key outside
@@ -52,7 +59,7 @@ impl Owned {
 
 impl DeleteRange {
     pub(super) fn size(&self) -> usize {
-        4 + self.end.len() + 4 + 1 + 1 + self.owned.map_or(0, |_| 1 + 4 + 8)
+        4 + self.end.len() + 4 + 8 + 1 + 1 + self.owned.map_or(0, |_| 1 + 4 + 8)
     }
 
     pub(super) fn weight(&self) -> usize {
@@ -62,6 +69,7 @@ impl DeleteRange {
     pub(super) fn put(&self, out: &mut BytesMut) {
         put_bytes(out, &self.end);
         out.put_u32(self.limit);
+        out.put_u64(self.fence);
         out.put_u8(u8::from(self.whole));
         out.put_u8(u8::from(self.owned.is_some()));
         let Some(Owned { rule, hash_seed }) = self.owned else { return };
@@ -76,7 +84,7 @@ impl DeleteRange {
     }
 
     pub(super) fn get(reader: &mut Reader) -> Result<DeleteRange, DecodeError> {
-        let (end, limit) = (reader.bytes()?, reader.u32()?);
+        let (end, limit, fence) = (reader.bytes()?, reader.u32()?, reader.u64()?);
         let whole = match reader.u8()? {
             0 => false,
             1 => true,
@@ -98,6 +106,6 @@ impl DeleteRange {
             }
             found => return Err(DecodeError::UnknownKind { what: "ownership", found }),
         };
-        Ok(DeleteRange { end, limit, whole, owned })
+        Ok(DeleteRange { end, limit, fence, whole, owned })
     }
 }

@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::command::{
-    Change, Command, Condition, DecodeError, DeleteRange, Operation, Owned, Request, RequestId,
-    Stamped,
+    Change, Command, Condition, DecodeError, DeleteRange, NO_FENCE, Operation, Owned, Request,
+    RequestId, Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Settings};
@@ -129,10 +129,11 @@ fn golden_bytes_of_delete_ranges() {
         // Behind the entry's head and the request's.
         hex(&encoded[22 + 56..])
     };
-    let whole = DeleteRange { end: Bytes::new(), limit: 10_000, whole: true, owned: None };
+    let (fence, end) = (NO_FENCE, Bytes::new());
+    let whole = DeleteRange { end, limit: 10_000, fence, whole: true, owned: None };
     assert_eq!(
         bytes(delete_range(whole)),
-        "0000000161".to_string() + "00" + "0500000000000027100100"
+        "0000000161".to_string() + "00" + "050000000000002710" + "ffffffffffffffff" + "0100"
     );
     let rules = [
         (EntityRule::Whole, "0100000000"),
@@ -141,8 +142,15 @@ fn golden_bytes_of_delete_ranges() {
     ];
     for (rule, code) in rules {
         let owned = Some(Owned { rule, hash_seed: 0x2A });
-        let range = DeleteRange { end: Bytes::from_static(b"z"), limit: 1, whole: false, owned };
-        let golden = "0000000161".to_string() + "00" + "05000000017a" + "00000001" + "0001" + code;
+        let end = Bytes::from_static(b"z");
+        let range = DeleteRange { end, limit: 1, fence: 7, whole: false, owned };
+        let golden = "0000000161".to_string()
+            + "00"
+            + "05000000017a"
+            + "00000001"
+            + "0000000000000007"
+            + "0001"
+            + code;
         assert_eq!(bytes(delete_range(range)), golden + "000000000000002a");
     }
 }
@@ -209,9 +217,9 @@ fn operations() -> impl Strategy<Value = Operation> {
         Just(Change::Delete),
         any::<i64>().prop_map(|by| Change::Increment { by }),
         Just(Change::Check),
-        (bytes_up_to(20), any::<u32>(), any::<bool>(), owned()).prop_map(
-            |(end, limit, whole, owned)| {
-                Change::DeleteRange(DeleteRange { end, limit, whole, owned })
+        (bytes_up_to(20), any::<u32>(), any::<u64>(), any::<bool>(), owned()).prop_map(
+            |(end, limit, fence, whole, owned)| {
+                Change::DeleteRange(DeleteRange { end, limit, fence, whole, owned })
             }
         ),
     ];

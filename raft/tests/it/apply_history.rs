@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::command::{
-    Change, Command, Condition, DeleteRange, Operation, Owned, Request, RequestId, Stamped,
+    Change, Command, Condition, DeleteRange, NO_FENCE, Operation, Owned, Request, RequestId,
+    Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Settings};
@@ -119,10 +120,13 @@ fn operations() -> impl Strategy<Value = Operation> {
 fn ranges() -> impl Strategy<Value = Operation> {
     let end = prop_oneof![2 => Just(None), 3 => (0..5u8).prop_map(Some)];
     let owned = proptest::option::of(0..6u64);
-    (0..4u8, end, 1..4u32, any::<bool>(), owned).prop_map(|(start, end, limit, whole, seed)| {
+    let how = (any::<bool>(), owned);
+    // Made real when it is sent: so many milliseconds ago.
+    let fence = prop_oneof![3 => Just(NO_FENCE), 1 => 0..60u64, 1 => 60..60_000u64];
+    (0..4u8, end, 1..4u32, fence, how).prop_map(|(start, end, limit, fence, (whole, seed))| {
         let end = end.map_or_else(Bytes::new, |end| Bytes::from(vec![b'k', end]));
         let owned = seed.map(|hash_seed| Owned { rule: EntityRule::Whole, hash_seed });
-        let change = Change::DeleteRange(DeleteRange { end, limit, whole, owned });
+        let change = Change::DeleteRange(DeleteRange { end, limit, fence, whole, owned });
         Operation { key: Bytes::from(vec![b'k', start]), condition: None, change }
     })
 }
@@ -270,6 +274,11 @@ impl Writer {
             if let Some(Condition::IfVersion(version)) = &mut operation.condition {
                 // What a leader without skew gives to the first request of an entry.
                 *version += self.now_ms << 16;
+            }
+            if let Change::DeleteRange(range) = &mut operation.change
+                && range.fence != NO_FENCE
+            {
+                range.fence = (self.now_ms - range.fence) << 16;
             }
         }
         let request = Request { id, keyspace, position, epoch, operations };

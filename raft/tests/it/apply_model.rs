@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use coracle_raft::apply::{Current, OperationResult, Outcome, Reply};
-use coracle_raft::command::{Change, Command, Condition, DeleteRange, Request, Stamped};
+use coracle_raft::command::{Change, Command, Condition, DeleteRange, NO_FENCE, Request, Stamped};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Pinned, Settings};
@@ -158,6 +158,13 @@ impl Model {
             assert_eq!(reply.outcome, Outcome::StaleRoute { descriptor: Some(descriptor) });
             return;
         }
+        if let Change::DeleteRange(range) = &request.operations[0].change {
+            let ahead = range.fence != NO_FENCE && range.fence >= stamp.max(self.clock + 1);
+            assert_eq!(reply.outcome == Outcome::FenceBeyondClock, ahead, "{request:?}");
+            if ahead {
+                return;
+            }
+        }
         let lowest = self.lowest.get(&id.client).copied().unwrap_or_default();
         let lowest = lowest.max(id.lowest_unanswered);
         self.lowest.insert(id.client, lowest);
@@ -230,7 +237,7 @@ impl Model {
         let inside = |key: &Bytes| key >= start && (range.end.is_empty() || *key < range.end);
         let mut live: Vec<_> =
             self.cells.keys().filter(|key| inside(key) && own(key)).cloned().collect();
-        live.retain(|key| self.at(key, version).is_some());
+        live.retain(|key| self.at(key, version).is_some_and(|cell| cell.version <= range.fence));
         let limit = range.limit as usize;
         if range.whole && live.len() > limit {
             return Verdict::RangeTooLarge(range.limit);

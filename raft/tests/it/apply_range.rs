@@ -4,7 +4,9 @@
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::apply::{Outcome, Reply};
-use coracle_raft::command::{Change, Command, Condition, DeleteRange, Operation, Owned, Request};
+use coracle_raft::command::{
+    Change, Command, Condition, DeleteRange, NO_FENCE, Operation, Owned, Request,
+};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::HISTORY_MS;
@@ -13,7 +15,7 @@ use coracle_storage::state::Kind;
 use crate::apply_words::{Group, KEYSPACE, operation, put, put_for, request, when};
 
 fn range(end: &str, limit: u32) -> DeleteRange {
-    DeleteRange { end: end.to_owned().into(), limit, whole: false, owned: None }
+    DeleteRange { end: end.to_owned().into(), limit, fence: NO_FENCE, whole: false, owned: None }
 }
 
 fn whole(end: &str, limit: u32) -> DeleteRange {
@@ -100,6 +102,52 @@ fn retry_deletes_nothing_that_was_written_since() {
     assert!(again.duplicate && !first.duplicate);
     assert_eq!(deleted(&again), deleted(&first));
     assert_eq!(left(&group, &keys), ["a", "c"]);
+}
+
+/// A step that was held up, under an id of its own, comes after another has done its work: the writes
+/// that were acknowledged meanwhile are not its business.
+#[test]
+fn late_step_deletes_nothing_that_was_written_above_its_fence() {
+    let keys = ["a", "b", "c"];
+    let mut group = filled(&keys);
+    let fence = group.store.state().clock;
+    let step = |group: &Group, client| {
+        let range = DeleteRange { fence, ..range("", 2) };
+        request(group.id(client, 1), vec![delete("", range)])
+    };
+    // Written before the first step, and above the fence: not counted either.
+    let between = request(group.id(3, 1), vec![put("a", "newer")]);
+    group.write(between);
+    let first = step(&group, 1);
+    assert_eq!(deleted(&group.write(first)), (2, &b"c\0"[..]));
+    assert_eq!(left(&group, &keys), ["a"]);
+    let after = request(group.id(3, 2), vec![put("b", "newer"), put("d", "new")]);
+    group.write(after);
+    let late = step(&group, 2);
+    assert_eq!(deleted(&group.write(late)), (0, &b""[..]));
+    assert_eq!(left(&group, &["a", "b", "c", "d"]), ["a", "b", "d"]);
+}
+
+/// Else a write behind the step could get a version up to the fence, and a late step delete it.
+#[test]
+fn step_under_a_fence_that_the_clock_has_not_passed_does_nothing() {
+    let mut group = filled(&["a"]);
+    let next = (group.now_ms << 16).max(group.store.state().clock + 1);
+    let step = |group: &Group, fence| {
+        let range = DeleteRange { fence, ..range("", 2) };
+        request(group.id(1, 1), vec![delete("", range)])
+    };
+    let ahead = step(&group, next);
+    let reply = group.write(ahead);
+    assert_eq!((reply.outcome, reply.duplicate), (Outcome::FenceBeyondClock, false));
+    assert_eq!(left(&group, &["a"]), ["a"]);
+    let below = step(&group, next - 1);
+    let reply = group.write(below);
+    assert_eq!(
+        (deleted(&reply), reply.duplicate),
+        ((1, &b""[..]), false),
+        "the id counted for nothing"
+    );
 }
 
 #[test]

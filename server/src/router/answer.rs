@@ -124,6 +124,12 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
                 .with(metadata::SHARD, shard)
                 .with(metadata::SERVER_TIME_MS, now_ms)
         }
+        apply::Outcome::FenceBeyondClock => {
+            let message = "the token's version lies ahead of the shard's clock";
+            Fault::new(Reason::ClockOutOfBound, message)
+                .with(metadata::SHARD, shard)
+                .with(metadata::SERVER_TIME_MS, now_ms)
+        }
         apply::Outcome::Overloaded { retry_after_ms } => {
             let message = "the shard's memory of request ids is full of young ones";
             Fault::new(Reason::Overloaded, message)

@@ -6,7 +6,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_proto::limits;
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
-use coracle_proto::ring::Position;
 use coracle_proto::shard_map::{Keyspace, KeyspaceId, SYSTEM_KEYSPACE, ShardId, ShardMap};
 use coracle_proto::token::{Need, SessionToken};
 use coracle_proto::v1;
@@ -186,6 +185,11 @@ fn pin_version(
     request: &v1::PinVersionRequest,
     origin: Origin,
 ) -> Result<Plan, Fault> {
+    if origin == Origin::Client {
+        let message = "nodes alone pin versions, for the scans that they serve: a scan's own is pinned \
+                       when it takes long";
+        return Err(Fault::new(Reason::NotAllowed, message));
+    }
     let route = request.route.unwrap_or_default();
     if route.shard == 0 {
         return Err(Fault::invalid("route.shard", "a version is pinned on a named shard"));
@@ -201,21 +205,14 @@ fn delete_range(
     request: &v1::DeleteRangeRequest,
     origin: Origin,
 ) -> Result<Plan, Fault> {
-    limits::check_delete_range(request)?;
     let keyspace = keyspace(map, &request.keyspace, origin)?;
     let spec = RangeSpec::new(map, keyspace, request)?;
-    let route = request.only_shard.filter(|route| route.shard != 0);
-    let shard = match (route, spec.position()) {
-        (Some(route), _) => ShardId(route.shard),
-        (None, Some(position)) => map.locate(Position(position)).id,
-        (None, None) => {
-            let message = "a step is of one shard: name it, or a token, or a range of one entity";
-            return Err(Fault::invalid("only_shard", message));
-        }
-    };
-    let epoch = route.map_or(0, |route| route.shard_epoch);
     let position = spec.position();
-    Ok(Plan { shard, epoch, position, keyspace: keyspace.id, task: Task::DeleteRange(spec) })
+    let route = request.only_shard.filter(|route| route.shard != 0);
+    let shard = route.map_or_else(|| map.locate(position).id, |route| ShardId(route.shard));
+    let epoch = route.map_or(0, |route| route.shard_epoch);
+    let (position, keyspace) = (Some(position.0), keyspace.id);
+    Ok(Plan { shard, epoch, position, keyspace, task: Task::DeleteRange(spec) })
 }
 
 fn fix_version(request: &v1::FixVersionRequest) -> Result<Plan, Fault> {

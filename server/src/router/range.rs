@@ -6,17 +6,18 @@
 //! needs no fresh look: what is written meanwhile is met by apply, up to the limit of keys.
 
 use bytes::Bytes;
-use coracle_proto::entity;
+use coracle_proto::delete_range;
 use coracle_proto::limits::{
     DELETE_RANGE_EXAMINED_BYTES_MAX, DELETE_RANGE_EXAMINED_MAX, DELETE_RANGE_KEYS_MAX,
     DELETE_RANGE_STEP_KEYS,
 };
-use coracle_proto::reason::{Fault, Reason, metadata};
+use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::ring::{Arc, Position};
-use coracle_proto::shard_map::{Keyspace, SYSTEM_KEYSPACE, ShardMap};
-use coracle_proto::token::{DeleteToken, TokenError};
+use coracle_proto::shard_map::{Keyspace, ShardMap};
+use coracle_proto::token::DeleteToken;
 use coracle_proto::v1;
-use coracle_raft::command::{self, Change, DeleteRange, Owned};
+use coracle_raft::apply;
+use coracle_raft::command::{self, Change, DeleteRange, NO_FENCE, Owned};
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::group::Group;
 use coracle_raft::state_machine::ReadState;
@@ -55,57 +56,10 @@ pub(crate) struct RangeSpec {
 
 #[derive(Clone, Debug)]
 enum Shape {
-    /// Of this entity, at this position.
-    Entity(u64),
+    /// Of one entity, at this position, at once.
+    Entity(Position),
     /// A step on the only lane of this token.
     Lane(DeleteToken),
-    /// The first step on whatever arc the named shard holds; with a token of no lanes.
-    Shard(DeleteToken),
-}
-
-/// Whether the range is of one entity; refuses what nobody may delete.
-pub(crate) fn check(
-    keyspace: &Keyspace,
-    request: &v1::DeleteRangeRequest,
-    entity: Option<&[u8]>,
-) -> Result<(), Fault> {
-    if keyspace.id == SYSTEM_KEYSPACE {
-        let message = "the cluster's own records are deleted one by one";
-        return Err(Fault::new(Reason::NotAllowed, message));
-    }
-    if request.atomic && entity.is_none() {
-        let message = format!(
-            "the range may hold several entities of keyspace {}: name a prefix of one, or delete it in steps, without atomic",
-            keyspace.name
-        );
-        return Err(Fault::new(Reason::CrossEntity, message)
-            .with(metadata::KEYSPACE, &keyspace.name)
-            .with(metadata::FIELD, "atomic"));
-    }
-    if request.atomic && !request.resume_token.is_empty() {
-        let message = "an atomic delete-range is done at once: it is never gone on with";
-        return Err(Fault::invalid("resume_token", message));
-    }
-    Ok(())
-}
-
-/// The token of a request that brings one.
-pub(crate) fn token(
-    keyspace: &Keyspace,
-    request: &v1::DeleteRangeRequest,
-) -> Result<Option<DeleteToken>, Fault> {
-    if request.resume_token.is_empty() {
-        return Ok(None);
-    }
-    let invalid = |error: TokenError| Fault::invalid("resume_token", error.to_string());
-    let token = DeleteToken::decode(&request.resume_token).map_err(invalid)?;
-    token.check(request, keyspace.id).map_err(invalid)?;
-    Ok(Some(token))
-}
-
-/// The arc of one position.
-pub(crate) fn arc_of(position: u64) -> Arc {
-    Arc::new(position, position.wrapping_add(1)).expect("the last position ends at 2^64")
 }
 
 impl RangeSpec {
@@ -115,30 +69,17 @@ impl RangeSpec {
         keyspace: &Keyspace,
         request: &v1::DeleteRangeRequest,
     ) -> Result<RangeSpec, Fault> {
-        let bounds = entity::bounds(&request.start, &request.end, &request.prefix);
-        let Some((start, end)) = bounds else {
+        let Some(asked) = delete_range::read(map, keyspace, request)? else {
             return Err(Fault::invalid("end", "the range is empty: no key can be in it"));
         };
-        let entity = keyspace.rule.entity_of_range(&start, end.as_deref().unwrap_or_default());
-        check(keyspace, request, entity)?;
-        let position = entity.map(|entity| map.position_of(keyspace, entity).0);
-        let shape = match (token(keyspace, request)?, position) {
-            (_, Some(position)) if request.atomic => Shape::Entity(position),
-            (Some(token), _) if token.lanes.len() == 1 && token.rest.is_none() => {
-                Shape::Lane(token)
-            }
-            (Some(_), _) => {
-                let message = "a step is of one arc: this token is of a delete-range over several";
-                return Err(Fault::invalid("resume_token", message));
-            }
-            (None, Some(position)) => {
-                Shape::Lane(DeleteToken::of_arc(request, keyspace.id, arc_of(position)))
-            }
-            (None, None) => Shape::Shard(DeleteToken::begin(request, keyspace.id)),
+        let shape = match (asked.lane(request)?, asked.position) {
+            (Some(lane), _) => Shape::Lane(lane),
+            (None, Some(position)) => Shape::Entity(position),
+            (None, None) => unreachable!("an atomic one is of one entity"),
         };
         let start = match &shape {
-            Shape::Lane(token) => token.lanes[0].from.clone().max(start.into()),
-            Shape::Entity(_) | Shape::Shard(_) => start.into(),
+            Shape::Lane(token) => token.lanes[0].from.clone().max(asked.start),
+            Shape::Entity(_) => asked.start,
         };
         let limit = match request.step_keys as usize {
             _ if request.atomic => DELETE_RANGE_KEYS_MAX,
@@ -150,20 +91,28 @@ impl RangeSpec {
             id: named_id(request.request_id.as_ref())?,
             keyspace: keyspace.id.0,
             start,
-            end: end.map(Bytes::from),
+            end: asked.end,
             limit: limit as u32,
             atomic: request.atomic,
-            owned: position.is_none().then_some(owned),
+            owned: asked.position.is_none().then_some(owned),
             shape,
         })
     }
 
-    /// Where the step begins on the ring; `None` where the shard itself is meant.
-    pub(crate) fn position(&self) -> Option<u64> {
+    /// Where the step begins on the ring.
+    pub(crate) fn position(&self) -> Position {
         match &self.shape {
-            Shape::Entity(position) => Some(*position),
-            Shape::Lane(token) => Some(token.lanes[0].arc.start().0),
-            Shape::Shard(_) => None,
+            Shape::Entity(position) => *position,
+            Shape::Lane(token) => token.lanes[0].arc.start(),
+        }
+    }
+
+    /// Keys whose newest version lies above it stay.
+    fn fence(&self) -> u64 {
+        match &self.shape {
+            // It happens once, under the request's id, which its retries carry.
+            Shape::Entity(_) => NO_FENCE,
+            Shape::Lane(token) => token.version,
         }
     }
 
@@ -173,15 +122,8 @@ impl RangeSpec {
         let (start, end) = arc?;
         let arc = Arc::new(start, end)?;
         let mut token = match &self.shape {
-            Shape::Entity(position) => return arc.contains(Position(*position)).then_some(None),
+            Shape::Entity(position) => return arc.contains(*position).then_some(None),
             Shape::Lane(token) => token.clone(),
-            Shape::Shard(token) => {
-                let mut token = token.clone();
-                token.rest = Some(arc.start().0);
-                token.open_lane(arc);
-                token.rest = None;
-                token
-            }
         };
         let is_over = next.is_empty() || self.end.as_ref().is_some_and(|end| next >= *end);
         let begun = token.lanes[0].arc.start().0;
@@ -196,18 +138,27 @@ impl RangeSpec {
     }
 
     /// What is proposed, once the leader has looked.
-    fn request(&self, position: u64, epoch: u64, end: Option<Bytes>) -> command::Request {
+    fn request(&self, epoch: u64, end: Option<Bytes>) -> command::Request {
         let range = DeleteRange {
             end: end.unwrap_or_default(),
             limit: self.limit,
+            fence: self.fence(),
             whole: self.atomic,
             owned: self.owned,
         };
         let change = Change::DeleteRange(range);
         let operation = command::Operation { key: self.start.clone(), condition: None, change };
-        let (id, keyspace) = (self.id, self.keyspace);
+        let (id, keyspace, position) = (self.id, self.keyspace, self.position().0);
         command::Request { id, keyspace, position, epoch, operations: vec![operation] }
     }
+}
+
+/// What becomes of a delete-range, or a step of one, on the replica that leads.
+pub(crate) enum Step {
+    /// To be proposed.
+    Propose(command::Request),
+    /// Decided before: a retry, of what would be refused by now.
+    Decided(apply::Reply),
 }
 
 /// Looks how far one entry may go, on the replica that is to propose it, and makes the request.
@@ -216,29 +167,40 @@ pub(crate) async fn step(
     spec: &RangeSpec,
     epoch: u64,
     deadline: Instant,
-) -> Result<command::Request, Refusal> {
+) -> Result<Step, Refusal> {
     let wanted = spec.clone();
     let look = move |state: &ReadState| {
-        let held = state.descriptor.as_ref().and_then(|known| Some((known, known.arc?)));
-        let (known, (first, _)) = held.ok_or_else(|| Refusal::Stale(state.descriptor.clone()))?;
-        let position = wanted.position().unwrap_or(first);
-        if !known.serves(wanted.keyspace, position, epoch) {
-            return Err(Refusal::Stale(state.descriptor.clone()));
-        }
-        let looked = wanted.look(state.reader.view(), known, state.clock)?;
-        Ok::<_, Refusal>((position, looked))
+        let known = state.descriptor.as_ref().filter(|known| {
+            known.arc.is_some() && known.serves(wanted.keyspace, wanted.position().0, epoch)
+        });
+        let known = known.ok_or_else(|| Refusal::Stale(state.descriptor.clone()))?;
+        Ok::<_, Refusal>(wanted.look(state.reader.view(), known, state.clock)?)
     };
-    let (position, looked) = group.read_local(0, deadline, look).await??;
-    let end = match looked {
+    let end = match group.read_local(0, deadline, look).await?? {
         Looked::ToTheEnd => spec.end.clone(),
         Looked::UpTo(key) if !spec.atomic => Some(key),
-        Looked::UpTo(_) => return Err(too_much_to_pass().into()),
+        Looked::UpTo(_) => return decided(group, spec, deadline).await,
     };
-    Ok(spec.request(position, epoch, end))
+    Ok(Step::Propose(spec.request(epoch, end)))
+}
+
+/// What was decided of an atomic delete-range that holds too much by now. A retry gets what it would
+/// from apply; whoever asks for the first time, that it is too much.
+async fn decided(group: &Group, spec: &RangeSpec, deadline: Instant) -> Result<Step, Refusal> {
+    let id = spec.id;
+    let look = move |state: &ReadState| apply::decided_range(state.reader.view(), &id);
+    match group.read(deadline, look).await? {
+        Ok(Some(reply)) => Ok(Step::Decided(reply)),
+        Ok(None) => Err(too_much_to_pass().into()),
+        Err(error) => {
+            let message = format!("the memory of request ids cannot be read: {error}");
+            Err(Fault::new(Reason::Internal, message).into())
+        }
+    }
 }
 
 /// Refused here and not by apply, which must not count what is dead. It says nothing of an earlier
-/// attempt under the same id, as no refusal does.
+/// attempt under the same id that is not applied yet, as no refusal does.
 fn too_much_to_pass() -> Fault {
     let message = format!(
         "the range holds too many or too large versions, deleted ones included, for an atomic delete-range ({DELETE_RANGE_EXAMINED_MAX} versions, DELETE_RANGE_EXAMINED_MAX; {DELETE_RANGE_EXAMINED_BYTES_MAX} bytes, DELETE_RANGE_EXAMINED_BYTES_MAX): without atomic it is deleted in steps"
@@ -282,7 +244,7 @@ impl RangeSpec {
                 }
                 continue;
             }
-            let (of_key, _) = key::split_data(&physical).ok_or_else(|| damaged(&physical))?;
+            let (of_key, version) = key::split_data(&physical).ok_or_else(|| damaged(&physical))?;
             prefix = physical.slice_ref(of_key);
             versions = 0;
             let (_, user_key) = key::decode_prefix(&prefix).ok_or_else(|| damaged(&prefix))?;
@@ -293,7 +255,8 @@ impl RangeSpec {
                 return Ok(Looked::UpTo(user_key.into()));
             }
             let value = Value::decode(&stored).map_err(|_| damaged(&physical))?;
-            live += u32::from(!value.is_absent_at(clock) && self.owns(descriptor, &user_key));
+            let counts = version <= self.fence() && !value.is_absent_at(clock);
+            live += u32::from(counts && self.owns(descriptor, &user_key));
         }
         Ok(Looked::ToTheEnd)
     }

@@ -60,15 +60,20 @@ impl Router {
             }
             Task::DeleteRange(spec) => {
                 self.parts.gate.check(plan.shard, true)?;
-                let request = range::step(group, &spec, plan.epoch, deadline).await;
-                let request = request.map_err(told)?;
+                let next = range::step(group, &spec, plan.epoch, deadline).await.map_err(told)?;
                 steps.add(Step::Read, began.elapsed());
-                let written = group.write(request, deadline).await;
-                let written = written.map_err(|error| told(error.into()))?;
-                steps.add(Step::Queue, written.queued);
-                steps.add(Step::Replicate, written.replicated);
+                let reply = match next {
+                    range::Step::Decided(reply) => reply,
+                    range::Step::Propose(request) => {
+                        let written = group.write(request, deadline).await;
+                        let written = written.map_err(|error| told(error.into()))?;
+                        steps.add(Step::Queue, written.queued);
+                        steps.add(Step::Replicate, written.replicated);
+                        written.reply
+                    }
+                };
                 let served = self.served(plan.shard, Position::default(), true);
-                answer::range_deleted(written.reply, &spec, served, map)
+                answer::range_deleted(reply, &spec, served, map)
             }
             Task::Page(spec) => {
                 let page = page::read_page(group, &spec, plan.epoch, plan.position, deadline).await;

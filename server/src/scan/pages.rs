@@ -1,5 +1,6 @@
 //! Owns the task behind a scan that a client reads as a stream: it makes a page when the reader asks for
-//! one, drops what was read ahead when the reader stops, and keeps the version pinned meanwhile. A
+//! one, drops what was read ahead when the reader stops, keeps the version pinned meanwhile, and ends the
+//! scan when the reader does not come back. A
 //! stream that nobody polls runs nothing: hence a task. Does not read or merge (see [`Scan`]), and
 //! does not know when and how a version is pinned (see [`Pins`]).
 
@@ -12,6 +13,7 @@ use coracle_proto::v1;
 use coracle_storage::Exec;
 use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, timeout_at};
 
 use super::Scan;
 use crate::admission::Call;
@@ -20,6 +22,10 @@ use crate::router::Router;
 /// How long a reader may stop before its scan drops what it has read ahead: longer than the way to any
 /// client and back, so that a reader that works is never made to wait for the shards again.
 pub const REST_AFTER: Duration = Duration::from_secs(1);
+/// How long a reader may stop before its scan is ended: its place is one of few, and every stopped
+/// reader keeps one from others. Many times what a reader is away for that means to come back, and
+/// half of what a pin can last: what is resumed soon after still finds its version.
+pub const IDLE_MAX: Duration = Duration::from_secs(300);
 /// How often a scan looks whether its version must be pinned; a small part of any history.
 const PIN_LOOK: Duration = Duration::from_secs(1);
 /// How long pinning may take; a shard that elects a leader is asked again at the next look.
@@ -47,15 +53,18 @@ type Paged = Result<Option<v1::ScanResponse>, Fault>;
 /// The reader's end of a scan. Dropping it ends the scan.
 pub struct Pages {
     asks: mpsc::Sender<oneshot::Sender<Paged>>,
+    /// Why the task has ended, when it did so by itself.
+    ended: oneshot::Receiver<Fault>,
     over: bool,
 }
 
 /// Starts the task of a scan. Without `pins` it ends with `VERSION_GONE` when it outlives its keyspace's
-/// history.
+/// history. One whose reader stops for [`IDLE_MAX`] ends with `OVERLOADED`, and can be resumed.
 pub fn open(scan: Scan, exec: &dyn Exec, pins: Option<NewPins>) -> Pages {
     let (asks, asked) = mpsc::channel(1);
-    exec.spawn("scan", Box::pin(run(scan, asked, pins)));
-    Pages { asks, over: false }
+    let (end, ended) = oneshot::channel();
+    exec.spawn("scan", Box::pin(run(scan, Reader { asked, end }, pins)));
+    Pages { asks, ended, over: false }
 }
 
 impl Pages {
@@ -65,11 +74,12 @@ impl Pages {
             return Ok(None);
         }
         let (answer, answered) = oneshot::channel();
-        // A task that was ended from without, as when the node stops, answers nothing.
+        // A task that has ended answers nothing.
         let _ = self.asks.send(answer).await;
         let page = answered.await.unwrap_or_else(|_| {
-            let fault = Fault::new(Reason::Draining, "this node is shutting down");
-            Err(fault.with_outcome(Outcome::NotApplied))
+            // It was ended from without, as when the node stops, unless it says why.
+            let stopped = |_| Fault::new(Reason::Draining, "this node is shutting down");
+            Err(self.ended.try_recv().unwrap_or_else(stopped).with_outcome(Outcome::NotApplied))
         });
         self.over = is_last(&page);
         page
@@ -81,31 +91,38 @@ fn is_last(page: &Paged) -> bool {
     !matches!(page, Ok(Some(page)) if !page.done)
 }
 
-async fn run(scan: Scan, asked: mpsc::Receiver<oneshot::Sender<Paged>>, pins: Option<NewPins>) {
-    let versions = watch::Sender::new(None);
+/// The reader as its scan's task sees it.
+struct Reader {
+    asked: mpsc::Receiver<oneshot::Sender<Paged>>,
+    end: oneshot::Sender<Fault>,
+}
+
+async fn run(scan: Scan, reader: Reader, pins: Option<NewPins>) {
     let Some(pins) = pins.filter(|_| scan.pinnable()) else {
-        return serve(scan, asked, versions).await;
+        return serve(scan, reader).await;
     };
     let (router, keyspace) = (scan.router.clone(), scan.request.keyspace.clone());
-    let pinned = keep_pinned(router, keyspace, versions.subscribe(), pins);
+    let pinned = keep_pinned(router, keyspace, scan.version(), pins);
     tokio::select! {
-        () = serve(scan, asked, versions) => {}
+        () = serve(scan, reader) => {}
         () = pinned => {}
     }
 }
 
 /// Makes pages as they are asked for, until the last or until the reader is gone.
-async fn serve(
-    mut scan: Scan,
-    mut asked: mpsc::Receiver<oneshot::Sender<Paged>>,
-    versions: watch::Sender<Option<u64>>,
-) {
+async fn serve(mut scan: Scan, Reader { mut asked, end }: Reader) {
     loop {
-        let answer = match tokio::time::timeout(REST_AFTER, asked.recv()).await {
+        let since = Instant::now();
+        let answer = match timeout_at(since + REST_AFTER, asked.recv()).await {
             Ok(answer) => answer,
             Err(_) => {
                 scan.rest();
-                asked.recv().await
+                let Ok(answer) = timeout_at(since + IDLE_MAX, asked.recv()).await else {
+                    // The reader may be gone by now.
+                    let _ = end.send(left_alone());
+                    return;
+                };
+                answer
             }
         };
         let Some(mut answer) = answer else { return };
@@ -113,13 +130,22 @@ async fn serve(
             page = scan.next_page() => page,
             () = answer.closed() => return,
         };
-        versions.send_if_modified(|version| std::mem::replace(version, scan.version()) != *version);
         let is_over = is_last(&page);
         // A page that nobody takes leaves a gap: the scan is over either way.
         if answer.send(page).is_err() || is_over {
             return;
         }
     }
+}
+
+/// What a reader hears that comes back too late. Clients resume by themselves.
+fn left_alone() -> Fault {
+    let message = format!(
+        "nobody read this scan for {} s, and its place is free for others: go on with the resume token \
+         of the last page",
+        IDLE_MAX.as_secs()
+    );
+    Fault::new(Reason::Overloaded, message)
 }
 
 /// Keeps the version of a scan pinned on all shards, once it is known. Never ends: a scan whose version

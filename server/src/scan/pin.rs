@@ -19,8 +19,8 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use crate::admission::Call;
 use crate::router::{Router, mismatched};
-use crate::scan::ASKED_AT_A_TIME;
 use crate::scan::pages::{NewPins, Pins};
+use crate::versions::ASKED_AT_A_TIME;
 
 /// How long a pin is asked for.
 const PIN_MS: u64 = 60_000;

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::admission::Call;
-use crate::delete::DeleteRange;
+use crate::delete::{self, DeleteRange, Rounds};
 use crate::metrics::{Consistency, Method, Metrics};
 use crate::router::{Router, mismatched};
 use crate::scan::{self, Pages, Scan};
@@ -148,10 +148,12 @@ impl KvService for Kv {
     ) -> Result<Response<Self::DeleteRangeStream>, Status> {
         let call = Call::from_metadata(request.metadata())?;
         let counted = Counted::begin(&self.methods.delete_range, Consistency::None);
-        match DeleteRange::begin(self.router.clone(), request.into_inner(), call).await {
-            Ok(delete) => Ok(Response::new(rounds(delete, counted))),
-            Err(fault) => counted.end(Err(fault)).map_err(Status::from),
-        }
+        let begun = DeleteRange::begin(self.router.clone(), request.into_inner(), call).await;
+        let delete = match begun {
+            Ok(delete) => delete,
+            Err(fault) => return counted.end(Err(fault)).map_err(Status::from),
+        };
+        Ok(Response::new(stream_of(delete::open(delete, &*self.exec), counted)))
     }
 
     async fn scan(
@@ -166,7 +168,7 @@ impl KvService for Kv {
             Err(fault) => return counted.end(Err(fault)).map_err(Status::from),
         };
         let opened = scan::open(scan, &*self.exec, Some(scan::pins()));
-        Ok(Response::new(pages(opened, counted)))
+        Ok(Response::new(stream_of(opened, counted)))
     }
 
     async fn pipeline(
@@ -202,37 +204,36 @@ impl Kv {
     }
 }
 
-/// The pages of a scan, read one by one as the caller takes them.
-fn pages(pages: Pages, counted: Counted) -> BoxStream<'static, Result<v1::ScanResponse, Status>> {
-    let next = |state: Option<(Pages, Counted)>| async move {
-        let (mut pages, counted) = state?;
-        match pages.next().await {
-            Ok(Some(page)) => Some((Ok(page), Some((pages, counted)))),
-            Ok(None) => {
-                // Counted as served; there is nothing left to say.
-                let _ = counted.end(Ok(()));
-                None
-            }
-            Err(fault) => {
-                let status = fault.to_status();
-                let _ = counted.end(Err::<(), _>(fault));
-                Some((Err(status), None))
-            }
-        }
-    };
-    stream::unfold(Some((pages, counted)), next).boxed()
+/// What is answered part by part, each made when the caller takes it.
+trait Parts: Send + 'static {
+    type Part: Send;
+
+    /// The next part; `None` behind the last.
+    fn next_part(&mut self) -> impl Future<Output = Result<Option<Self::Part>, Fault>> + Send;
 }
 
-/// The rounds of a delete-range, made one by one as the caller takes them: when it goes away, no
-/// further step begins.
-fn rounds(
-    delete: DeleteRange,
-    counted: Counted,
-) -> BoxStream<'static, Result<v1::DeleteRangeResponse, Status>> {
-    let next = |state: Option<(DeleteRange, Counted)>| async move {
-        let (mut delete, counted) = state?;
-        match delete.next_round().await {
-            Ok(Some(round)) => Some((Ok(round), Some((delete, counted)))),
+impl Parts for Pages {
+    type Part = v1::ScanResponse;
+
+    fn next_part(&mut self) -> impl Future<Output = Result<Option<Self::Part>, Fault>> + Send {
+        self.next()
+    }
+}
+
+impl Parts for Rounds {
+    type Part = v1::DeleteRangeResponse;
+
+    fn next_part(&mut self) -> impl Future<Output = Result<Option<Self::Part>, Fault>> + Send {
+        self.next()
+    }
+}
+
+/// The parts as a stream, counted as one request.
+fn stream_of<P: Parts>(parts: P, counted: Counted) -> BoxStream<'static, Result<P::Part, Status>> {
+    let next = |state: Option<(P, Counted)>| async move {
+        let (mut parts, counted) = state?;
+        match parts.next_part().await {
+            Ok(Some(part)) => Some((Ok(part), Some((parts, counted)))),
             Ok(None) => {
                 // Counted as served; there is nothing left to say.
                 let _ = counted.end(Ok(()));
@@ -245,7 +246,7 @@ fn rounds(
             }
         }
     };
-    stream::unfold(Some((delete, counted)), next).boxed()
+    stream::unfold(Some((parts, counted)), next).boxed()
 }
 
 /// One request being counted: as cancelled, when it is dropped before its end.

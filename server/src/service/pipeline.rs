@@ -5,7 +5,10 @@
 //! would hold its place among the node's requests for ever. What waits for a caller is bounded three
 //! ways: at most [`PIPELINE_IN_FLIGHT_MAX`] operations are under way or finished and not taken, and no
 //! more are read; finished answers count in the node's byte budget; and a caller that takes nothing for
-//! `STOPPED_MAX` loses its stream.
+//! `STOPPED_MAX` loses its stream, also when it has nothing more to ask.
+//!
+//! What waits for its turn is one message, of at most [`PIPELINE_IN_FLIGHT_MAX`] operations, and counts in
+//! the byte budget from its arrival: operations beyond the budget are refused and dropped at once.
 //!
 //! Answers that are there together travel in one message.
 
@@ -18,15 +21,16 @@ use std::time::Duration;
 use coracle_proto::limits::{DEADLINE_MAX, PIPELINE_FRAME_BYTES, PIPELINE_IN_FLIGHT_MAX};
 use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::v1;
+use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_storage::Exec;
 use futures_util::stream::{self, BoxStream, Stream, StreamExt};
 use parking_lot::Mutex;
 use prost::Message;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Status;
 
-use crate::admission::{Call, Charge};
+use crate::admission::{Call, Charge, Permit};
 use crate::router::{answer_bytes, pipelined};
 use crate::service::kv::Kv;
 
@@ -60,53 +64,113 @@ async fn carry(
 ) {
     let draining = kv.router().admission().draining().clone().cancelled_owned();
     let slots = Arc::new(Semaphore::new(PIPELINE_IN_FLIGHT_MAX));
-    let (ended, taken) = (Ending(into.clone()), into.clone());
+    let (ending, broken) = (Ending(into.clone()), into.clone());
+    let of_operations = kv.clone();
     let serve = requests
         .take_until(draining)
         // A broken stream has no more to say; what it has asked for is still served.
         .take_while(|request| std::future::ready(request.is_ok()))
         .filter_map(|request| std::future::ready(request.ok()))
-        .flat_map(|together| stream::iter(together.requests))
-        .then(move |request| {
+        .take_while(move |together| std::future::ready(is_allowed(together, &broken)))
+        .flat_map(move |together| stream::iter(taken_on(&of_operations, together)))
+        .then(move |waiting| {
             let slot = slots.clone().acquire_owned();
-            async move { (request, slot.await.expect("it is never closed")) }
+            async move { (waiting, slot.await.expect("it is never closed")) }
         })
-        .map(move |(request, slot)| answer(kv.clone(), request, slot, call))
+        .map(move |(waiting, slot)| answer(kv.clone(), waiting, slot, call))
         .buffer_unordered(PIPELINE_IN_FLIGHT_MAX)
         .for_each(|finished| {
             into.lock().push(finished);
             std::future::ready(())
         });
+    let served = async {
+        serve.await;
+        // The caller is told of the end, but what it has yet to take is still watched over.
+        into.lock().end();
+        all_taken(&into).await;
+    };
     tokio::select! {
-        () = serve => {}
-        () = nobody_takes(taken) => {
+        () = served => {}
+        () = nobody_takes(&into) => {
             let message = format!("nobody took the answers of this pipeline for {STOPPED_MAX:?}");
-            ended.0.lock().give_up(Fault::new(Reason::OutcomeUnknown, message));
+            into.lock().give_up(Fault::new(Reason::OutcomeUnknown, message));
         }
     }
+    drop(ending);
 }
 
-async fn answer(
+/// Whether a message has no more operations than one may: who sends more loses the stream.
+fn is_allowed(together: &v1::PipelineRequests, into: &Mutex<Unread>) -> bool {
+    let got = together.requests.len();
+    let allowed = got <= PIPELINE_IN_FLIGHT_MAX;
+    if !allowed {
+        let message =
+            format!("{got} operations in one message, of at most {PIPELINE_IN_FLIGHT_MAX}");
+        into.lock().refused = Some(Fault::invalid("requests", message));
+    }
+    allowed
+}
+
+/// An operation that waits for its turn, with the charge for it; or why it is not taken on.
+struct Waiting {
+    id: u64,
+    operation: Result<(v1::PipelineRequest, Charge), Fault>,
+}
+
+/// The operations of a message, as far as there is room for them.
+fn taken_on(kv: &Kv, together: v1::PipelineRequests) -> Vec<Waiting> {
+    let take = |request: v1::PipelineRequest| {
+        let mut charge = kv.router().admission().hold(0);
+        let id = request.id;
+        let operation = match charge.set(waiting_bytes(&request)) {
+            Ok(()) => Ok((request, charge)),
+            Err(fault) => match &request.operation {
+                Some(operation) => kv.counted(operation).end(Err(fault)),
+                None => Err(fault),
+            },
+        };
+        Waiting { id, operation }
+    };
+    together.requests.into_iter().map(take).collect()
+}
+
+/// What an operation holds while it waits for its turn.
+fn waiting_bytes(request: &v1::PipelineRequest) -> u64 {
+    request.encoded_len() as u64 + size_of::<v1::PipelineRequest>() as u64
+}
+
+async fn answer(kv: Kv, waiting: Waiting, slot: OwnedSemaphorePermit, call: Call) -> Finished {
+    let mut charge = None;
+    let answer = match waiting.operation {
+        Ok((request, waited)) => {
+            let served = serve_one(kv, request, waited, call).await;
+            served.map(|(answer, permit)| {
+                charge = Some(permit.end(answer_bytes(&answer)));
+                answer
+            })
+        }
+        Err(fault) => Err(fault),
+    };
+    Finished { answer: pipelined(waiting.id, answer), _slot: slot, _charge: charge }
+}
+
+async fn serve_one(
     kv: Kv,
     request: v1::PipelineRequest,
-    slot: OwnedSemaphorePermit,
+    waited: Charge,
     call: Call,
-) -> Finished {
+) -> Result<(Answer, Permit), Fault> {
     let size = request.encoded_len() as u64;
     let call = call.pipelined(request.timeout_ms);
-    let v1::PipelineRequest { id, operation, .. } = request;
+    let operation = request.operation;
     let counted = operation.as_ref().map(|operation| kv.counted(operation));
+    // From here on it counts as a request.
+    drop(waited);
     let served = kv.router().admitted(size, operation, &call).await;
-    let served: Result<_, Fault> = match counted {
+    match counted {
         Some(counted) => counted.end(served),
         None => served,
-    };
-    let mut charge = None;
-    let answer = served.map(|(answer, permit)| {
-        charge = Some(permit.end(answer_bytes(&answer)));
-        answer
-    });
-    Finished { answer: pipelined(id, answer), _slot: slot, _charge: charge }
+    }
 }
 
 /// An answer that was not taken yet.
@@ -126,7 +190,12 @@ struct Unread {
     taken: u64,
     /// Nothing will be added.
     ended: bool,
+    /// The stream has ended before its answers.
     broken: Option<Fault>,
+    /// The stream ends behind its answers, because of what was asked.
+    refused: Option<Fault>,
+    /// Told when nothing is left that waits.
+    emptied: Arc<Notify>,
     /// Of the caller's end, when it has found nothing.
     waker: Option<Waker>,
 }
@@ -146,7 +215,15 @@ impl Unread {
             responses.push(answer);
         }
         self.taken += responses.len() as u64;
+        if self.finished.is_empty() {
+            self.emptied.notify_one();
+        }
         responses
+    }
+
+    fn end(&mut self) {
+        self.ended = true;
+        self.wake();
     }
 
     fn give_up(&mut self, fault: Fault) {
@@ -161,8 +238,16 @@ impl Unread {
     }
 }
 
+/// Returns when nothing waits for its caller any more.
+async fn all_taken(unread: &Mutex<Unread>) {
+    let emptied = unread.lock().emptied.clone();
+    while !unread.lock().finished.is_empty() {
+        emptied.notified().await;
+    }
+}
+
 /// Returns when answers have waited for [`STOPPED_MAX`] and none was taken.
-async fn nobody_takes(unread: Arc<Mutex<Unread>>) {
+async fn nobody_takes(unread: &Mutex<Unread>) {
     let look = || {
         let unread = unread.lock();
         (unread.taken, unread.finished.is_empty())
@@ -183,9 +268,7 @@ struct Ending(Arc<Mutex<Unread>>);
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        let mut unread = self.0.lock();
-        unread.ended = true;
-        unread.wake();
+        self.0.lock().end();
     }
 }
 
@@ -208,7 +291,8 @@ impl Stream for Taken {
             return Poll::Ready(Some(Ok(v1::PipelineResponses { responses })));
         }
         if unread.ended {
-            return Poll::Ready(None);
+            let refused = unread.refused.take();
+            return Poll::Ready(refused.map(|fault| Err(fault.to_status())));
         }
         unread.waker = Some(context.waker().clone());
         Poll::Pending
@@ -232,7 +316,7 @@ mod tests {
         let unread = Arc::new(Mutex::new(Unread::default()));
         let stop = CancellationToken::new();
         let mut caller = Taken { unread: unread.clone(), _stop: stop.clone().drop_guard() };
-        let mut nobody = std::pin::pin!(nobody_takes(unread.clone()));
+        let mut nobody = std::pin::pin!(nobody_takes(&unread));
         for _ in 0..5 {
             unread.lock().push(finished());
             unread.lock().push(finished());
@@ -247,7 +331,7 @@ mod tests {
         unread.lock().give_up(Fault::new(Reason::OutcomeUnknown, "nobody took them"));
         assert_eq!(slots.available_permits(), PIPELINE_IN_FLIGHT_MAX, "what waited is dropped");
         assert!(caller.next().await.is_some_and(|answer| answer.is_err()));
-        drop(Ending(unread));
+        drop(Ending(unread.clone()));
         assert!(caller.next().await.is_none());
         drop(caller);
         assert!(stop.is_cancelled(), "a caller that goes ends the task");

@@ -14,6 +14,7 @@ mod metrics;
 mod service_delete;
 mod service_kv;
 mod service_nodes;
+mod service_pipeline;
 mod service_router;
 mod service_scan;
 mod transport_cluster;

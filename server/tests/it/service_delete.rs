@@ -1,19 +1,21 @@
 //! Delete-ranges over four shards on two nodes: what goes and what stays, limits, one entity at once,
-//! steps that go on by their token, answers that are lost.
+//! steps that go on by their token, answers that are lost, coordinators that come late.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::limits::DELETE_RANGE_KEYS_MAX;
+use coracle_proto::limits::{DELETE_RANGE_EXAMINED_BYTES_MAX, DELETE_RANGE_KEYS_MAX};
 use coracle_proto::reason::{Fault, Outcome, Reason, metadata};
 use coracle_proto::token::DeleteToken;
-use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
+use coracle_proto::{entity, v1};
 use coracle_server::admission::Call;
-use coracle_server::delete::DeleteRange;
+use coracle_server::delete::{self, DeleteRange};
 use coracle_server::scan::Scan;
+use coracle_storage::exec::RealExec;
+use tokio::time::Instant;
 
 use crate::service_nodes::{Node, Nodes, key_on, put, shard_map, shard_of, until};
 
@@ -27,13 +29,32 @@ fn within(entity: &str) -> v1::DeleteRangeRequest {
     v1::DeleteRangeRequest { keyspace, prefix, atomic: true, ..Default::default() }
 }
 
-/// All progress of a delete-range.
+async fn begin(node: &Node, request: &v1::DeleteRangeRequest) -> Result<DeleteRange, Fault> {
+    let call = Call::client(Some(Duration::from_secs(20)));
+    DeleteRange::begin(node.router.clone(), request.clone(), call).await
+}
+
+/// The same request with the token under which it deletes.
+async fn begun(
+    node: &Node,
+    request: v1::DeleteRangeRequest,
+) -> Result<v1::DeleteRangeRequest, Fault> {
+    let mut call = begin(node, &request).await?;
+    let first = call.next_round().await?.expect("a first answer");
+    assert_eq!((first.deleted, first.done, first.version), (0, false, 0));
+    assert_eq!(call.next_round().await?, None, "it deletes nothing before it was told of");
+    Ok(v1::DeleteRangeRequest { resume_token: first.resume_token, ..request })
+}
+
+/// All progress of a delete-range behind its first answer.
 async fn rounds(
     node: &Node,
     request: v1::DeleteRangeRequest,
 ) -> Result<Vec<v1::DeleteRangeResponse>, Fault> {
-    let call = Call::client(Some(Duration::from_secs(20)));
-    let mut delete = DeleteRange::begin(node.router.clone(), request, call).await?;
+    let is_empty = entity::bounds(&request.start, &request.end, &request.prefix).is_none();
+    let at_once = request.atomic || is_empty || !request.resume_token.is_empty();
+    let request = if at_once { request } else { begun(node, request).await? };
+    let mut delete = begin(node, &request).await?;
     let mut rounds = Vec::new();
     while let Some(round) = delete.next_round().await? {
         rounds.push(round);
@@ -175,7 +196,10 @@ async fn token_goes_on_at_any_node_with_nothing_left_out() {
     let nodes = Nodes::start().await;
     fill(&nodes.one, "", numbered(120)).await;
     let request = v1::DeleteRangeRequest { step_keys: 3, ..range("k0010", "") };
-    let (mut token, mut deleted) = (Bytes::new(), 0);
+    let (mut token, mut deleted) =
+        (begun(&nodes.two, request.clone()).await.unwrap().resume_token, 0);
+    // Above the version of the token, as all that is written from now on: a key to come.
+    nodes.two.put(put("k0119", "newer")).await.unwrap();
     for turn in 0.. {
         assert!(turn < 100, "it comes to its end");
         let node = if turn % 2 == 0 { &nodes.one } else { &nodes.two };
@@ -185,15 +209,15 @@ async fn token_goes_on_at_any_node_with_nothing_left_out() {
         let round = delete.next_round().await.unwrap().unwrap();
         deleted += round.deleted;
         token = round.resume_token;
-        // Written behind its back: it is not asked for again.
+        // And one behind its back.
         nodes.one.put(put("k0010", "newer")).await.unwrap();
         if round.done {
             break;
         }
     }
-    assert_eq!(deleted, 110);
+    assert_eq!(deleted, 109);
     let left = keys(&nodes.one, "").await;
-    assert_eq!((left.len(), &left[10][..]), (11, &b"k0010"[..]));
+    assert_eq!((left.len(), &left[10][..], &left[11][..]), (12, &b"k0010"[..], &b"k0119"[..]));
 
     // A node that shuts down leaves the rest to another.
     let call = Call::client(None);
@@ -220,7 +244,9 @@ async fn one_shard_alone_and_step_by_step() {
     assert_eq!(keys(&nodes.one, "").await.len() as u64, 60 - on(3));
 
     let only_shard = Some(v1::Route { shard: 1, shard_epoch: 0 });
-    let mut first = v1::DeleteRangeRequest { only_shard, step_keys: 5, ..range("", "") };
+    let first = v1::DeleteRangeRequest { only_shard, step_keys: 5, ..range("", "") };
+    let mut first = begun(&nodes.one, first).await.unwrap();
+    let token = first.resume_token.clone();
     let mut sizes = Vec::new();
     loop {
         let answer = step(&nodes.two, first.clone()).await.unwrap();
@@ -233,10 +259,11 @@ async fn one_shard_alone_and_step_by_step() {
     assert_eq!(sizes.iter().sum::<u64>(), on(1));
     assert!(sizes.iter().all(|size| *size <= 5) && sizes.len() as u64 > on(1) / 5, "{sizes:?}");
     let nowhere = step(&nodes.one, range("", "")).await.unwrap_err();
-    assert_eq!(nowhere.text(metadata::FIELD), Some("only_shard"));
+    assert_eq!(nowhere.text(metadata::FIELD), Some("resume_token"), "a step has a version");
     let old = Some(v1::Route { shard: 2, shard_epoch: 7 });
     let stale = v1::DeleteRangeRequest { only_shard: old, ..range("", "") };
     assert_eq!(rounds(&nodes.one, stale.clone()).await.unwrap_err().reason, Reason::StaleRoute);
+    let stale = v1::DeleteRangeRequest { resume_token: token, ..stale };
     assert_eq!(step(&nodes.one, stale).await.unwrap_err().reason, Reason::StaleRoute);
     assert_eq!(keys(&nodes.one, "").await.len() as u64, 60 - on(3) - on(1));
     nodes.stop().await;
@@ -248,9 +275,10 @@ async fn retried_step_deletes_nothing_that_was_written_since() {
     let nodes = Nodes::start().await;
     let key = key_on(3);
     nodes.two.put(put(&key, "old")).await.unwrap();
-    nodes.wires.lose.store(1, Ordering::SeqCst);
     let only_shard = Some(v1::Route { shard: 3, shard_epoch: 0 });
     let request = v1::DeleteRangeRequest { only_shard, ..range("", "") };
+    let request = begun(&nodes.one, request).await.unwrap();
+    nodes.wires.lose.store(1, Ordering::SeqCst);
     // Node one passes it on to node two, and tries again by itself.
     let router = nodes.one.router.clone();
     let deleting = tokio::spawn(async move {
@@ -289,9 +317,10 @@ async fn shards_out_of_reach_are_left_to_whoever_goes_on() {
     let nodes = Nodes::start().await;
     fill(&nodes.one, "", numbered(80)).await;
     let here = numbered(80).filter(|key| shard_of("", key) <= 2).count() as u64;
+    let request = v1::DeleteRangeRequest { step_keys: 10, ..range("", "") };
+    let request = begun(&nodes.one, request).await.unwrap();
     nodes.wires.cut.store(true, Ordering::SeqCst);
     let call = Call::client(Some(Duration::from_secs(6)));
-    let request = v1::DeleteRangeRequest { step_keys: 10, ..range("", "") };
     let mut delete =
         DeleteRange::begin(nodes.one.router.clone(), request.clone(), call).await.unwrap();
     let mut told = Vec::new();
@@ -349,11 +378,135 @@ async fn arc_that_the_map_has_wrong_is_gone_through_all_the_same() {
     let map = coracle_proto::shard_map::ShardMap::from_proto(&wrong).unwrap();
     let keyspace = map.keyspace("").unwrap();
     let both = DeleteToken::of_arc(&range("", ""), keyspace.id, map.shards()[0].arc.unwrap());
+    let fixed = begun(&nodes.one, range("", "")).await.unwrap();
+    let version = DeleteToken::decode(&fixed.resume_token).unwrap().version;
+    let both = DeleteToken { version, ..both };
     let request = v1::DeleteRangeRequest { resume_token: both.encode(), ..range("", "") };
     let told = rounds(&nodes.two, request).await.unwrap();
     assert!(told.len() >= 2, "the first round has covered shard 1 alone");
     let left = keys(&nodes.one, "").await;
     let expected = numbered(80).filter(|key| shard_of("", key) > 2).count();
     assert_eq!(left.len(), expected);
+    nodes.stop().await;
+}
+
+/// One coordinator is given up for dead; another finishes, and somebody writes: an acknowledged write.
+#[tokio::test(flavor = "multi_thread")]
+async fn coordinator_that_comes_late_deletes_nothing_that_was_written_since() {
+    let nodes = Nodes::start().await;
+    fill(&nodes.one, "", numbered(40)).await;
+    let request = begun(&nodes.one, range("", "")).await.unwrap();
+    let mut given_up = begin(&nodes.one, &request).await.unwrap();
+    // Without a token it has not even a version yet.
+    let mut never_heard_of = begin(&nodes.one, &range("", "")).await.unwrap();
+    assert_eq!(last(&nodes.two, request.clone()).await.unwrap().deleted, 40);
+    fill(&nodes.two, "", numbered(20)).await;
+
+    while let Some(round) = given_up.next_round().await.unwrap() {
+        assert_eq!(round.deleted, 0);
+    }
+    assert_eq!(keys(&nodes.two, "").await.len(), 20, "what was acknowledged stays");
+    let told = never_heard_of.next_round().await.unwrap().unwrap();
+    assert_eq!((told.deleted, told.done), (0, false));
+    assert_eq!(never_heard_of.next_round().await.unwrap(), None);
+    assert_eq!(keys(&nodes.two, "").await.len(), 20, "it waits for somebody to go on");
+    // A token made up, with a version that no clock has reached, is no way around it.
+    let mut token = DeleteToken::decode(&request.resume_token).unwrap();
+    token.version = u64::MAX - 1;
+    let made_up = v1::DeleteRangeRequest { resume_token: token.encode(), ..request };
+    let call = Call::client(Some(Duration::from_secs(2)));
+    let mut made_up = DeleteRange::begin(nodes.one.router.clone(), made_up, call).await.unwrap();
+    let fault = made_up.next_round().await.unwrap_err();
+    assert_eq!((fault.reason, fault.outcome), (Reason::ClockOutOfBound, Outcome::NotApplied));
+    assert_eq!(keys(&nodes.two, "").await.len(), 20);
+    nodes.stop().await;
+}
+
+/// One shard's clock is ahead of the others' by what readers have fixed on it.
+#[tokio::test(flavor = "multi_thread")]
+async fn version_is_fixed_on_all_shards_before_anybody_is_told_of_it() {
+    let nodes = Nodes::start().await;
+    let ahead = (nodes.one.router.now_ms() + 450) << 16;
+    let route = Some(v1::Route { shard: 1, shard_epoch: 0 });
+    let fix = v1::FixVersionRequest { route, version: ahead };
+    nodes.one.ask(Operation::FixVersion(fix)).await.unwrap();
+    let request = begun(&nodes.two, range("", "")).await.unwrap();
+    for shard in 1..=4 {
+        let written = nodes.one.put(put(&key_on(shard), "newer")).await.unwrap();
+        assert!(written.version > ahead, "shard {shard}");
+    }
+    assert_eq!(last(&nodes.one, request).await.unwrap().deleted, 0);
+    assert_eq!(keys(&nodes.two, "").await.len(), 4);
+    nodes.stop().await;
+}
+
+/// The range has come to hold more than an atomic delete-range may pass; the first answer stands.
+#[tokio::test(flavor = "multi_thread")]
+async fn retried_atomic_one_gets_its_first_answer_whatever_the_range_holds_by_now() {
+    let nodes = Nodes::start().await;
+    fill(&nodes.one, "rows", ["a/1".to_owned(), "a/2".to_owned()]).await;
+    let id = |sequence| v1::RequestId {
+        client: 77,
+        sequence,
+        birth: nodes.one.router.now_ms(),
+        lowest_unanswered: 1,
+    };
+    let first = v1::DeleteRangeRequest { request_id: Some(id(1)), ..within("a/") };
+    let done = step(&nodes.one, first.clone()).await.unwrap();
+    let value: Bytes = vec![b'v'; 900_000].into();
+    for number in 0..=DELETE_RANGE_EXAMINED_BYTES_MAX / value.len() {
+        let key = format!("a/{number:03}").into();
+        let write = v1::PutRequest {
+            keyspace: "rows".into(),
+            key,
+            value: value.clone(),
+            ..Default::default()
+        };
+        nodes.one.put(write).await.unwrap();
+    }
+    let again = step(&nodes.two, first).await.unwrap();
+    assert_eq!(
+        (again.deleted, again.version, again.served.map(|served| served.index)),
+        (2, done.version, done.served.map(|served| served.index))
+    );
+    let another = v1::DeleteRangeRequest { request_id: Some(id(2)), ..within("a/") };
+    let fault = step(&nodes.two, another).await.unwrap_err();
+    assert_eq!(fault.text(metadata::LIMIT), Some("DELETE_RANGE_EXAMINED_MAX"), "{fault}");
+    nodes.stop().await;
+}
+
+/// A reader that stops holds no place among the requests, and no request id.
+#[tokio::test(flavor = "multi_thread")]
+async fn stream_that_nobody_reads_holds_nothing() {
+    let nodes = Nodes::start().await;
+    fill(&nodes.one, "", numbered(40)).await;
+    let request = v1::DeleteRangeRequest { step_keys: 1, ..range("", "") };
+    let request = begun(&nodes.one, request).await.unwrap();
+    let exec = RealExec::new(tokio::runtime::Handle::current(), 1);
+    let call = Call::client(Some(Duration::from_secs(2)));
+    let deleting = DeleteRange::begin(nodes.one.router.clone(), request, call).await.unwrap();
+    let mut stream = delete::open(deleting, &exec);
+    // The steps on the other node stay open: their outcome is not known here.
+    nodes.wires.cut.store(true, Ordering::SeqCst);
+    let round = stream.next().await.unwrap().unwrap();
+    assert_eq!((round.deleted, round.done), (2, false));
+    let key = key_on(3);
+    nodes.wires.cut.store(false, Ordering::SeqCst);
+    until(|| nodes.one.router.admission().in_flight().0 == 0).await;
+    let mark = async || {
+        nodes.one.put(put(&key, "v")).await.unwrap();
+        nodes.wires.last_mark.load(Ordering::SeqCst)
+    };
+    let (held, deadline) = (mark().await, Instant::now() + Duration::from_secs(20));
+    while mark().await == held {
+        assert!(Instant::now() < deadline, "the ids of open steps come back");
+    }
+    let rest = v1::DeleteRangeRequest { resume_token: round.resume_token, ..range("", "") };
+    assert_eq!(last(&nodes.two, rest).await.unwrap().deleted, 38);
+    // Its own deadline has passed meanwhile: it says so, and then no more.
+    let fault = stream.next().await.unwrap_err();
+    assert_eq!((fault.reason, fault.outcome), (Reason::DeadlineNotApplied, Outcome::Unknown));
+    assert_eq!(stream.next().await.unwrap(), None);
+    exec.shutdown().await;
     nodes.stop().await;
 }

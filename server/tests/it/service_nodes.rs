@@ -33,6 +33,7 @@ use coracle_storage::state::MapEngines;
 use coracle_storage::{LogOptions, ReplicaId};
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -87,6 +88,10 @@ pub(crate) struct Wires {
     /// Nothing comes through.
     pub(crate) cut: AtomicBool,
     pub(crate) forwards: AtomicUsize,
+    /// How long pages of scans are on their way.
+    pub(crate) page_delay_ms: AtomicU64,
+    /// The lowest unanswered sequence that the last put on its way has named.
+    pub(crate) last_mark: AtomicU64,
 }
 
 struct Wire {
@@ -105,12 +110,28 @@ impl Forwarder for Wire {
         let lost = |why: String| ForwardError::Lost(why);
         Box::pin(async move {
             wires.forwards.fetch_add(1, Ordering::SeqCst);
+            let request = v1::PipelineRequest::decode(body.clone()).expect("what nodes send");
+            if let Some(Operation::Put(v1::PutRequest { request_id: Some(id), .. })) =
+                request.operation
+            {
+                wires.last_mark.store(id.lowest_unanswered, Ordering::SeqCst);
+            }
             let router = wires.routers.lock().get(&to).cloned();
             let cut = wires.cut.load(Ordering::SeqCst);
             let router =
                 router.filter(|_| !cut).ok_or(ForwardError::Lost("no such wire".to_owned()))?;
-            let served = tokio::time::timeout(timeout, router.serve_forwarded(from, body));
-            let answer = served.await.map_err(|_| lost("too late".to_owned()))?.map_err(lost)?;
+            let delay = match v1::PipelineRequest::decode(body.clone()).map(|it| it.operation) {
+                Ok(Some(Operation::Scan(_))) => wires.page_delay_ms.load(Ordering::SeqCst),
+                _ => 0,
+            };
+            let served = async {
+                tokio::time::sleep(Duration::from_millis(delay)).await;
+                router.serve_forwarded(from, body).await
+            };
+            let answer = tokio::time::timeout(timeout, served)
+                .await
+                .map_err(|_| lost("too late".to_owned()))?
+                .map_err(lost)?;
             let lose = |left: usize| left.checked_sub(1);
             match wires.lose.fetch_update(Ordering::SeqCst, Ordering::SeqCst, lose) {
                 Ok(_) => Err(lost("the answer was lost".to_owned())),
@@ -293,6 +314,13 @@ pub(crate) async fn until(mut holds: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "it does not come true");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
+}
+
+/// Lets time pass for all timers at once, of a runtime of one thread.
+pub(crate) async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
 }
 
 impl Node {

@@ -12,7 +12,7 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_server::admission::{Call, Origin};
 use prost::Message;
 
-use crate::service_nodes::{Nodes, get, key_on, put, shard_map, until};
+use crate::service_nodes::{Nodes, get, key_on, put, shard_map, shard_of, until};
 
 fn increment(key: &str, id: Option<v1::RequestId>) -> Operation {
     let by = v1::IncrementOperation { by: 1 };
@@ -339,7 +339,9 @@ async fn pinned_version_is_read_beyond_the_history_until_its_pin_runs_out() {
         let keyspace = String::new();
         // Shard 3 is led by the other node.
         let request = v1::PinVersionRequest { route, keyspace, version, until_ms };
-        nodes.one.ask(Operation::PinVersion(request))
+        let call = Call::own(Duration::from_secs(20));
+        let router = nodes.one.router.clone();
+        async move { router.execute(Operation::PinVersion(request), &call).await }
     };
     let read = |at_version| {
         let read = Some(v1::ReadOptions { at_version, ..Default::default() });
@@ -350,6 +352,10 @@ async fn pinned_version_is_read_beyond_the_history_until_its_pin_runs_out() {
         Answer::PinVersion(pinned) => assert_eq!(pinned.until_ms, until_ms),
         other => panic!("{other:?}"),
     }
+    let route = Some(v1::Route { shard: 3, shard_epoch: 1 });
+    let asked = v1::PinVersionRequest { route, version: old, until_ms, ..Default::default() };
+    let refused = nodes.one.ask(Operation::PinVersion(asked)).await.unwrap_err();
+    assert_eq!(refused.reason, Reason::NotAllowed, "a client's own request");
     let far = pin(3, old, born_ms + 700_000).await.unwrap_err();
     assert_eq!(far.reason, Reason::InvalidArgument);
     nodes.clock.advance(Duration::from_secs(120));

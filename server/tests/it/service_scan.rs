@@ -7,18 +7,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::reason::{Fault, Reason};
+use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_server::admission::Call;
 use coracle_server::router::Router;
-use coracle_server::scan::{self, NewPins, Pages, Pins, Scan};
+use coracle_server::scan::{self, IDLE_MAX, NewPins, PAGE_TIME, Pages, Pins, Scan};
 use coracle_storage::exec::RealExec;
 use futures_util::future::{BoxFuture, ready};
 use parking_lot::Mutex;
 
-use crate::service_nodes::{Node, Nodes, key_on, put, shard_of, until};
+use crate::service_nodes::{Node, Nodes, key_on, pass, put, shard_of, until};
 
 /// All pages of a scan.
 async fn pages(node: &Node, request: v1::ScanRequest) -> Result<Vec<v1::ScanResponse>, Fault> {
@@ -164,29 +164,19 @@ async fn scan_holds_every_write_acknowledged_before_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn range_of_one_entity_is_one_shards_and_a_long_deleted_run_is_passed_in_pages() {
     let nodes = Nodes::start().await;
-    let row = |row: &str, number: usize| Bytes::from(format!("{row}/{number:06}"));
-    let write = async |number: usize, kind: fn() -> v1::operation::Kind| {
-        let operations = (number..number + 1_000).map(|number| v1::Operation {
-            key: row("r", number),
-            condition: None,
-            kind: Some(kind()),
-        });
-        let operations = operations.collect();
-        let write = v1::WriteRequest { keyspace: "rows".into(), operations, ..Default::default() };
-        nodes.one.ask(Operation::Write(write)).await.unwrap();
-    };
+    let row = |number: usize| Bytes::from(format!("r/{number:06}"));
     let value = || v1::operation::Kind::Put(v1::PutOperation { value: "v".into(), ttl_ms: 0 });
     let gone = || v1::operation::Kind::Delete(v1::DeleteOperation {});
     for number in (0..36_000).step_by(1_000) {
-        write(number, gone).await;
+        write_rows(&nodes.one, number, gone).await;
     }
-    write(36_000, value).await;
+    write_rows(&nodes.one, 36_000, value).await;
     nodes.one.put(v1::PutRequest { keyspace: "rows".into(), ..put("s/1", "other") }).await.unwrap();
 
     let rows = v1::ScanRequest { keyspace: "rows".into(), prefix: "r/".into(), ..scan() };
     let found = pages(&nodes.two, rows.clone()).await.unwrap();
     assert!(found[0].entries.is_empty() && !found[0].done, "the run of deleted keys ends a page");
-    let expected: Vec<_> = (36_000..37_000).map(|number| row("r", number)).collect();
+    let expected: Vec<_> = (36_000..37_000).map(row).collect();
     assert_eq!(keys(&found), expected);
     let shard = shard_of("rows", "r/");
     assert!(found.iter().all(|page| page.served.is_some_and(|served| served.shard == shard)));
@@ -198,6 +188,61 @@ async fn range_of_one_entity_is_one_shards_and_a_long_deleted_run_is_passed_in_p
     let every = v1::ScanRequest { keyspace: "rows".into(), ..scan() };
     let found = keys(&pages(&nodes.one, every).await.unwrap());
     assert_eq!((found.len(), found.last()), (1_001, Some(&Bytes::from("s/1"))));
+    nodes.stop().await;
+}
+
+/// Puts or deletes a thousand rows of the entity `r` at once.
+async fn write_rows(node: &Node, first: usize, kind: fn() -> v1::operation::Kind) {
+    let operations = (first..first + 1_000).map(|number| v1::Operation {
+        key: format!("r/{number:06}").into(),
+        condition: None,
+        kind: Some(kind()),
+    });
+    let operations = operations.collect();
+    let write = v1::WriteRequest { keyspace: "rows".into(), operations, ..Default::default() };
+    node.ask(Operation::Write(write)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn long_deleted_run_is_passed_in_pages_of_bounded_time_each_resumed_elsewhere() {
+    let nodes = Nodes::start().await;
+    // Three pages of one shard and more, with nothing to show.
+    for first in (0..100_000).step_by(1_000) {
+        let gone = || v1::operation::Kind::Delete(v1::DeleteOperation {});
+        write_rows(&nodes.one, first, gone).await;
+    }
+    let around = ["a", "b", "c", "d", "q", "s", "t", "u", "v"].map(|row| format!("{row}/1"));
+    for key in &around {
+        nodes.one.put(v1::PutRequest { keyspace: "rows".into(), ..put(key, "v") }).await.unwrap();
+    }
+    let mut expected: Vec<_> = around.iter().map(|key| Bytes::from(key.clone())).collect();
+    // A page of the gap takes longer than a scan's page may.
+    nodes.wires.page_delay_ms.store(2 * PAGE_TIME.as_millis() as u64, Ordering::SeqCst);
+    let away = if shard_of("rows", "r/") <= 2 { &nodes.two } else { &nodes.one };
+    for reverse in [false, true] {
+        let request = v1::ScanRequest { keyspace: "rows".into(), reverse, ..scan() };
+        let (mut found, mut token) = (Vec::new(), Bytes::new());
+        loop {
+            let resumed = v1::ScanRequest { resume_token: token.clone(), ..request.clone() };
+            let call = Call::client(None);
+            let mut scan = Scan::begin(away.router.clone(), resumed, call).await.unwrap();
+            let page = scan.next_page().await.unwrap().unwrap();
+            assert_ne!(page.resume_token, token, "every page goes further");
+            token = page.resume_token.clone();
+            let done = page.done;
+            found.push(page);
+            if done {
+                break;
+            }
+        }
+        assert!(found.len() >= 4, "{} pages", found.len());
+        assert!(found.iter().any(|page| page.entries.is_empty() && !page.done));
+        assert_eq!(keys(&found), expected);
+        assert!(found.iter().all(|page| page.version == found[0].version));
+        let whole = pages(away, request).await.unwrap();
+        assert_eq!(keys(&whole), expected, "on one stream");
+        expected.reverse();
+    }
     nodes.stop().await;
 }
 
@@ -302,6 +347,33 @@ async fn reader_that_stops_holds_nothing_and_then_gets_exactly_the_rest() {
     nodes.stop().await;
 }
 
+#[tokio::test]
+async fn scan_that_nobody_reads_gives_its_place_up_and_goes_on_by_its_token() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    let all = fill(&nodes.one, 400).await;
+    let admission = nodes.two.router.admission().clone();
+    let mut reader = open(&nodes.two, &exec, scan(), Some(scan::pins())).await.unwrap();
+    let mut found = vec![reader.next().await.unwrap().unwrap()];
+    for away in [Duration::from_secs(90), IDLE_MAX - Duration::from_secs(5)] {
+        pass(away).await;
+        found.push(reader.next().await.unwrap().unwrap());
+        assert_eq!(admission.scans_open(), 1, "a reader may be away for {away:?}");
+    }
+    pass(IDLE_MAX).await;
+    until(|| admission.scans_open() == 0).await;
+    assert_eq!(admission.in_flight(), (0, 0));
+    let left_alone = reader.next().await.unwrap_err();
+    assert_eq!((left_alone.reason, left_alone.outcome), (Reason::Overloaded, Outcome::NotApplied));
+    assert!(left_alone.message.contains("resume token"), "{left_alone}");
+    assert!(reader.next().await.unwrap().is_none(), "it has ended");
+    let resume_token = found.last().unwrap().resume_token.clone();
+    let rest = pages(&nodes.one, v1::ScanRequest { resume_token, ..scan() }).await.unwrap();
+    found.extend(rest);
+    assert_eq!(keys(&found), all.into_keys().collect::<Vec<_>>());
+    assert!(found.iter().all(|page| page.version == found[0].version));
+    nodes.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn open_scans_are_bounded_and_a_reader_that_goes_makes_room() {
     let (nodes, exec) = (Nodes::start().await, exec());
@@ -389,6 +461,27 @@ async fn version_is_kept_on_all_shards_though_nobody_reads_until_the_reader_goes
     let mut reader = open(&nodes.one, &exec, row, Some(new.clone())).await.unwrap();
     until(|| Arc::strong_count(&new) == mine).await;
     assert!(reader.next().await.unwrap().unwrap().done);
+    nodes.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn version_is_kept_while_the_first_page_is_on_its_way() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    fill(&nodes.one, 40).await;
+    let noted = Arc::new(Mutex::new(Noted::default()));
+    let of_pins = noted.clone();
+    let new: NewPins = Arc::new(move || Box::new(PinsNoted(of_pins.clone())));
+    // The shards of node two fix their versions at once, and give no page.
+    nodes.wires.page_delay_ms.store(60_000, Ordering::SeqCst);
+    let mut reader = open(&nodes.one, &exec, scan(), Some(new)).await.unwrap();
+    let mut first = Box::pin(reader.next());
+    tokio::select! {
+        page = &mut first => panic!("no page is made: {page:?}"),
+        () = until(|| noted.lock().kept.len() > 1) => {}
+    }
+    nodes.wires.page_delay_ms.store(0, Ordering::SeqCst);
+    let page = first.await.unwrap().unwrap();
+    assert_eq!(noted.lock().kept[0].2, page.version);
     nodes.stop().await;
 }
 

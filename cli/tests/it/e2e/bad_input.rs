@@ -63,6 +63,10 @@ async fn wrong_keys_and_values_are_refused_and_nothing_changes() {
     bench.expect(&["keyspace", "create", "Not A Name"], 2).await;
     bench.expect(&["put", "kept", "2", "--ttl", "999999d"], 2).await;
     bench.expect(&["scan", "--start", &long_key], 2).await;
+    for read in [&["scan", "--at", "0"][..], &["get", "kept", "--at", "0"]] {
+        let (_, err) = bench.expect(read, 2).await;
+        assert!(err.contains("--at"), "there is no version 0: {err}");
+    }
     bench.expect(&["get", "kept", "--timeout", "0s"], 2).await;
     assert_eq!(bench.expect(&["get", "kept"], 0).await.0, "1");
     bench.stop().await;

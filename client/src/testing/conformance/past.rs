@@ -60,12 +60,23 @@ pub(super) async fn ranges_go_in_steps(kv: &Client) {
     assert_eq!(ok(range().await).deleted, 0, "what is gone is not deleted again");
 
     fill().await;
-    let first = ok(range().stream().try_next().await).expect("a progress");
-    assert!((1..30).contains(&first.deleted) && !first.done, "{first:?}");
-    let token = first.resume_token;
+    let mut steps = range().stream();
+    let first = ok(steps.try_next().await).expect("a progress");
+    assert!(first.deleted == 0 && !first.done, "nothing goes before it was told: {first:?}");
+    let early = first.resume_token;
+    ok(kv.put("d34/k", "newer").await);
+    let second = ok(steps.try_next().await).expect("a progress");
+    assert!((1..29).contains(&second.deleted) && !second.done, "{second:?}");
+    drop(steps);
+    let token = second.resume_token;
     let rest = ok(range().resume(token.clone()).await);
-    assert!(first.deleted + rest.deleted <= 30, "{} and {}", first.deleted, rest.deleted);
-    assert_eq!(found(&kv, "d", None).await, left, "the rest, and nothing beyond");
+    assert!(second.deleted + rest.deleted <= 29, "{} and {}", second.deleted, rest.deleted);
+    let and_newer: Vec<String> = all[..5].iter().chain(&all[34..]).cloned().collect();
+    assert_eq!(found(&kv, "d", None).await, and_newer, "the rest, and nothing newer or beyond");
+    ok(kv.put("d20/k", "newer").await);
+    assert_eq!(ok(range().resume(early).await).deleted, 0, "late as it is");
+    ok(kv.delete("d20/k").await);
+    ok(kv.delete("d34/k").await);
     let other = kv.delete_range("d05/k".."d36").resume(token).await;
     refused(other, ErrorKind::InvalidArgument);
 
