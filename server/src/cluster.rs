@@ -13,6 +13,8 @@
 mod found;
 mod keyspaces;
 mod members;
+mod operations;
+mod elastic;
 mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -146,6 +148,8 @@ impl Cluster {
             },
             Kind::ChangeMembers(asked) => return self.change_members(asked).await,
             Kind::DestroyReplica(asked) => self.destroy_here(asked).await.map(|()| Bytes::new()),
+            Kind::HandOver(asked) => self.hand_over_here(asked).await.map(|()| Bytes::new()),
+            Kind::Elastic(asked) => return self.answer_elastic(asked).await,
             Kind::Probe(probe) => return self.answer_probe(probe),
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };

@@ -9,6 +9,7 @@
 //! | `ids` | `coracle.peer.v1.IdCounters`: the next id of each kind |
 //!
 //! | `leaving` | `coracle.peer.v1.LeavingReplicas`: replicas that are out of the map, and not yet gone |
+//! | `operations` | `coracle.peer.v1.Operations`: work on replicas, and how balancing is set |
 //!
 //! They change together, in one batch, conditional on the version of `map` that was read: two
 //! controllers never overwrite each other, and an epoch names one map for ever.
@@ -31,6 +32,10 @@ use coracle_raft::state_machine::ReadState;
 use prost::Message;
 use tokio::time::Instant;
 
+pub mod operations;
+
+pub use operations::Operations;
+
 /// A change takes one round of the meta group; during an election it waits for the next leader.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Conflicts with other controllers before a change is given up.
@@ -39,6 +44,7 @@ const CONFLICTS_MAX: usize = 16;
 const MAP: &[u8] = b"map";
 const IDS: &[u8] = b"ids";
 const LEAVING: &[u8] = b"leaving";
+const OPERATIONS: &[u8] = b"operations";
 
 /// The records, as read at one version.
 #[derive(Debug, Clone)]
@@ -49,6 +55,8 @@ pub struct Snapshot {
     pub ids: peer::IdCounters,
     /// Replicas that are out of the map, and not yet gone.
     pub leaving: Vec<peer::LeavingReplica>,
+    /// Work on replicas.
+    pub operations: Operations,
     pub(crate) version: u64,
 }
 
@@ -84,6 +92,11 @@ impl Records {
     /// `client` is the random id under which this start of the node writes records.
     pub fn new(host: Arc<Host>, clock: Arc<dyn Clock>, client: u64) -> Self {
         Self { host, clock, client, sequence: AtomicU64::new(1) }
+    }
+
+    /// The wall clock, in milliseconds.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
     }
 
     fn group(&self) -> Result<Arc<Group>, RecordsError> {
@@ -147,7 +160,8 @@ impl Records {
         map: v1::ShardMap,
         ids: peer::IdCounters,
     ) -> Result<(), RecordsError> {
-        let snapshot = Snapshot { map, ids, leaving: Vec::new(), version: 0 };
+        let (leaving, operations) = (Vec::new(), Operations::default());
+        let snapshot = Snapshot { map, ids, leaving, operations, version: 0 };
         self.write(&snapshot, Condition::IfAbsent).await.map(drop)
     }
 
@@ -175,6 +189,7 @@ impl Records {
                 put(MAP, snapshot.map.encode_to_vec(), Some(condition)),
                 put(IDS, snapshot.ids.encode_to_vec(), None),
                 put(LEAVING, leaving.encode_to_vec(), None),
+                put(OPERATIONS, snapshot.operations.to_proto().encode_to_vec(), None),
             ],
         };
         let deadline = Instant::now() + CHANGE_TIMEOUT;
@@ -215,10 +230,14 @@ fn read(state: &ReadState) -> Result<Snapshot, RecordsError> {
     let (map, ids) = (get(MAP)?, get(IDS)?);
     let leaving = find(LEAVING)?.map(|found| peer::LeavingReplicas::decode(found.value));
     let leaving = leaving.transpose().map_err(|error| unreadable(&error))?;
+    let operations = find(OPERATIONS)?.map(|found| peer::Operations::decode(found.value));
+    let operations = operations.transpose().map_err(|error| unreadable(&error))?;
     Ok(Snapshot {
         map: v1::ShardMap::decode(map.value).map_err(|error| unreadable(&error))?,
         ids: peer::IdCounters::decode(ids.value).map_err(|error| unreadable(&error))?,
         leaving: leaving.unwrap_or_default().replicas,
+        operations: Operations::from_proto(operations.unwrap_or_default())
+            .map_err(|error| unreadable(&error))?,
         version: map.version,
     })
 }

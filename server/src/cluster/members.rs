@@ -1,6 +1,6 @@
 //! A group's members: what its leader tells of them, and the changes that it is asked for.
 //!
-//! Owns the answer of a node to `ChangeMembers` and `DestroyReplica`. Does not plan (see
+//! Owns the answer of a node to `ChangeMembers`, `HandOver` and `DestroyReplica`. Does not plan (see
 //! `super::replicas`).
 
 use coracle_proto::shard_map::{NodeId, ShardId};
@@ -10,11 +10,13 @@ use coracle_raft::group::Group;
 use coracle_raft::host::Condition;
 use coracle_raft::types::Role;
 use coracle_storage::ReplicaId;
+use coracle_raft::leadership::Standing;
 use peer::MemberChange;
+use peer::cluster_command::Kind;
 use prost::Message;
 use tokio::time::Instant;
 
-use super::{COMMAND_TIMEOUT, Cluster, refused};
+use super::{COMMAND_TIMEOUT, Cluster, Target, refused};
 
 /// How a node calls a replica that is there and does not run.
 pub const DAMAGED: &str = "recovering";
@@ -70,6 +72,12 @@ impl Cluster {
             MemberChange::RemoveLearner => {
                 group.remove_learner(replica, asked.epoch, deadline).await
             }
+            MemberChange::Voters => {
+                let some = |id: u64| (id != 0).then_some(ReplicaId(id));
+                let (comes, goes) = (some(asked.replica), some(asked.remove));
+                group.change_voters(comes, goes, asked.epoch, deadline).await
+            }
+            MemberChange::Finish => group.finish_change(deadline).await,
         };
         let looked = match changed {
             Ok(_) => group.members(deadline).await,
@@ -100,10 +108,39 @@ impl Cluster {
             shard: shard.0,
             replica: group.replica().0,
             epoch: told.epoch,
+            joint: told.joint,
+            state_bytes: group.state_bytes(),
             members: told.members.into_iter().map(member).collect(),
             ..Default::default()
         };
         peer::CommandDone { body: status.encode_to_vec().into(), ..Default::default() }
+    }
+
+    /// Hands a shard over, where this node leads it; another leader already is no error.
+    pub(super) async fn hand_over_here(&self, asked: peer::HandOver) -> Result<(), String> {
+        let shard = ShardId(asked.shard);
+        let Some(group) = self.host.group(shard) else {
+            return Err(format!("shard {shard} has no replica on this node"));
+        };
+        if group.status().state != Standing::Leader {
+            return Ok(());
+        }
+        let to = (asked.to_node != 0).then_some(NodeId(asked.to_node));
+        let handed = group.hand_over(to, Instant::now() + COMMAND_TIMEOUT * 3 / 4).await;
+        handed.map(drop).map_err(|error| format!("shard {shard} was not handed over: {error}"))
+    }
+
+    pub(super) async fn tell_hand_over(
+        &self,
+        node: NodeId,
+        hand_over: peer::HandOver,
+    ) -> Result<(), String> {
+        if self.membership.identity().is_some_and(|(_, own)| own == node) {
+            return self.hand_over_here(hand_over).await;
+        }
+        let kind = Kind::HandOver(hand_over);
+        let answer = self.commands.command(Target::Node(node), kind, COMMAND_TIMEOUT).await?;
+        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
     }
 
     /// Removes a replica of this node for ever. It goes on where that takes longer than the caller

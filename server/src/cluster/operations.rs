@@ -12,10 +12,11 @@
 
 use std::collections::BTreeMap;
 
-use coracle_proto::v1;
+use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState};
 
 use crate::records::Snapshot;
+use crate::records::operations::{has_ended, is_active};
 
 /// Operations under way: each that moves replicas by a plan has the cluster to itself, the others are
 /// few. Beyond it: `CONFLICT`.
@@ -23,32 +24,10 @@ const ACTIVE_MAX: usize = 4;
 /// Moves of one operation; the records keep all operations in one value. What a plan has beyond it, the
 /// next plan has again.
 pub(super) const MOVES_MAX: usize = 2_048;
-/// Ended operations that are remembered; the newest of them with its moves, so that it can be undone.
-const ENDED_MAX: usize = 16;
 /// How often a move is begun before it is given up.
 const ATTEMPTS_MAX: u32 = 3;
 /// Moves to one node at a time: each is a snapshot that it takes in.
 const MOVES_TO_A_NODE: usize = 2;
-/// Moves at a time, over the whole cluster, unless it is set.
-const MOVES_AT_A_TIME: u32 = 4;
-/// How long a node may be silent, in milliseconds, before its replicas are made elsewhere, unless it
-/// is set: a restart, even a slow one, takes less.
-const DOWN_AFTER_MS: u64 = 5 * 60 * 1_000;
-
-/// The record of operations.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Operations {
-    /// Those under way, and the last that ended, oldest first.
-    pub list: Vec<v1::ClusterOperation>,
-    /// The highest id that was given.
-    pub last_id: u64,
-    /// Nothing moves only for balance.
-    pub manual: bool,
-    /// 0 means the default.
-    pub moves_at_a_time: u32,
-    /// 0 means the default.
-    pub down_after_ms: u64,
-}
 
 /// What an operation is begun with.
 #[derive(Debug, Clone, Default)]
@@ -58,63 +37,6 @@ pub(super) struct Work {
     pub(super) undoes: u64,
     pub(super) moves: Vec<v1::PlannedMove>,
     pub(super) transfers: Vec<v1::PlannedTransfer>,
-}
-
-impl Operations {
-    /// Moves at a time, over the whole cluster.
-    pub fn moves_at_a_time(&self) -> u32 {
-        if self.moves_at_a_time == 0 { MOVES_AT_A_TIME } else { self.moves_at_a_time }
-    }
-
-    /// How long a node may be silent before its replicas are made elsewhere.
-    pub fn down_after_ms(&self) -> u64 {
-        if self.down_after_ms == 0 { DOWN_AFTER_MS } else { self.down_after_ms }
-    }
-
-    /// Those that have not ended.
-    pub fn active(&self) -> impl Iterator<Item = &v1::ClusterOperation> {
-        self.list.iter().filter(|operation| is_active(operation))
-    }
-
-    pub(super) fn find(&self, id: u64) -> Option<&v1::ClusterOperation> {
-        self.list.iter().find(|operation| operation.id == id)
-    }
-
-    /// Whether a move of this shard is under way or to come.
-    pub(super) fn is_busy(&self, shard: u64) -> bool {
-        let moves = self.active().flat_map(|operation| &operation.moves);
-        moves.into_iter().any(|step| step.shard == shard && !has_ended(step.state()))
-    }
-
-    fn running(&self) -> impl Iterator<Item = &v1::OperationMove> {
-        let moves = self.active().flat_map(|operation| &operation.moves);
-        moves.filter(|step| step.state() == OperationState::Running)
-    }
-
-    fn forget_old(&mut self) {
-        let ended = self.list.iter().filter(|operation| !is_active(operation)).count();
-        let mut surplus = ended.saturating_sub(ENDED_MAX);
-        self.list.retain(|operation| {
-            let goes = surplus > 0 && !is_active(operation);
-            surplus -= usize::from(goes);
-            !goes
-        });
-        let mut ended = self.list.iter_mut().filter(|operation| !is_active(operation));
-        ended.next_back();
-        ended.for_each(|operation| {
-            operation.moves.clear();
-            operation.transfers.clear();
-        });
-    }
-}
-
-pub(super) fn is_active(operation: &v1::ClusterOperation) -> bool {
-    matches!(operation.state(), OperationState::Running | OperationState::Paused)
-}
-
-fn has_ended(state: OperationState) -> bool {
-    use OperationState::{Cancelled, Done, Failed};
-    matches!(state, Done | Cancelled | Failed)
 }
 
 /// Moves replicas by a plan of the whole cluster: two such plans would undo each other.
@@ -342,7 +264,7 @@ fn start_moves(snapshot: &mut Snapshot) {
 
 /// Enters what begins a move. False when it has to wait; the error says why it never can.
 fn start_one(snapshot: &mut Snapshot, step: &mut v1::OperationMove) -> Result<bool, String> {
-    let leaves = |leaving: &coracle_proto::peer::LeavingReplica| {
+    let leaves = |leaving: &peer::LeavingReplica| {
         leaving.shard == step.shard && leaving.node == step.to_node
     };
     let node_is_there = snapshot.map.nodes.iter().any(|node| {

@@ -1,14 +1,19 @@
-//! How replicas come to shards and go: the setting of read replicas, made true step by step.
+//! How replicas come to shards and go: the setting of read replicas and the moves of operations, made
+//! true step by step.
 //!
 //! Owns the work of the meta group's leader: it records what shall be, then does one step after the
 //! other (`step`), each first in the records or idempotent where it is done, so that whoever leads
-//! the meta group next goes on from what it finds. Groups know best who belongs to them; the map
-//! copies their epochs. Who votes is not changed here.
+//! the meta group next goes on from what it finds. Groups know best who belongs to them: the map
+//! copies their epochs and, once a change is whole, who votes.
 //!
 //! A read replica is *recorded* as joining, under a fresh id; *made* on its node; *taken in* by its
 //! group; and when it holds nearly all that the leader holds, *settled*: from then on it is read
 //! from. One that goes is taken out of the map first, where the record `leaving` remembers it; then
 //! its group lets it go, its node removes it, and the record forgets it.
+//!
+//! A voter comes as a read replica does, and when it has caught up its group lets it vote, in the place
+//! of the one that it replaces, in one change; a change that a lost leader left half done is ended
+//! before anything else. The one that went is then what any replica is that leaves.
 //!
 //! One whose node answers and cannot make it, or of which nothing moves, is given up after a while
 //! (`patience`), and another place is tried. One that its node has lost, to damage, goes the same way,
@@ -21,13 +26,11 @@
 mod patience;
 mod enter;
 mod step;
+mod setting;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use bytes::Bytes;
-use coracle_proto::limits;
-use coracle_proto::reason::Reason;
 use coracle_proto::shard_map::{META_SHARD, NodeId, ShardId};
 use coracle_proto::{peer, v1};
 use coracle_raft::leadership::Standing;
@@ -39,11 +42,11 @@ use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter, planned, told};
+use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter};
 use self::patience::Patience;
 use self::step::{Home, Membership, Recorded, Seen, Step, next};
 use super::members::{ABSENT, DAMAGED};
-use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command, done, refused};
+use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
 use crate::records::{RecordsError, Snapshot};
 
 /// Between two looks at what is to be done.
@@ -252,6 +255,22 @@ impl Cluster {
             }
         };
         outcome.leader = Some(job.ask);
+        if group.joint {
+            let change = MemberChange::Finish.into();
+            let finish = peer::ChangeMembers { shard: shard.id, change, ..Default::default() };
+            match self.ask_leader(job.ask, finish).await {
+                Ok(told) => group = told,
+                Err((why, leader)) => {
+                    tracing::info!(shard = shard.id, why, "a change of voters is half done still");
+                    outcome.leader = leader;
+                    return outcome;
+                }
+            }
+        }
+        if let Some(change) = voters_changed(shard, &group) {
+            outcome.changes.push(change);
+            return outcome;
+        }
         for (replica, node, recorded) in concerned(&job, &group) {
             let member = group.members.iter().find(|member| member.replica == replica);
             outcome.held.extend(member.map(|member| (replica, member.matched_index)));
@@ -262,7 +281,7 @@ impl Cluster {
             };
             let step = job.next(replica, node, recorded, is, lost);
             if step != Step::Wait {
-                tracing::info!(shard = shard.id, replica, node, lost, ?step, "a read replica");
+                tracing::info!(shard = shard.id, replica, node, lost, ?step, "a replica");
             }
             if step == Step::Withdraw && (lost || job.stuck.contains(&replica)) {
                 outcome.gave_up.push((node, lost));
@@ -273,7 +292,7 @@ impl Cluster {
             }
             match step {
                 // The map is to have the group's new epoch before anything else is done.
-                Step::Add | Step::Remove => break,
+                Step::Add | Step::Remove | Step::Promote | Step::Retire => break,
                 // Its own node's affair: it holds up no other replica.
                 Step::Make if taken.is_err() => outcome.refused.push(replica),
                 _ => {}
@@ -300,6 +319,7 @@ impl Cluster {
             change: i32::from(change),
             replica,
             node,
+            remove: 0,
         };
         match step {
             Step::Wait => {}
@@ -320,6 +340,24 @@ impl Cluster {
                     outcome.leader = leader;
                     why
                 })?;
+            }
+            Step::Promote | Step::Retire => {
+                let (comes, goes) = match step {
+                    Step::Promote => (replica, job.replaced_by(replica)),
+                    _ => (0, replica),
+                };
+                if goes == group.replica {
+                    // It leads: another shall, and then it goes.
+                    let hand_over = peer::HandOver { shard, to_node: 0 };
+                    return self.tell_hand_over(job.ask, hand_over).await;
+                }
+                let change = MemberChange::Voters;
+                let asked = peer::ChangeMembers { replica: comes, remove: goes, ..changed(change) };
+                *group = self.ask_leader(job.ask, asked).await.map_err(|(why, leader)| {
+                    outcome.leader = leader;
+                    why
+                })?;
+                outcome.changes.extend(voters_changed(&job.shard, group));
             }
             Step::Settle => outcome.changes.push(Change::Settle { shard, replica }),
             Step::Withdraw => {
@@ -411,73 +449,6 @@ impl Cluster {
             }
         }
     }
-
-    /// Sets how many read replicas there shall be in a zone, from any node: asks the meta group's
-    /// leader.
-    pub async fn set_read_replicas(
-        &self,
-        request: v1::SetReadReplicasRequest,
-        deadline: Instant,
-    ) -> Result<v1::SetReadReplicasResponse, peer::CommandDone> {
-        let kind = Kind::SetReadReplicas(Bytes::from(request.encode_to_vec()));
-        let body = self.by_meta_leader(kind, deadline).await?;
-        v1::SetReadReplicasResponse::decode(body).map_err(|error| refused(error.to_string()))
-    }
-
-    pub(super) async fn set_read_replicas_here(
-        &self,
-        request: v1::SetReadReplicasRequest,
-    ) -> peer::CommandDone {
-        let mut response = v1::SetReadReplicasResponse::default();
-        let silent = |snapshot: &Snapshot| {
-            let nodes = snapshot.map.nodes.iter().filter(|node| {
-                let silence = self.commands.silence(NodeId(node.id));
-                silence.is_none_or(|silence| silence >= SILENT)
-            });
-            let silent = nodes.map(|node| (node.id, Instant::now())).collect();
-            Outlook { silent, ..Outlook::default() }
-        };
-        let changed = self.records.change_all(|snapshot| {
-            let rules = &mut snapshot.map.read_replicas;
-            let before = rules.clone();
-            rules.retain(|rule| rule.zone != request.zone);
-            if request.learners > 0 {
-                let (zone, learners) = (request.zone.clone(), request.learners);
-                rules.push(v1::ReadReplicas { zone, learners });
-            }
-            rules.sort_by(|a, b| a.zone.cmp(&b.zone));
-            let wanted = rules.iter().map(|rule| u64::from(rule.learners)).sum();
-            if limits::check_learners(wanted).is_err() {
-                return Err(Reason::TooLarge.as_str().to_owned());
-            }
-            let changed = before != *rules;
-            response = told(&planned(snapshot, &silent(snapshot)));
-            Ok(changed && !request.validate_only)
-        });
-        match changed.await {
-            Ok(snapshot) => {
-                if !request.validate_only {
-                    self.publish(&snapshot.map).await;
-                }
-                let body = response.encode_to_vec().into();
-                peer::CommandDone { body, ..Default::default() }
-            }
-            Err(RecordsError::Refused(reason)) => peer::CommandDone {
-                error: format!(
-                    "a shard has at most {} read replicas, of all zones together",
-                    limits::LEARNERS_MAX
-                ),
-                reason,
-                ..Default::default()
-            },
-            Err(error @ RecordsError::Invalid(_)) => peer::CommandDone {
-                error: error.to_string(),
-                reason: Reason::InvalidArgument.as_str().to_owned(),
-                ..Default::default()
-            },
-            Err(error) => done(Err(error), self),
-        }
-    }
 }
 
 impl Job {
@@ -491,7 +462,18 @@ impl Job {
     ) -> Step {
         let home = self.homes.get(&node).copied().unwrap_or(Home::Gone);
         let (made, stuck) = (self.made.contains(&replica), self.stuck.contains(&replica));
-        next(Seen { recorded, member, home, made, lost, stuck })
+        let becomes_voter = self.becomes_voter(replica);
+        next(Seen { recorded, member, home, made, lost, stuck, becomes_voter })
+    }
+
+    /// The voter whose place a replica shall take; 0 means none.
+    fn replaced_by(&self, replica: u64) -> u64 {
+        let replica = self.shard.replicas.iter().find(|known| known.id == replica);
+        replica.map_or(0, |replica| replica.replaces)
+    }
+
+    fn becomes_voter(&self, replica: u64) -> bool {
+        self.shard.replicas.iter().any(|known| known.id == replica && known.becomes_voter)
     }
 
     fn is_stray(&self, replica: u64) -> bool {
@@ -561,12 +543,16 @@ fn given_up(job: &Job, outcome: &mut Outcome) {
 fn concerned(job: &Job, group: &v1::GroupStatus) -> Vec<(u64, u64, Recorded)> {
     let leaving =
         job.leaving.iter().map(|leaving| (leaving.replica, leaving.node, Recorded::Leaving));
-    let learners = job.shard.replicas.iter().filter(|replica| !is_voter(replica));
-    let learners = learners.map(|replica| {
-        let recorded = if replica.joining { Recorded::Joining } else { Recorded::Present };
+    let known = job.shard.replicas.iter().filter(|replica| !is_voter(replica) || replica.goes);
+    let known = known.map(|replica| {
+        let recorded = match (replica.joining, replica.goes) {
+            (true, _) => Recorded::Joining,
+            (false, true) => Recorded::Going,
+            (false, false) => Recorded::Present,
+        };
         (replica.id, replica.node, recorded)
     });
-    let known: Vec<_> = leaving.chain(learners).collect();
+    let known: Vec<_> = leaving.chain(known).collect();
     let strays = group.members.iter().filter(|member| {
         member.role() == v1::ReplicaRole::Learner
             && known.iter().all(|(replica, _, _)| *replica != member.replica)
@@ -574,6 +560,23 @@ fn concerned(job: &Job, group: &v1::GroupStatus) -> Vec<(u64, u64, Recorded)> {
     let strays = strays.map(|member| (member.replica, member.node, Recorded::Unknown));
     let strays: Vec<_> = strays.collect();
     known.into_iter().chain(strays).collect()
+}
+
+/// What the map has to learn of who votes, from what a majority of the group has confirmed.
+fn voters_changed(shard: &v1::Shard, group: &v1::GroupStatus) -> Option<Change> {
+    if group.joint || group.epoch < shard.epoch {
+        return None;
+    }
+    let voters = group.members.iter().filter(|member| member.role() == v1::ReplicaRole::Voter);
+    let voters: BTreeSet<(u64, u64)> = voters.map(|voter| (voter.replica, voter.node)).collect();
+    let known = shard.replicas.iter().filter(|replica| is_voter(replica));
+    let known: BTreeSet<(u64, u64)> = known.map(|replica| (replica.id, replica.node)).collect();
+    let voters_differ = !voters.is_empty() && voters != known;
+    voters_differ.then(|| Change::Voters {
+        shard: shard.id,
+        epoch: group.epoch,
+        voters: voters.into_iter().collect(),
+    })
 }
 
 fn membership(member: &v1::MemberStatus) -> Membership {

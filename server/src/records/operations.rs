@@ -1,0 +1,112 @@
+//! The record of operations: what is under way, what has ended, how balancing is set.
+//!
+//! Owns its shape, its encoding and what is asked of it. What becomes of operations is decided in
+//! `cluster::operations`.
+
+use coracle_proto::{peer, v1};
+use prost::Message;
+use v1::OperationState;
+
+/// Ended operations that are remembered; the newest of them with its moves, so that it can be undone.
+const ENDED_MAX: usize = 16;
+/// Moves at a time, over the whole cluster, unless it is set.
+const MOVES_AT_A_TIME: u32 = 4;
+/// How long a node may be silent, in milliseconds, before its replicas are made elsewhere, unless it
+/// is set: a restart, even a slow one, takes less.
+const DOWN_AFTER_MS: u64 = 5 * 60 * 1_000;
+
+/// The record of operations.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Operations {
+    /// Those under way, and the last that ended, oldest first.
+    pub list: Vec<v1::ClusterOperation>,
+    /// The highest id that was given.
+    pub last_id: u64,
+    /// Nothing moves only for balance.
+    pub manual: bool,
+    /// 0 means the default.
+    pub moves_at_a_time: u32,
+    /// 0 means the default.
+    pub down_after_ms: u64,
+}
+
+impl Operations {
+    /// As it is recorded.
+    pub(crate) fn to_proto(&self) -> peer::Operations {
+        peer::Operations {
+            operations: self.list.iter().map(|known| known.encode_to_vec().into()).collect(),
+            last_id: self.last_id,
+            manual: self.manual,
+            moves_at_a_time: self.moves_at_a_time,
+            down_after_ms: self.down_after_ms,
+        }
+    }
+
+    pub(crate) fn from_proto(record: peer::Operations) -> Result<Self, prost::DecodeError> {
+        let list = record.operations.into_iter().map(v1::ClusterOperation::decode);
+        Ok(Self {
+            list: list.collect::<Result<_, _>>()?,
+            last_id: record.last_id,
+            manual: record.manual,
+            moves_at_a_time: record.moves_at_a_time,
+            down_after_ms: record.down_after_ms,
+        })
+    }
+
+    /// Moves at a time, over the whole cluster.
+    pub fn moves_at_a_time(&self) -> u32 {
+        if self.moves_at_a_time == 0 { MOVES_AT_A_TIME } else { self.moves_at_a_time }
+    }
+
+    /// How long a node may be silent before its replicas are made elsewhere.
+    pub fn down_after_ms(&self) -> u64 {
+        if self.down_after_ms == 0 { DOWN_AFTER_MS } else { self.down_after_ms }
+    }
+
+    /// Those that have not ended.
+    pub fn active(&self) -> impl Iterator<Item = &v1::ClusterOperation> {
+        self.list.iter().filter(|operation| is_active(operation))
+    }
+
+    pub(crate) fn find(&self, id: u64) -> Option<&v1::ClusterOperation> {
+        self.list.iter().find(|operation| operation.id == id)
+    }
+
+    /// Whether a move of this shard is under way or to come.
+    pub(crate) fn is_busy(&self, shard: u64) -> bool {
+        let moves = self.active().flat_map(|operation| &operation.moves);
+        moves.into_iter().any(|step| step.shard == shard && !has_ended(step.state()))
+    }
+
+    pub(crate) fn running(&self) -> impl Iterator<Item = &v1::OperationMove> {
+        let moves = self.active().flat_map(|operation| &operation.moves);
+        moves.filter(|step| step.state() == OperationState::Running)
+    }
+
+    pub(crate) fn forget_old(&mut self) {
+        let ended = self.list.iter().filter(|operation| !is_active(operation)).count();
+        let mut surplus = ended.saturating_sub(ENDED_MAX);
+        self.list.retain(|operation| {
+            let goes = surplus > 0 && !is_active(operation);
+            surplus -= usize::from(goes);
+            !goes
+        });
+        let mut ended = self.list.iter_mut().filter(|operation| !is_active(operation));
+        ended.next_back();
+        ended.for_each(|operation| {
+            operation.moves.clear();
+            operation.transfers.clear();
+        });
+    }
+}
+
+/// Whether it has not ended.
+pub(crate) fn is_active(operation: &v1::ClusterOperation) -> bool {
+    matches!(operation.state(), OperationState::Running | OperationState::Paused)
+}
+
+/// Whether an operation, or a move of it, has come to its end.
+pub(crate) fn has_ended(state: OperationState) -> bool {
+    use OperationState::{Cancelled, Done, Failed};
+    matches!(state, Done | Cancelled | Failed)
+}
