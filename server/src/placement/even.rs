@@ -10,8 +10,10 @@ use super::model::{Goal, Settings};
 
 /// Partners of the size nearest to what would be ideal that are tried for each replica.
 const NEAR: usize = 8;
-/// Improvements that cost nothing: each is small, and a plan is made while requests wait.
-const FREE_MAX: usize = 256;
+/// Improvements that cost nothing, in one plan: the last are small, and each takes a look at everything.
+const FREE_MAX: usize = 128;
+/// They end when the fullest node is as near to its share as this part of the slack.
+const FREE_PART: u32 = 4;
 
 /// A seat goes from `a` to `b`, and maybe another one back.
 struct Swap {
@@ -27,9 +29,11 @@ struct Swap {
 pub(super) fn even_out(assignment: &mut Assignment, settings: &Settings) {
     let mut free = 0;
     while let Some(a) = fullest(assignment) {
-        let beyond = settings.goal == Goal::Balance && is_beyond(assignment, a, settings);
+        let (slack, gap) = (settings.bytes_slack, settings.bytes_gap);
+        let beyond = settings.goal == Goal::Balance && is_beyond(assignment, a, slack, gap);
         free += usize::from(!beyond);
-        if free > FREE_MAX {
+        // Nearly even is even enough: the rest would be many small steps.
+        if free > FREE_MAX || !is_beyond(assignment, a, slack / FREE_PART, 0) {
             return;
         }
         let Some(swap) = best_swap(assignment, a, beyond) else { return };
@@ -53,12 +57,13 @@ fn fullest(assignment: &Assignment) -> Option<usize> {
     open(assignment).max_by_key(|node| (fullness(assignment, *node), std::cmp::Reverse(*node)))
 }
 
-fn is_beyond(assignment: &Assignment, node: usize, settings: &Settings) -> bool {
+/// Whether a node has more than its share by a slack, in thousandths, and by so many bytes.
+fn is_beyond(assignment: &Assignment, node: usize, slack: u32, gap: u64) -> bool {
     let all: u128 = open(assignment).map(|node| u128::from(assignment.bytes[node])).sum();
     let weights: u64 = open(assignment).map(|node| assignment.nodes[node].weight).sum();
     let share = all * u128::from(assignment.nodes[node].weight) / u128::from(weights.max(1));
-    let slack = share * u128::from(settings.bytes_slack) / 1_000;
-    u128::from(assignment.bytes[node]) > share + slack.max(u128::from(settings.bytes_gap))
+    let slack = share * u128::from(slack) / 1_000;
+    u128::from(assignment.bytes[node]) > share + slack.max(u128::from(gap))
 }
 
 /// The best of what takes bytes off `a`: the fewest moves, then the most gain.

@@ -36,8 +36,12 @@ pub fn plan(view: &View, settings: &Settings) -> Plan {
     }
     let led = leaders::choose(view, &ordered.voters, settings);
     let mut plan = put_together(view, &ordered, &led.leaders, settings);
-    plan.lower_bound = chosen.lower_bound.min(plan.copies());
-    plan.for_bytes = chosen.for_bytes.min(plan.copies() - plan.lower_bound);
+    (plan.lower_bound, plan.for_bytes) = (chosen.lower_bound, chosen.for_bytes);
+    if !ordered.left.is_empty() {
+        // What found no room is not copied.
+        plan.lower_bound = plan.lower_bound.min(plan.copies());
+        plan.for_bytes = plan.for_bytes.min(plan.copies() - plan.lower_bound);
+    }
     plan.stalls = chosen.stalls;
     plan.stalls.extend(stall);
     plan.stalls.extend(led.stalls);

@@ -162,6 +162,21 @@ pub(super) fn score(view: &View, settings: &Settings, plan: &Plan) -> Option<Sco
     (!view.nodes.iter().any(odd)).then(|| Judge::new(view, settings).plan(plan))
 }
 
+/// Whether what a plan leads to is at least as good as what was, moves aside.
+pub(super) fn is_no_worse(view: &View, settings: &Settings, plan: &Plan) -> bool {
+    let mut still = plan.clone();
+    for shard in &view.shards {
+        let placed = still.wanted.get_mut(&shard.id).expect("a plan names every shard");
+        placed.voters = shard.voters.iter().map(|seat| seat.node).collect();
+    }
+    let places = |plan: &Plan| score(view, settings, plan).map(|score| score[..4].to_vec());
+    // Between different numbers of replicas shares differ; of pinned ones only a plan knows.
+    let surplus = view.shards.iter().any(|shard| shard.voters.len() > settings.replicas);
+    let pinned = |node: &NodeView| matches!(node.duty, Duty::Keeps | Duty::Absent);
+    let other = settings.goal == Goal::Repair || surplus || view.nodes.iter().any(pinned);
+    other || places(plan) <= places(&still)
+}
+
 /// All subsets of so many of the nodes.
 fn subsets(nodes: &[NodeId], size: usize) -> Vec<Vec<NodeId>> {
     let all = (0..1_u32 << nodes.len()).filter(|set| set.count_ones() as usize == size);

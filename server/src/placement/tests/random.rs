@@ -9,6 +9,8 @@ fn any_plan_passes_the_checker_and_carried_out_leaves_nothing_to_do() {
         let (view, settings) = world(seed);
         let made = plan(&view, &settings);
         check(&view, &settings, &made).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
+        let better = super::exhaustive::is_no_worse(&view, &settings, &made);
+        assert!(better, "seed {seed}: it was better before");
         let after = view.after(&made);
         let again = plan(&after, &settings);
         assert!(again.is_empty() || ends(&after, &settings), "seed {seed}: {:?}", again.steps);
