@@ -1,8 +1,8 @@
 //! How nodes become a cluster, and how the cluster's records become replicas.
 //!
-//! Owns init, joining, the making of first replicas, read replicas (`replicas`), and the spreading of
-//! the shard map and of the keyspaces' settings (`keyspaces`). Does not move voters (there is no such
-//! operation yet) and does not carry messages (`transport`).
+//! Owns init, joining, the making of first replicas, the ways of replicas and leaders (`replicas`,
+//! `leaders`), the operations that ask for them (`elastic`, `operations`), and the spreading of the
+//! shard map and of the keyspaces' settings (`keyspaces`). Does not carry messages (`transport`).
 //!
 //! **Init** writes its plan to the data directory first: run again after a crash it goes on with the
 //! same cluster id and the same node ids. **Replicas** are made only while their shard is *forming*;
@@ -15,6 +15,7 @@ mod keyspaces;
 mod members;
 mod operations;
 mod elastic;
+mod leaders;
 mod replicas;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -46,6 +47,7 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at what is to be made or sent.
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
+pub use elastic::Knowledge;
 pub use found::{InitError, InitOptions, gather, join_when_alone};
 pub use members::{DAMAGED, member_statuses};
 
@@ -114,6 +116,8 @@ pub struct Cluster {
     pub made: Mutex<BTreeSet<u64>>,
     /// Which start of each node has which epoch of the map: likewise.
     pub told: Mutex<BTreeMap<u64, (u64, u64)>>,
+    /// What is known beside the records: likewise.
+    pub knowledge: Mutex<Knowledge>,
 }
 
 impl Cluster {

@@ -13,8 +13,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use coracle_proto::limits::MESSAGE_BYTES_MAX;
-use coracle_proto::peer::KnownNode;
+use coracle_proto::peer::{self, KnownNode};
 use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::v1;
 use coracle_proto::v1::admin_service_server::AdminServiceServer;
@@ -218,6 +219,15 @@ impl Operator for Shared {
         })
     }
 
+    async fn elastic(&self, asked: peer::elastic::Kind, deadline: Instant) -> Result<Bytes, Fault> {
+        let member = self.member().ok_or_else(not_initialized)?;
+        let answered = member.cluster.elastic(asked, deadline).await;
+        answered.map_err(|done| {
+            let reason = Reason::parse(&done.reason).unwrap_or(Reason::NoQuorum);
+            Fault::new(reason, done.error)
+        })
+    }
+
     fn host(&self) -> Option<Arc<Host>> {
         self.member().map(|member| member.host.clone())
     }
@@ -276,6 +286,7 @@ fn groups(member: &Member) -> Vec<v1::GroupStatus> {
             first_index: status.purged.map_or(0, |at| at.index + 1),
             epoch: group.descriptor().map_or(0, |descriptor| descriptor.epoch),
             state_bytes: group.state_bytes(),
+            joint: status.joint,
             members: cluster::member_statuses(&group),
         }
     };

@@ -357,9 +357,9 @@ pub struct Operations {
     /// Those under way, and the last that ended, oldest first; each a coracle.v1.ClusterOperation.
     #[prost(bytes = "bytes", repeated, tag = "1")]
     pub operations: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
-    /// The next id.
+    /// The highest id that was given.
     #[prost(uint64, tag = "2")]
-    pub next: u64,
+    pub last_id: u64,
     /// Automatic balancing is turned off.
     #[prost(bool, tag = "3")]
     pub manual: bool,

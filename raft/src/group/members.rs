@@ -280,7 +280,9 @@ fn check_voters(
         let matched = status.members.get(&add).and_then(|member| member.matched);
         let lacks = status.last_index.unwrap_or(0).saturating_sub(matched.map_or(0, |at| at.index));
         if matched.is_none() || lacks > PROMOTE_LAG_MAX {
-            return refused(format!("replica {add} lacks {lacks} entries: it is not ready to vote"));
+            return refused(format!(
+                "replica {add} lacks {lacks} entries: it is not ready to vote"
+            ));
         }
     }
     let heard = |id: &&u64| {

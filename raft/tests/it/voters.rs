@@ -51,7 +51,10 @@ async fn a_voter_takes_the_place_of_another_and_no_write_is_lost() {
     let (leader, epoch) = (cluster.leading().await, cluster.epoch().await);
     let (led, _) = cluster.leader().expect("a leader");
     let old = (1..=3).map(NodeId).find(|node| *node != led).expect("three of them");
-    let behind = leader.change_voters(Some(LEARNER), Some(on(old)), epoch, soon()).await.expect("all are well");
+    let behind = leader
+        .change_voters(Some(LEARNER), Some(on(old)), epoch, soon())
+        .await
+        .expect("all are well");
     assert!(behind > epoch, "a change of the members raises the epoch");
     let told = leader.members(soon()).await.expect("it leads");
     assert!(!told.joint);

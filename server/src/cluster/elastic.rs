@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_proto::reason::Reason;
-use coracle_proto::shard_map::{META_SHARD, Epoch, NodeId, ReplicaId, ShardId};
+use coracle_proto::shard_map::{Epoch, NodeId, ReplicaId, ShardId};
 use coracle_proto::{peer, v1};
 use peer::cluster_command::Kind;
 use peer::elastic::Kind as Asked;
@@ -19,9 +19,10 @@ use v1::{NodeState, OperationControl, OperationKind, OperationState};
 
 use super::operations::{self, Work};
 use super::{Cluster, done, refused};
-use crate::placement::{
-    Disk, Duty, Goal, NodeView, Plan, Seat, Settings, ShardView, View, WEIGHT_ONE, plan,
+use crate::placement::model::{
+    Duty, Goal, NodeView, Plan, Seat, Settings, ShardView, Stall, View, WEIGHT_ONE,
 };
+use crate::placement::plan;
 use crate::records::operations::is_active;
 use crate::records::{Operations, RecordsError, Snapshot};
 
@@ -40,8 +41,6 @@ pub struct Knowledge {
     pub(super) bytes: BTreeMap<u64, u64>,
     /// By shard: who leads it.
     pub(super) leaders: BTreeMap<u64, u64>,
-    /// By node: its disk.
-    pub(super) disks: BTreeMap<u64, Disk>,
     /// The nodes, and since when they are the same.
     pub(super) nodes: Option<(Vec<u64>, Instant)>,
 }
@@ -77,19 +76,17 @@ fn view(snapshot: &Snapshot, known: &Knowledge, now: Instant) -> View {
         zone: node.zone.clone(),
         weight: WEIGHT_ONE,
         duty: known.duty(node, &snapshot.operations, now),
-        disk: known.disks.get(&node.id).copied(),
+        disk: None,
     });
     let shards = snapshot.map.shards.iter().filter(|shard| !shard.forming).map(|shard| {
-        let (voters, others): (Vec<_>, Vec<_>) =
+        let (voters, others): (Vec<&v1::Replica>, Vec<&v1::Replica>) =
             shard.replicas.iter().partition(|replica| replica.role() == v1::ReplicaRole::Voter);
-        let seat = |voter: &&v1::Replica| Seat {
-            replica: ReplicaId(voter.id),
-            node: NodeId(voter.node),
-        };
+        let seat =
+            |voter: &v1::Replica| Seat { replica: ReplicaId(voter.id), node: NodeId(voter.node) };
         let leader = known.leaders.get(&shard.id).copied();
         ShardView {
             id: ShardId(shard.id),
-            voters: voters.iter().filter(|voter| !voter.goes).map(seat).collect(),
+            voters: voters.iter().copied().filter(|voter| !voter.goes).map(seat).collect(),
             learners: others.iter().map(|replica| NodeId(replica.node)).collect(),
             leader: leader.map(NodeId),
             bytes: known.bytes.get(&shard.id).copied().unwrap_or(0),
@@ -328,7 +325,11 @@ fn conflict(why: impl Into<String>) -> Refusal {
 
 impl Cluster {
     /// Has the meta group's leader answer an operator, from any node.
-    pub async fn elastic(&self, asked: Asked, deadline: Instant) -> Result<Bytes, peer::CommandDone> {
+    pub async fn elastic(
+        &self,
+        asked: Asked,
+        deadline: Instant,
+    ) -> Result<Bytes, peer::CommandDone> {
         self.by_meta_leader(Kind::Elastic(peer::Elastic { kind: Some(asked) }), deadline).await
     }
 
@@ -364,9 +365,8 @@ impl Cluster {
     async fn operations_here(&self, bytes: Bytes) -> Result<Bytes, peer::CommandDone> {
         let request: v1::ListOperationsRequest = decode(bytes)?;
         let snapshot = self.records.load().await.map_err(|error| done(Err(error), self))?;
-        let wanted = |operation: &&v1::ClusterOperation| {
-            request.id == 0 || operation.id == request.id
-        };
+        let wanted =
+            |operation: &&v1::ClusterOperation| request.id == 0 || operation.id == request.id;
         let operations = snapshot.operations.list.iter().rev().filter(wanted).cloned().collect();
         let balancing = balancing(&snapshot, &self.knowledge.lock(), Instant::now());
         encode(&v1::ListOperationsResponse { operations, balancing: Some(balancing) })
@@ -406,7 +406,10 @@ impl Cluster {
         let begun = self.change_elastic(|snapshot| {
             let shard = snapshot.map.shards.iter().find(|shard| shard.id == request.shard);
             let Some(shard) = shard else {
-                return Err((Reason::UnknownShard, format!("there is no shard s{}", request.shard)));
+                return Err((
+                    Reason::UnknownShard,
+                    format!("there is no shard s{}", request.shard),
+                ));
             };
             let node = snapshot.map.nodes.iter().find(|node| node.id == request.to_node);
             match node.map(v1::Node::state) {
@@ -450,7 +453,10 @@ impl Cluster {
             }
             if request.state() == NodeState::Decommissioning {
                 let plan = planned(snapshot, &known, Goal::Repair, now);
-                if !plan.stalls.is_empty() {
+                let stays = |stall: &&Stall| {
+                    matches!(stall, Stall::NotEmptied { node, .. } if node.0 == request.node)
+                };
+                if plan.stalls.iter().any(|stall| stays(&stall)) {
                     let why: Vec<String> = plan.stalls.iter().map(ToString::to_string).collect();
                     return Err(packed(conflict(format!(
                         "n{} can't be emptied: {}",
@@ -479,7 +485,8 @@ impl Cluster {
 
     async fn balancing_here(&self, bytes: Bytes) -> Result<Bytes, peer::CommandDone> {
         let request: v1::SetBalancingRequest = decode(bytes)?;
-        if request.moves_at_a_time == Some(0) || request.down_after_ms.is_some_and(|ms| ms < 10_000) {
+        if request.moves_at_a_time == Some(0) || request.down_after_ms.is_some_and(|ms| ms < 10_000)
+        {
             let why = "at least one move at a time, and 10 s before a node counts as lost";
             return Err(refused_for(Reason::InvalidArgument, why));
         }
@@ -534,9 +541,8 @@ fn refused_for(reason: Reason, why: &str) -> peer::CommandDone {
 }
 
 fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, peer::CommandDone> {
-    M::decode(bytes).map_err(|error| {
-        refused_for(Reason::InvalidArgument, &format!("not a request: {error}"))
-    })
+    M::decode(bytes)
+        .map_err(|error| refused_for(Reason::InvalidArgument, &format!("not a request: {error}")))
 }
 
 fn encode(message: &impl Message) -> Result<Bytes, peer::CommandDone> {
@@ -642,29 +648,4 @@ fn control(
     operation.state = state.into();
     operation.cancelling |= request.control() == OperationControl::Cancel;
     Ok(found.id)
-}
-
-/// Whether leadership of a shard may stay where it is, by the records.
-pub(super) fn may_lead(map: &v1::ShardMap, node: u64) -> bool {
-    let node = map.nodes.iter().find(|known| known.id == node);
-    !node.is_some_and(|node| {
-        matches!(node.state(), NodeState::Draining | NodeState::Decommissioning)
-    })
-}
-
-/// The shards whose leaders shall go, and whither; 0 leaves it to the leader.
-pub(super) fn hand_overs(snapshot: &Snapshot, known: &Knowledge) -> Vec<(u64, u64, u64)> {
-    let mut wanted: Vec<(u64, u64, u64)> = Vec::new();
-    for (shard, leader) in &known.leaders {
-        // The meta group's last: whoever leads it does all this.
-        if !may_lead(&snapshot.map, *leader) && *shard != META_SHARD.0 {
-            wanted.push((*shard, *leader, 0));
-        }
-    }
-    if let Some(leader) = known.leaders.get(&META_SHARD.0).filter(|l| !may_lead(&snapshot.map, **l))
-        && wanted.is_empty()
-    {
-        wanted.push((META_SHARD.0, *leader, 0));
-    }
-    wanted
 }

@@ -325,6 +325,7 @@ fn first_map(
         keyspaces: vec![default_keyspace()],
         server_time_ms: 0,
         read_replicas: Vec::new(),
+        replicas,
     }
 }
 

@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState};
 
-use crate::records::Snapshot;
 use crate::records::operations::{has_ended, is_active};
+use crate::records::Snapshot;
 
 /// Operations under way: each that moves replicas by a plan has the cluster to itself, the others are
 /// few. Beyond it: `CONFLICT`.
@@ -49,7 +49,8 @@ fn has_the_cluster(kind: OperationKind) -> bool {
 pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<u64, String> {
     let operations = &snapshot.operations;
     let active: Vec<&v1::ClusterOperation> = operations.active().collect();
-    let other = active.iter().find(|other| has_the_cluster(work.kind) || has_the_cluster(other.kind()));
+    let other =
+        active.iter().find(|other| has_the_cluster(work.kind) || has_the_cluster(other.kind()));
     let repairs = matches!(work.kind, OperationKind::Repair | OperationKind::Decommission);
     if let Some(other) = other.filter(|_| !repairs) {
         return Err(format!("operation {} is under way: wait for it, or cancel it", other.id));
@@ -115,9 +116,10 @@ fn entered(map: &v1::ShardMap, planned: &v1::PlannedMove) -> Result<v1::Operatio
     let from = match planned.from_node {
         0 => 0,
         node => {
-            let voter = shard.replicas.iter().find(|replica| {
-                replica.node == node && replica.role() == v1::ReplicaRole::Voter
-            });
+            let voter = shard
+                .replicas
+                .iter()
+                .find(|replica| replica.node == node && replica.role() == v1::ReplicaRole::Voter);
             let voter = voter.ok_or_else(|| format!("no voter of s{} is on n{node}", shard.id))?;
             voter.id
         }
@@ -201,9 +203,8 @@ fn follow_one(map: &v1::ShardMap, step: &mut v1::OperationMove, cancelling: bool
     let find = |id: u64| shard.and_then(|shard| shard.replicas.iter().find(|r| r.id == id));
     let is_there = |id: u64| find(id).is_some();
     let came = step.to_node == 0
-        || find(step.to_replica).is_some_and(|replica| {
-            replica.role() == v1::ReplicaRole::Voter && !replica.joining
-        });
+        || find(step.to_replica)
+            .is_some_and(|replica| replica.role() == v1::ReplicaRole::Voter && !replica.joining);
     let went = step.from_replica == 0 || !is_there(step.from_replica);
     let lost = step.to_node != 0 && !is_there(step.to_replica);
     let state = if came && went {
@@ -344,6 +345,24 @@ pub(super) fn is_empty(snapshot: &Snapshot, node: u64) -> bool {
     let holds = snapshot.map.shards.iter().flat_map(|shard| &shard.replicas);
     let mut holds = holds.filter(|replica| replica.node == node);
     holds.next().is_none() && snapshot.leaving.iter().all(|leaving| leaving.node != node)
+}
+
+/// The leaderships that are to move next: of operations whose replicas have moved.
+pub(super) fn due_transfers(snapshot: &Snapshot) -> Vec<v1::PlannedTransfer> {
+    let operations = snapshot.operations.active().filter(|operation| {
+        operation.state() == OperationState::Running
+            && operation.moves.iter().all(|step| has_ended(step.state()))
+    });
+    operations.flat_map(|operation| operation.transfers.iter().copied()).collect()
+}
+
+/// These were asked for. False when no operation names them.
+pub(super) fn forget_transfers(snapshot: &mut Snapshot, tried: &[v1::PlannedTransfer]) -> bool {
+    let before = snapshot.operations.clone();
+    for operation in &mut snapshot.operations.list {
+        operation.transfers.retain(|transfer| !tried.contains(transfer));
+    }
+    before != snapshot.operations
 }
 
 /// The moves that take back what an operation did, the last first.

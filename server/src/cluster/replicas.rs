@@ -45,12 +45,16 @@ use tokio_util::sync::CancellationToken;
 use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter};
 use self::patience::Patience;
 use self::step::{Home, Membership, Recorded, Seen, Step, next};
+use super::leaders::Asked;
 use super::members::{ABSENT, DAMAGED};
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
+use super::{elastic, operations};
 use crate::records::{RecordsError, Snapshot};
 
 /// Between two looks at what is to be done.
 const TEND_INTERVAL: Duration = Duration::from_millis(200);
+/// Between two looks at what is to be begun: each may make a plan of the whole cluster.
+const ACT_INTERVAL: Duration = Duration::from_secs(1);
 /// Shards that are worked on at a time: each takes a question to its leader.
 const SHARDS_AT_ONCE: usize = 16;
 /// Every shard is looked at this often though nothing is to be done: a change may have come late.
@@ -75,9 +79,15 @@ struct Tending {
     worked: BTreeMap<u64, Instant>,
     /// By node: since when it is silent.
     silent: BTreeMap<u64, Instant>,
+    /// By shard: what a copy takes, in bytes.
+    bytes: BTreeMap<u64, u64>,
     /// By shard: how often it was asked in vain, and nobody named its leader.
     failed: BTreeMap<u64, usize>,
     patience: Patience,
+    /// Leaders that were asked to hand over.
+    asked: Asked,
+    /// When the records were last looked at for what is to be begun.
+    acted: Option<Instant>,
 }
 
 /// One shard's turn.
@@ -104,6 +114,8 @@ struct Outcome {
     /// Nodes on which a replica of the shard was given up, and whether it had been there.
     gave_up: Vec<(u64, bool)>,
     leader: Option<NodeId>,
+    /// What a copy of the shard takes.
+    bytes: Option<u64>,
     changes: Vec<Change>,
 }
 
@@ -119,6 +131,7 @@ impl Cluster {
             let group = self.host.group(META_SHARD);
             if group.is_none_or(|group| group.status().state != Standing::Leader) {
                 tending = Tending::default();
+                *self.knowledge.lock() = elastic::Knowledge::default();
                 continue;
             }
             tokio::select! {
@@ -143,6 +156,7 @@ impl Cluster {
                 return;
             }
         };
+        self.spread_leaders(&snapshot, &mut tending.asked).await;
         let jobs = self.jobs(&snapshot, tending);
         let mut working: FuturesUnordered<_> =
             jobs.into_iter().map(|job| self.work_on(job)).collect();
@@ -173,21 +187,41 @@ impl Cluster {
             }
         }
         tending.silent.retain(|node, _| map.nodes.iter().any(|known| known.id == *node));
+        let mut known = self.knowledge.lock();
+        known.silent.clone_from(&tending.silent);
+        let nodes: Vec<u64> = map.nodes.iter().map(|node| node.id).collect();
+        if known.nodes.as_ref().is_none_or(|(before, _)| *before != nodes) {
+            known.nodes = Some((nodes, Instant::now()));
+        }
+        known.bytes.extend(tending.bytes.iter());
+        let leaders = self.map.current();
+        let leaders = leaders.iter().flat_map(|map| map.all_shards());
+        let leaders = leaders.filter_map(|shard| Some((shard.id.0, shard.leader?.0)));
+        known.leaders = leaders.collect();
     }
 
     /// Records which replicas shall come and go. Returns the records as they are then.
     async fn record_plan(
         &self,
         snapshot: Snapshot,
-        tending: &Tending,
+        tending: &mut Tending,
     ) -> Result<Snapshot, RecordsError> {
-        let mut probe = snapshot.clone();
         let outlook = tending.outlook();
-        if !enter_plan(&mut probe, &outlook) {
+        let known = self.knowledge.lock().clone();
+        let (now, now_ms) = (Instant::now(), self.records.now_ms());
+        let acts = tending.acted.is_none_or(|at| now.duration_since(at) >= ACT_INTERVAL);
+        if acts {
+            tending.acted = Some(now);
+        }
+        let enter = |snapshot: &mut Snapshot| {
+            let learners = enter_plan(snapshot, &outlook);
+            let begun = acts && elastic::act(snapshot, &known, now, now_ms);
+            operations::advance(snapshot, now_ms) | begun | learners
+        };
+        if !enter(&mut snapshot.clone()) {
             return Ok(snapshot);
         }
-        let entered =
-            self.records.change_all(|snapshot| Ok(enter_plan(snapshot, &outlook))).await?;
+        let entered = self.records.change_all(|snapshot| Ok(enter(snapshot))).await?;
         self.publish(&entered.map).await;
         Ok(entered)
     }
@@ -254,7 +288,7 @@ impl Cluster {
                 return outcome;
             }
         };
-        outcome.leader = Some(job.ask);
+        (outcome.leader, outcome.bytes) = (Some(job.ask), Some(group.state_bytes));
         if group.joint {
             let change = MemberChange::Finish.into();
             let finish = peer::ChangeMembers { shard: shard.id, change, ..Default::default() };
@@ -494,6 +528,7 @@ impl Tending {
             self.patience.gave_up(now, shard, node, lost);
         }
         self.made.extend(outcome.made);
+        self.bytes.extend(outcome.bytes.map(|bytes| (shard, bytes)));
         match outcome.leader {
             Some(leader) => {
                 self.leaders.insert(shard, leader);

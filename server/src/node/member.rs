@@ -76,6 +76,7 @@ impl Member {
             membership: shared.home.clone(),
             made: Mutex::default(),
             told: Mutex::default(),
+            knowledge: Mutex::default(),
         });
         let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());

@@ -93,8 +93,9 @@ mod tests {
     const OWN: NodeId = NodeId(1);
 
     fn shard(leader: u64, term: u64) -> Shard {
-        let replicas =
-            [1, 2, 3].map(|node| v1::Replica { id: node, node, role: 1, ..Default::default() }).to_vec();
+        let replicas = [1, 2, 3]
+            .map(|node| v1::Replica { id: node, node, role: 1, ..Default::default() })
+            .to_vec();
         let shard = v1::Shard { id: 4, epoch: 1, replicas, ..Default::default() };
         Shard::from_proto(&v1::Shard { leader_node: leader, leader_term: term, ..shard }).unwrap()
     }

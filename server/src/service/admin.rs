@@ -5,6 +5,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+use coracle_proto::peer::elastic;
 use coracle_proto::reason::{Fault, Outcome, Reason};
 use coracle_proto::shard_map::{NodeId, ShardId};
 use coracle_proto::v1;
@@ -12,6 +14,7 @@ use coracle_proto::v1::admin_service_server::AdminService;
 use coracle_raft::error::GroupError;
 use coracle_raft::host::Host;
 use coracle_raft::leadership::Standing;
+use prost::Message;
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
 
@@ -43,6 +46,10 @@ pub trait Operator: Send + Sync + 'static {
         request: v1::SetReadReplicasRequest,
         deadline: Instant,
     ) -> Result<v1::SetReadReplicasResponse, Fault>;
+
+    /// Has the meta group's leader answer what is asked of replicas and nodes: the bytes of the
+    /// response.
+    async fn elastic(&self, asked: elastic::Kind, deadline: Instant) -> Result<Bytes, Fault>;
 
     /// The node's groups, once it is in a cluster.
     fn host(&self) -> Option<Arc<Host>>;
@@ -140,6 +147,55 @@ impl AdminService for Admin {
         Ok(Response::new(set?))
     }
 
+    async fn plan_rebalance(
+        &self,
+        request: Request<v1::PlanRebalanceRequest>,
+    ) -> Result<Response<v1::PlanRebalanceResponse>, Status> {
+        self.ask(elastic::Kind::Plan, request).await
+    }
+
+    async fn start_rebalance(
+        &self,
+        request: Request<v1::StartRebalanceRequest>,
+    ) -> Result<Response<v1::StartRebalanceResponse>, Status> {
+        self.ask(elastic::Kind::Start, request).await
+    }
+
+    async fn move_replica(
+        &self,
+        request: Request<v1::MoveReplicaRequest>,
+    ) -> Result<Response<v1::MoveReplicaResponse>, Status> {
+        self.ask(elastic::Kind::Move, request).await
+    }
+
+    async fn set_node_state(
+        &self,
+        request: Request<v1::SetNodeStateRequest>,
+    ) -> Result<Response<v1::SetNodeStateResponse>, Status> {
+        self.ask(elastic::Kind::NodeState, request).await
+    }
+
+    async fn list_operations(
+        &self,
+        request: Request<v1::ListOperationsRequest>,
+    ) -> Result<Response<v1::ListOperationsResponse>, Status> {
+        self.ask(elastic::Kind::Operations, request).await
+    }
+
+    async fn control_operation(
+        &self,
+        request: Request<v1::ControlOperationRequest>,
+    ) -> Result<Response<v1::ControlOperationResponse>, Status> {
+        self.ask(elastic::Kind::Control, request).await
+    }
+
+    async fn set_balancing(
+        &self,
+        request: Request<v1::SetBalancingRequest>,
+    ) -> Result<Response<v1::SetBalancingResponse>, Status> {
+        self.ask(elastic::Kind::Balancing, request).await
+    }
+
     async fn inject_fault(
         &self,
         request: Request<v1::InjectFaultRequest>,
@@ -150,6 +206,21 @@ impl AdminService for Admin {
             return Err(Fault::new(Reason::NotAllowed, message).into());
         }
         Ok(Response::new(v1::InjectFaultResponse {}))
+    }
+}
+
+impl Admin {
+    async fn ask<Q: Message, A: Message + Default>(
+        &self,
+        kind: fn(Bytes) -> elastic::Kind,
+        request: Request<Q>,
+    ) -> Result<Response<A>, Status> {
+        let asked = kind(request.into_inner().encode_to_vec().into());
+        let body = self.0.elastic(asked, Instant::now() + SET_TIMEOUT).await?;
+        let answer = A::decode(body).map_err(|error| {
+            Fault::new(Reason::Internal, format!("an answer between nodes: {error}"))
+        })?;
+        Ok(Response::new(answer))
     }
 }
 

@@ -83,9 +83,7 @@ pub(super) fn planned(snapshot: &Snapshot, outlook: &Outlook) -> LearnerPlan {
     let nodes = map.nodes.iter().filter(|node| {
         !matches!(
             node.state(),
-            v1::NodeState::Gone
-                | v1::NodeState::Decommissioning
-                | v1::NodeState::Decommissioned
+            v1::NodeState::Gone | v1::NodeState::Decommissioning | v1::NodeState::Decommissioned
         )
     });
     let holders = nodes.map(|node| Holder {

@@ -256,7 +256,11 @@ mod tests {
         }
         assert_eq!(seen(Recorded::Going, Membership::Voter, false), Step::Retire);
         assert_eq!(seen(Recorded::Going, Membership::NotAsked, false), Step::Wait);
-        assert_eq!(seen(Recorded::Going, Membership::Absent, false), Step::Wait, "the map will say");
+        assert_eq!(
+            seen(Recorded::Going, Membership::Absent, false),
+            Step::Wait,
+            "the map will say"
+        );
     }
 
     #[test]

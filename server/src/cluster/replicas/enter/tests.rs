@@ -36,6 +36,7 @@ fn snapshot() -> Snapshot {
         },
         ids: peer::IdCounters { next_replica: 10, ..Default::default() },
         leaving: Vec::new(),
+        operations: Default::default(),
         version: 1,
     }
 }
@@ -154,4 +155,40 @@ fn nothing_comes_where_it_failed_and_others_take_its_place() {
     let node = Avoided { nodes: [4].into(), ..Avoided::default() };
     assert_eq!(entered("a", node.clone()), []);
     assert_eq!(entered("", node), [(1, 5), (2, 5)]);
+}
+
+#[test]
+fn the_map_takes_from_a_group_who_votes() {
+    let mut records = snapshot();
+    let voters = |records: &Snapshot| {
+        let replicas = records.map.shards[1].replicas.iter();
+        replicas.filter(|r| is_voter(r)).map(|r| (r.id, r.node)).collect::<Vec<_>>()
+    };
+    let before = voters(&records);
+    assert_eq!(before, [(4, 1), (5, 2), (6, 3)]);
+    let change = |epoch, voters: &[(u64, u64)]| Change::Voters {
+        shard: 1,
+        epoch,
+        voters: voters.to_vec(),
+    };
+    let role = v1::ReplicaRole::Learner;
+    let comes = v1::Replica { becomes_voter: true, replaces: 5, ..replica(70, 4, role, true) };
+    records.map.shards[1].replicas.push(comes);
+    let moved = [(4, 1), (6, 3), (70, 4)];
+    records.map.shards[1].epoch = 3;
+    assert!(!enter(&mut records, &change(2, &moved)), "the group has changed since");
+    assert_eq!(voters(&records), before);
+    assert!(enter(&mut records, &change(4, &moved)));
+    assert_eq!((voters(&records), records.map.shards[1].epoch), (moved.to_vec(), 4));
+    let settled = records.map.shards[1].replicas[2];
+    assert_eq!(settled, replica(70, 4, v1::ReplicaRole::Voter, false));
+    let left = |shard, replica, node| peer::LeavingReplica { shard, replica, node };
+    assert_eq!(records.leaving, [left(1, 5, 2)], "it is to be removed");
+    assert!(!enter(&mut records, &change(4, &moved)), "the map says so already");
+
+    // One that was given up just as its group let it vote stays after all.
+    records.leaving.push(left(1, 71, 5));
+    assert!(enter(&mut records, &change(6, &[(4, 1), (70, 4), (71, 5)])));
+    assert_eq!(voters(&records), [(4, 1), (70, 4), (71, 5)]);
+    assert_eq!(records.leaving, [left(1, 5, 2), left(1, 6, 3)]);
 }
