@@ -96,7 +96,7 @@ const MUTATIONS: [(&str, Mutation); 19] = [
         for step in &mut plan.steps {
             let Step::Transfer(transfer) = step else { continue };
             let voters = plan.wanted[&transfer.shard].voters.iter().copied();
-            if let Some(to) = voters.filter(|to| !serves(*to) && *to != transfer.from).last() {
+            if let Some(to) = voters.filter(|to| !serves(*to) && *to != transfer.from).next_back() {
                 transfer.to = to;
                 plan.wanted.get_mut(&transfer.shard).unwrap().leader = Some(to);
                 return true;
