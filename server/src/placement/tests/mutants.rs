@@ -95,8 +95,8 @@ const MUTATIONS: [(&str, Mutation); 19] = [
         let serves = |node: NodeId| view.node(node).is_some_and(|node| node.duty == Duty::Serves);
         for step in &mut plan.steps {
             let Step::Transfer(transfer) = step else { continue };
-            let voters = plan.wanted[&transfer.shard].voters.iter().copied();
-            if let Some(to) = voters.filter(|to| !serves(*to) && *to != transfer.from).next_back() {
+            let mut voters = plan.wanted[&transfer.shard].voters.iter().copied();
+            if let Some(to) = voters.find(|to| !serves(*to) && *to != transfer.from) {
                 transfer.to = to;
                 plan.wanted.get_mut(&transfer.shard).unwrap().leader = Some(to);
                 return true;
