@@ -1,13 +1,37 @@
-//! Where the first replicas of a new cluster go: a pure function of its nodes.
+//! Where replicas and leaders stand: pure functions from nodes, shards and settings to a plan.
 //!
-//! Owns the choice only. Zones are spread first, then replicas, then leaders; ties go by node id, so
-//! that the same nodes give the same cluster.
+//! Owns every choice of a place. Knows no clock, no network and no records: the same input gives the same
+//! plan, a plan that was carried out gives an empty one, and what cannot be done is said
+//! ([`model::Stall`]), never a panic.
+//!
+//! What is better than what, the first that differs decides:
+//!
+//! 1. every shard has its replicas, on distinct nodes that may hold them;
+//! 2. each shard stands in as many zones as it can, and as evenly in them;
+//! 3. every node has its share of replicas by weight, rounded down or up; beyond that they are as the
+//!    weights as can be;
+//! 4. the fewest replicas are copied;
+//! 5. bytes are even, at no more copies, or, where one node has far too many, with some (`even`);
+//! 6. leaders: preferred zones, then counts with the fewest transfers, or loads (`leaders`).
+//!
+//! 1 to 4 are solved exactly (`flow`), unless a disk's limit stands in the way. With
+//! [`model::Goal::Repair`] 4 comes before 2. [`check`] verifies any plan by other means.
 
+pub mod model;
 pub mod learners;
+mod assignment;
+mod flow;
+mod even;
+mod replicas;
+mod order;
+mod leaders;
+mod plan;
+pub mod check;
 
-use std::collections::BTreeMap;
+use coracle_proto::shard_map::{Epoch, NodeId, ShardId};
 
-use coracle_proto::shard_map::NodeId;
+use self::model::{Duty, NodeView, Settings, ShardView, View, WEIGHT_ONE};
+pub use self::plan::{plan, plan_leaders, plan_towards};
 
 /// A node that can take replicas.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,77 +42,38 @@ pub struct Candidate {
     pub zone: String,
 }
 
-/// For each shard the nodes that hold it; the first of each forms the group, and so leads it first.
-///
-/// Every shard gets `min(replicas, nodes)` distinct nodes, in as many zones as there are; no node
-/// holds more than one replica above another, where zones allow it.
+/// For each shard of a new cluster the nodes that hold it; the first of each forms the group, and so leads
+/// it first. A plan from nothing: see the module for what holds.
 pub fn place(candidates: &[Candidate], shards: usize, replicas: usize) -> Vec<Vec<NodeId>> {
     assert!(!candidates.is_empty(), "a cluster has at least one node");
-    let mut held: BTreeMap<NodeId, usize> = candidates.iter().map(|c| (c.node, 0)).collect();
-    let mut led = held.clone();
-    let count = replicas.min(candidates.len());
-    (0..shards)
-        .map(|_| {
-            let mut chosen: Vec<&Candidate> = Vec::with_capacity(count);
-            while chosen.len() < count {
-                let in_zone = |zone: &str| chosen.iter().filter(|c| c.zone == zone).count();
-                let best = candidates
-                    .iter()
-                    .filter(|candidate| chosen.iter().all(|c| c.node != candidate.node))
-                    .min_by_key(|c| (in_zone(&c.zone), held[&c.node], c.node))
-                    .expect("fewer are chosen than there are");
-                chosen.push(best);
-            }
-            chosen.sort_by_key(|c| (led[&c.node], c.node));
-            for candidate in &chosen {
-                *held.entry(candidate.node).or_default() += 1;
-            }
-            *led.entry(chosen[0].node).or_default() += 1;
-            chosen.into_iter().map(|c| c.node).collect()
-        })
-        .collect()
+    let node = |candidate: &Candidate| NodeView {
+        id: candidate.node,
+        zone: candidate.zone.clone(),
+        weight: WEIGHT_ONE,
+        duty: Duty::Serves,
+        disk: None,
+    };
+    let shard = |id: usize| ShardView {
+        id: ShardId(id as u64),
+        voters: Vec::new(),
+        learners: Vec::new(),
+        leader: None,
+        bytes: 0,
+        load: 0,
+    };
+    let view = View {
+        epoch: Epoch(0),
+        nodes: candidates.iter().map(node).collect(),
+        shards: (0..shards).map(shard).collect(),
+    };
+    let plan = plan(&view, &Settings { replicas, ..Settings::default() });
+    let placed = plan.wanted.into_values().map(|placed| {
+        let mut voters = placed.voters;
+        voters.sort_by_key(|node| (Some(*node) != placed.leader, *node));
+        voters
+    });
+    placed.collect()
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use super::*;
-
-    fn nodes(zones: &[&str]) -> Vec<Candidate> {
-        let candidate = |(n, zone): (usize, &&str)| Candidate {
-            node: NodeId(n as u64 + 1),
-            zone: (*zone).to_owned(),
-        };
-        zones.iter().enumerate().map(candidate).collect()
-    }
-
-    #[test]
-    fn replicas_of_a_shard_stand_on_distinct_nodes_in_distinct_zones() {
-        let candidates = nodes(&["a", "b", "c", "a", "b"]);
-        for shard in place(&candidates, 16, 3) {
-            let zones: BTreeSet<&str> =
-                shard.iter().map(|node| candidates[node.0 as usize - 1].zone.as_str()).collect();
-            assert_eq!((shard.len(), zones.len()), (3, 3));
-        }
-    }
-
-    #[test]
-    fn leaders_and_replicas_are_balanced_within_a_zone_and_over_equal_nodes() {
-        let placed = place(&nodes(&["a", "b", "c"]), 17, 3);
-        let mut led = BTreeMap::<NodeId, usize>::new();
-        placed.iter().for_each(|shard| *led.entry(shard[0]).or_default() += 1);
-        assert_eq!(led.values().max(), Some(&6));
-        assert_eq!(led.values().min(), Some(&5));
-        let placed = place(&nodes(&["a"; 4]), 16, 3);
-        let mut held = BTreeMap::<NodeId, usize>::new();
-        placed.iter().flatten().for_each(|node| *held.entry(*node).or_default() += 1);
-        assert!(held.values().all(|count| *count == 12), "{held:?}");
-    }
-
-    #[test]
-    fn fewer_nodes_than_replicas_give_fewer_replicas() {
-        assert!(place(&nodes(&["a", "a"]), 4, 3).iter().all(|shard| shard.len() == 2));
-        assert!(place(&nodes(&["a"]), 4, 3).iter().all(|shard| shard.len() == 1));
-    }
-}
+mod tests;
