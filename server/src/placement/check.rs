@@ -75,7 +75,7 @@ struct Checker<'a> {
     nodes: BTreeMap<NodeId, &'a NodeView>,
 }
 
-/// Verifies a plan as [`super::plan`] makes it.
+/// Verifies a plan as [`super::plan()`] makes it.
 pub fn check(view: &View, settings: &Settings, plan: &Plan) -> Result<(), Wrong> {
     let nodes = view.nodes.iter().map(|node| (node.id, node)).collect();
     let checker = Checker { view, settings, plan, nodes };

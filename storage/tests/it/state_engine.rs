@@ -367,6 +367,7 @@ fn a_compaction_of_a_range_without_keys_is_no_error() {
 
 /// A store that is rewritten at 64 KiB a second: whoever closes it does not wait for a minute.
 #[test]
+#[allow(clippy::disallowed_methods, reason = "a thread of the test's own")]
 fn a_compaction_under_way_is_ended() {
     let temporary = tempfile::tempdir().expect("a temporary directory");
     let on_fatal = Arc::new(|error: &Error| panic!("background error: {error}"));

@@ -5,7 +5,8 @@ use super::*;
 
 #[test]
 fn any_plan_passes_the_checker_and_carried_out_leaves_nothing_to_do() {
-    for seed in seeds(10_000) {
+    // In the last, moves between full disks wait for each other, and one shard has too many replicas.
+    for seed in [seeds(10_000), vec![18_063]].concat() {
         let (view, settings) = world(seed);
         let made = plan(&view, &settings);
         check(&view, &settings, &made).unwrap_or_else(|wrong| panic!("seed {seed}: {wrong}"));
