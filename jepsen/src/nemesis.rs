@@ -3,6 +3,7 @@
 
 mod crashes;
 mod links;
+mod moves;
 mod replicas;
 mod times;
 
@@ -37,6 +38,8 @@ pub struct Mix {
     pub stalls: bool,
     /// Read replicas come and go.
     pub replicas: bool,
+    /// Voters move from node to node.
+    pub moves: bool,
 }
 
 impl Mix {
@@ -52,6 +55,7 @@ impl Mix {
             clocks: has(),
             stalls: has(),
             replicas: has(),
+            moves: has(),
         };
         mix.crashes |= !(mix.partitions || mix.flaky_links || mix.clocks || mix.stalls);
         mix
@@ -113,6 +117,7 @@ impl<'a> Nemesis<'a> {
             self.stall_disks(end),
             self.keep_alive(end),
             self.set_read_replicas(end),
+            self.move_voters(end),
         );
     }
 

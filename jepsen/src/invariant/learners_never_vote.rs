@@ -1,7 +1,5 @@
-//! A read replica never votes, campaigns or leads. Owns which replicas were seen to be read replicas, in
-//! the eyes of any member of their group.
-
-use std::collections::BTreeSet;
+//! Who does not vote by its own log neither campaigns nor leads. Owns no memory: a read replica may
+//! become a voter later.
 
 use coracle_raft::leadership::Standing;
 use coracle_raft::types::Role;
@@ -10,27 +8,17 @@ use super::{Invariant, Look};
 
 /// See the module.
 #[derive(Default)]
-pub struct LearnersNeverVote {
-    learners: BTreeSet<u64>,
-}
+pub struct LearnersNeverVote;
 
 impl Invariant for LearnersNeverVote {
     fn sentence(&self) -> &'static str {
-        "a read replica never votes, campaigns or leads"
+        "a read replica never campaigns or leads"
     }
 
     fn look(&mut self, look: &Look) -> Option<String> {
-        for (replica, member) in &look.status.members {
-            match member.role {
-                Role::Learner => drop(self.learners.insert(*replica)),
-                Role::Voter if self.learners.contains(replica) => {
-                    return Some(format!("replica {replica} votes, for n{}", look.node + 1));
-                }
-                Role::Voter => {}
-            }
-        }
         let wants = matches!(look.status.state, Standing::Leader | Standing::Candidate);
-        (wants && self.learners.contains(&look.replica))
-            .then(|| format!("replica {} is {:?}", look.replica, look.status.state))
+        let member = look.status.members.get(&look.replica);
+        let learns = member.is_some_and(|member| member.role == Role::Learner);
+        (wants && learns).then(|| format!("replica {} is {:?}", look.replica, look.status.state))
     }
 }

@@ -4,6 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use coracle_client::admin::{BalancingChange, ClusterOperation, Control, OperationState};
+use coracle_client::topology::NodeState;
+use coracle_client::{Client, Error};
 use coracle_raft::leadership::Standing;
 
 use super::{Run, until};
@@ -61,6 +64,31 @@ pub(super) async fn check(run: &mut Run) {
     run.violations.extend(lost(&history));
 }
 
+/// Ends what operators had begun, and begins nothing more: nodes are drained no longer, what was paused
+/// goes on, and nothing moves for balance.
+async fn settle_operations(client: &Client) -> String {
+    let asked = async {
+        let admin = client.admin();
+        let manual = BalancingChange { automatic: Some(false), ..Default::default() };
+        admin.set_balancing(manual).await?;
+        for node in admin.map().await?.nodes {
+            if node.state != NodeState::Active {
+                admin.undrain(node.id).await?;
+            }
+        }
+        let operations = admin.operations().await?.operations;
+        for operation in operations.iter().filter(|operation| !operation.has_ended()) {
+            if operation.state == OperationState::Paused {
+                admin.control(Some(operation.id), Control::Resume).await?;
+            }
+        }
+        let open = |operation: &&ClusterOperation| !operation.has_ended();
+        Ok(operations.iter().filter(open).map(|open| format!("{open:?}")).collect())
+    };
+    let open: Result<Vec<String>, Error> = asked.await;
+    open.map_or_else(|error| format!("nobody knows: {error}"), |open| open.join("; "))
+}
+
 /// Waits until every replica that the map has is there, and no other: none joins, none is left over.
 async fn settle_replicas(run: &mut Run) {
     let client = match run.cluster.client("replicas").connect_lazy() {
@@ -68,6 +96,17 @@ async fn settle_replicas(run: &mut Run) {
         Err(error) => return run.violations.push(format!("a client: {error}")),
     };
     let deadline = tokio::time::Instant::now() + REPLICAS_WITHIN;
+    loop {
+        let open = settle_operations(&client).await;
+        if open.is_empty() {
+            break;
+        }
+        if tokio::time::Instant::now() >= deadline {
+            run.violations.push(format!("every operation ends: {open}"));
+            return client.close().await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let different = loop {
         let different = match client.admin().replicas().await {
             Ok(replicas) => misplaced(&run.cluster, &replicas),

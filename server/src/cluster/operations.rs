@@ -15,8 +15,8 @@ use std::collections::BTreeMap;
 use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState};
 
-use crate::records::operations::{has_ended, is_active};
 use crate::records::Snapshot;
+use crate::records::operations::{has_ended, is_active};
 
 /// Operations under way: each that moves replicas by a plan has the cluster to itself, the others are
 /// few. Beyond it: `CONFLICT`.

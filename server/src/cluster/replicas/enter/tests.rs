@@ -166,11 +166,8 @@ fn the_map_takes_from_a_group_who_votes() {
     };
     let before = voters(&records);
     assert_eq!(before, [(4, 1), (5, 2), (6, 3)]);
-    let change = |epoch, voters: &[(u64, u64)]| Change::Voters {
-        shard: 1,
-        epoch,
-        voters: voters.to_vec(),
-    };
+    let change =
+        |epoch, voters: &[(u64, u64)]| Change::Voters { shard: 1, epoch, voters: voters.to_vec() };
     let role = v1::ReplicaRole::Learner;
     let comes = v1::Replica { becomes_voter: true, replaces: 5, ..replica(70, 4, role, true) };
     records.map.shards[1].replicas.push(comes);
