@@ -2,6 +2,8 @@
 //! injected faults. Thin: one request, one answer, plain values. A change is not retried once it
 //! may have been carried out, because it has no request id.
 
+mod plan;
+mod operations;
 mod replicas;
 
 use std::sync::Arc;
@@ -14,6 +16,11 @@ use coracle_proto::v1;
 use tokio::time::{Instant, timeout_at};
 use tonic::{Response, Status};
 
+pub use self::operations::{
+    Balancer, Balancing, BalancingChange, ClusterOperation, Control, OperationId, OperationKind,
+    OperationMove, OperationState, Operations,
+};
+pub use self::plan::{Plan, PlannedMove, PlannedNode, PlannedTransfer};
 pub use self::replicas::{
     MemberStatus, ReadReplicas, ReadReplicasSet, ReplicaChange, ReplicaPlace, Replicas,
 };
@@ -116,6 +123,8 @@ pub struct GroupStatus {
     pub state_bytes: u64,
     /// Of a leader: the members of its group, and how far each is.
     pub members: Vec<MemberStatus>,
+    /// Between two sets of voters: a change that is under way or half done.
+    pub joint: bool,
 }
 
 /// Another node, as a node sees it.
@@ -473,6 +482,7 @@ impl GroupStatus {
             epoch: group.epoch,
             state_bytes: group.state_bytes,
             members: group.members.iter().map(MemberStatus::from_wire).collect(),
+            joint: group.joint,
         }
     }
 }

@@ -51,7 +51,7 @@
 //! # }
 //! ```
 //!
-//! Not here: splits and moves of shards (only their epochs), disks that fill up, clocks that differ
+//! Not here: splits of shards (only their epochs), moves that take time (a replica has moved at once), disks that fill up, clocks that differ
 //! between nodes, the limits on deleted versions that an atomic delete-range may pass. Tests of those
 //! take a real cluster: `coracle demo`.
 
@@ -74,6 +74,7 @@ pub mod conformance;
 mod admin;
 mod faults;
 mod model;
+mod operations;
 mod range;
 mod read;
 mod scan;
@@ -112,6 +113,7 @@ pub struct Shape {
     nodes: u32,
     shards: u32,
     voters: Option<u32>,
+    spares: u32,
     zones: Vec<String>,
     leader: Option<NodeId>,
     forwards: bool,
@@ -153,6 +155,11 @@ impl Shape {
         Shape { voters: Some(voters), ..self }
     }
 
+    /// The last so many nodes hold nothing yet: as if they had just joined. Default: none.
+    pub fn spares(self, spares: u32) -> Shape {
+        Shape { spares, ..self }
+    }
+
     /// The zones of the nodes, dealt out in turn. Default: none.
     pub fn zones<S: Into<String>>(self, zones: impl IntoIterator<Item = S>) -> Shape {
         Shape { zones: zones.into_iter().map(Into::into).collect(), ..self }
@@ -185,8 +192,9 @@ impl Shape {
     /// # Panics
     /// When there is no node, no shard, no voter or no entry on a page.
     pub fn start(self) -> FakeCluster {
-        let voters = self.voters.unwrap_or(self.nodes);
-        let counts = [u64::from(self.nodes), u64::from(self.shards), u64::from(voters)];
+        let holders = self.nodes.saturating_sub(self.spares);
+        let voters = self.voters.unwrap_or(holders);
+        let counts = [u64::from(holders), u64::from(self.shards), u64::from(voters)];
         assert!(counts.iter().all(|count| *count > 0), "a fake cluster of nothing: {self:?}");
         assert!(self.page_entries > 0, "pages without entries never end: {self:?}");
         let model = Model::new(&self);
@@ -211,6 +219,7 @@ impl FakeCluster {
             nodes: 3,
             shards: 4,
             voters: None,
+            spares: 0,
             zones: Vec::new(),
             leader: None,
             forwards: true,
@@ -356,7 +365,7 @@ impl FakeCluster {
 
     /// What the map says that the node is doing.
     pub fn set_node_state(&self, node: NodeId, to: NodeState) {
-        self.change(|model| model.set_state(node, admin::wire_state(to)));
+        self.change(|model| model.set_state(node, to.to_wire()));
     }
 
     // --- requests ---

@@ -22,6 +22,8 @@ pub struct ClusterMap {
     pub nodes: Vec<Node>,
     /// All keyspaces.
     pub keyspaces: Vec<KeyspaceInfo>,
+    /// Voters that every shard shall have, where there are so many nodes.
+    pub voters_wanted: usize,
 }
 
 /// One shard of the map.
@@ -54,6 +56,12 @@ pub struct Replica {
     pub voter: bool,
     /// It does not hold yet what the others hold: reads go elsewhere.
     pub joining: bool,
+    /// Of one that does not vote: it will.
+    pub becomes_voter: bool,
+    /// Of one that will vote: the replica of this shard that goes when it does.
+    pub replaces: Option<ReplicaId>,
+    /// Of a voter: it goes, and nobody takes its place.
+    pub goes: bool,
 }
 
 /// One node of the map.
@@ -134,6 +142,7 @@ impl ClusterMap {
             shards: map.all_shards().map(Shard::of).collect(),
             nodes: map.nodes().map(|node| Node::from_wire(node.to_proto())).collect(),
             keyspaces: map.keyspaces().map(KeyspaceInfo::of).collect(),
+            voters_wanted: map.replicas(),
         }
     }
 
@@ -145,6 +154,26 @@ impl ClusterMap {
     /// The shard with this id.
     pub fn shard(&self, id: ShardId) -> Option<&Shard> {
         self.shards.iter().find(|shard| shard.id == id)
+    }
+}
+
+impl NodeState {
+    pub(crate) fn to_wire(self) -> v1::NodeState {
+        match self {
+            NodeState::Unknown => v1::NodeState::Unspecified,
+            NodeState::Joining => v1::NodeState::Joining,
+            NodeState::Active => v1::NodeState::Active,
+            NodeState::Draining => v1::NodeState::Draining,
+            NodeState::Decommissioning => v1::NodeState::Decommissioning,
+            NodeState::Decommissioned => v1::NodeState::Decommissioned,
+            NodeState::Down => v1::NodeState::Down,
+            NodeState::Gone => v1::NodeState::Gone,
+        }
+    }
+
+    /// It has left for good: nobody waits for it.
+    pub fn has_left(self) -> bool {
+        matches!(self, NodeState::Decommissioned | NodeState::Gone)
     }
 }
 
@@ -169,6 +198,9 @@ impl Replica {
             node: replica.node,
             voter: replica.role == shard_map::ReplicaRole::Voter,
             joining: replica.joining,
+            becomes_voter: replica.becomes_voter,
+            replaces: replica.replaces,
+            goes: replica.goes,
         }
     }
 }

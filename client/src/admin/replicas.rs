@@ -43,6 +43,8 @@ pub struct ReplicaPlace {
     pub voter: bool,
     /// It does not hold what the others hold yet.
     pub joining: bool,
+    /// Of one that does not vote: it will.
+    pub becomes_voter: bool,
 }
 
 /// How many read replicas every shard shall have.
@@ -98,6 +100,7 @@ impl Admin {
             node: NodeId(replica.node),
             voter: replica.role() == v1::ReplicaRole::Voter,
             joining: replica.joining,
+            becomes_voter: replica.becomes_voter,
         };
         let places = map.shards.iter().flat_map(|shard| {
             shard.replicas.iter().map(|replica| place(ShardId(shard.id), replica))

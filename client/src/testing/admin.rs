@@ -5,7 +5,7 @@ use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::v1;
 
 use super::model::Model;
-use crate::topology::{NodeId, NodeState, ShardId};
+use crate::topology::{NodeId, ShardId};
 
 /// What `coracle init` makes when it is not told.
 const SHARDS_DEFAULT: u32 = 16;
@@ -81,19 +81,5 @@ impl Model {
             let next = others[turn % others.len()];
             self.elect(shard, Some(next));
         }
-    }
-}
-
-/// A node's state as it travels.
-pub(super) fn wire_state(state: NodeState) -> v1::NodeState {
-    match state {
-        NodeState::Unknown => v1::NodeState::Unspecified,
-        NodeState::Joining => v1::NodeState::Joining,
-        NodeState::Active => v1::NodeState::Active,
-        NodeState::Draining => v1::NodeState::Draining,
-        NodeState::Decommissioning => v1::NodeState::Decommissioning,
-        NodeState::Decommissioned => v1::NodeState::Decommissioned,
-        NodeState::Down => v1::NodeState::Down,
-        NodeState::Gone => v1::NodeState::Gone,
     }
 }

@@ -16,6 +16,7 @@ use coracle_proto::shard_map::{
 use coracle_proto::v1;
 use tokio::time::Instant;
 
+use super::operations::Ledger;
 use super::write::Memory;
 use super::{Shape, address};
 use crate::topology::{NodeId, ShardId};
@@ -56,6 +57,8 @@ pub(super) struct Model {
     advanced: Duration,
     pub(super) hops: u64,
     pub(super) duplicates: u64,
+    /// What operators began.
+    pub(super) ledger: Ledger,
 }
 
 /// One version of a key.
@@ -157,6 +160,7 @@ impl Model {
             advanced: Duration::ZERO,
             hops: 0,
             duplicates: 0,
+            ledger: Ledger::default(),
         }
     }
 
@@ -188,7 +192,7 @@ impl Model {
         v1::ShardMap { server_time_ms: self.now_ms(), ..self.wire.clone() }
     }
 
-    fn change_map(&mut self, change: impl FnOnce(&mut v1::ShardMap)) {
+    pub(super) fn change_map(&mut self, change: impl FnOnce(&mut v1::ShardMap)) {
         change(&mut self.wire);
         self.map = ShardMap::from_proto(&self.wire).expect("a change keeps the map whole");
     }
@@ -453,9 +457,11 @@ fn name_leader(fault: Fault, shard: &Shard) -> Fault {
     }
 }
 
-/// The first map: every node has a replica of every shard; the shards cut the ring evenly.
+/// The first map: every node but the spare ones has a replica of every shard; the shards cut the ring
+/// evenly.
 fn map_of(shape: &Shape) -> v1::ShardMap {
-    let voters = shape.voters.unwrap_or(shape.nodes).min(shape.nodes);
+    let holders = shape.nodes - shape.spares;
+    let voters = shape.voters.unwrap_or(holders).min(holders);
     let replica = |shard: u64, node: u64| v1::Replica {
         id: shard * limits::NODES_MAX as u64 + node,
         node,
@@ -470,7 +476,7 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
         start,
         end,
         epoch: 1,
-        replicas: (1..=u64::from(shape.nodes)).map(|node| replica(id, node)).collect(),
+        replicas: (1..=u64::from(holders)).map(|node| replica(id, node)).collect(),
         leader_node: match shape.leader {
             Some(leader) => leader.0,
             None => 1 + id % u64::from(voters),
@@ -508,5 +514,6 @@ fn map_of(shape: &Shape) -> v1::ShardMap {
         keyspaces: vec![keyspace(DEFAULT_KEYSPACE, DEFAULT_KEYSPACE_NAME)],
         server_time_ms: 0,
         read_replicas: Vec::new(),
+        replicas: voters,
     }
 }

@@ -387,6 +387,69 @@ impl AdminService for Node {
         Err(Fault::new(Reason::Unsupported, message).to_status())
     }
 
+    async fn plan_rebalance(
+        &self,
+        request: Request<v1::PlanRebalanceRequest>,
+    ) -> Result<Response<v1::PlanRebalanceResponse>, Status> {
+        let moves_max = request.into_inner().moves_max;
+        let plan = self.cluster.state.lock().model.plan_rebalance(moves_max)?;
+        Ok(Response::new(v1::PlanRebalanceResponse { plan: Some(plan) }))
+    }
+
+    async fn start_rebalance(
+        &self,
+        request: Request<v1::StartRebalanceRequest>,
+    ) -> Result<Response<v1::StartRebalanceResponse>, Status> {
+        let plan = request.into_inner().plan.unwrap_or_default();
+        let operation = self.cluster.change(|model| model.start_rebalance(&plan))?;
+        Ok(Response::new(v1::StartRebalanceResponse { operation: Some(operation) }))
+    }
+
+    async fn move_replica(
+        &self,
+        request: Request<v1::MoveReplicaRequest>,
+    ) -> Result<Response<v1::MoveReplicaResponse>, Status> {
+        let request = request.into_inner();
+        let operation = self.cluster.change(|model| model.move_replica(&request))?;
+        Ok(Response::new(v1::MoveReplicaResponse { operation: Some(operation) }))
+    }
+
+    async fn set_node_state(
+        &self,
+        request: Request<v1::SetNodeStateRequest>,
+    ) -> Result<Response<v1::SetNodeStateResponse>, Status> {
+        let request = request.into_inner();
+        let set = self.cluster.change(|model| model.set_node_state(&request));
+        Ok(Response::new(set?))
+    }
+
+    async fn list_operations(
+        &self,
+        request: Request<v1::ListOperationsRequest>,
+    ) -> Result<Response<v1::ListOperationsResponse>, Status> {
+        let id = request.into_inner().id;
+        let list = self.cluster.state.lock().model.list_operations(id)?;
+        Ok(Response::new(list))
+    }
+
+    async fn control_operation(
+        &self,
+        request: Request<v1::ControlOperationRequest>,
+    ) -> Result<Response<v1::ControlOperationResponse>, Status> {
+        let request = request.into_inner();
+        let operation = self.cluster.change(|model| model.control_operation(&request))?;
+        Ok(Response::new(v1::ControlOperationResponse { operation: Some(operation) }))
+    }
+
+    async fn set_balancing(
+        &self,
+        request: Request<v1::SetBalancingRequest>,
+    ) -> Result<Response<v1::SetBalancingResponse>, Status> {
+        let request = request.into_inner();
+        let balancing = self.cluster.change(|model| model.set_balancing(&request))?;
+        Ok(Response::new(v1::SetBalancingResponse { balancing: Some(balancing) }))
+    }
+
     async fn inject_fault(
         &self,
         _: Request<v1::InjectFaultRequest>,

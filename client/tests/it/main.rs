@@ -7,6 +7,7 @@ mod deletes;
 mod examples;
 mod faults;
 mod nearest;
+mod operations;
 mod others;
 mod scans;
 mod start;
