@@ -5,16 +5,23 @@ pub mod config;
 pub mod context;
 pub mod health;
 pub mod keyspace;
+pub mod leave;
 pub mod node;
+pub mod operation;
 pub mod pages;
+pub mod plan;
+pub mod rebalance;
 pub mod replica;
+pub mod ring;
 pub mod shard;
+pub mod wait;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use coracle_client::admin::NodeStatus;
-use coracle_client::{Client, ClusterMap, NodeId};
+use coracle_client::topology::{Node, NodeState};
+use coracle_client::{Client, ClusterMap, NodeId, ShardId};
 use futures_util::future::join_all;
 
 use crate::args::Global;
@@ -50,6 +57,23 @@ impl Picture {
         });
         let nodes = join_all(asked).await.into_iter().flatten().collect();
         Ok(Picture { map, nodes })
+    }
+
+    /// What the map and the node itself say that it is doing; apart from whether it answers.
+    pub fn state(&self, node: &Node) -> NodeState {
+        match self.nodes.get(&node.id) {
+            Some(status) if status.draining && node.state == NodeState::Active => {
+                NodeState::Draining
+            }
+            _ => node.state,
+        }
+    }
+
+    /// Who leads which shard.
+    pub fn leaders(&self) -> BTreeMap<ShardId, NodeId> {
+        let shards = self.map.shards.iter();
+        let led = shards.map(|shard| (shard.id, health::leader(shard, &self.nodes)));
+        led.filter_map(|(shard, leader)| leader.map(|leader| (shard, leader))).collect()
     }
 
     /// Takes the picture of the cluster that the command line means.

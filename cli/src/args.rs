@@ -8,8 +8,12 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use coracle_client::{EntityRule, NodeId, ShardId};
 
+mod cluster;
 mod data;
 
+pub use cluster::{
+    Apply, Node, Operation, Rebalance, Replica, Setting, Shard, Switch, Which, parse_operation,
+};
 pub use data::{
     Addressing, Delete, DeleteRange, Export, Freshness, Get, Import, Put, RecordFormat, Scan,
     SessionFile,
@@ -171,6 +175,12 @@ pub enum Command {
     /// Replicas, and how many are only for reads
     #[command(subcommand)]
     Replica(Replica),
+    /// Where replicas shall be: plans, and what becomes of them
+    #[command(subcommand)]
+    Rebalance(Rebalance),
+    /// Work of the cluster that goes on by itself
+    #[command(subcommand)]
+    Operation(Operation),
     /// Keyspaces
     #[command(subcommand)]
     Keyspace(Keyspace),
@@ -268,69 +278,6 @@ pub struct Init {
     /// Voters per shard (default 3, fewer with fewer nodes)
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     pub replicas: u32,
-}
-
-/// See [`Command::Node`].
-#[derive(Debug, Subcommand)]
-pub enum Node {
-    /// List the nodes
-    Ls,
-}
-
-/// See [`Command::Shard`].
-#[derive(Debug, Subcommand)]
-pub enum Shard {
-    /// List the shards
-    Ls,
-    /// Hand a shard's leadership to another of its voters
-    #[command(after_help = "Example:\n  coracle shard transfer-leader 7 --to n2")]
-    TransferLeader {
-        /// The shard
-        #[arg(value_parser = parse_shard)]
-        shard: ShardId,
-        /// The node that shall lead (default: the leader chooses)
-        #[arg(long, value_name = "NODE", value_parser = parse_node)]
-        to: Option<NodeId>,
-    },
-    /// Rewrite a shard's state without what nobody can read any more, replica by replica
-    #[command(after_help = "Example:\n  coracle shard compact 7")]
-    Compact {
-        /// The shard
-        #[arg(value_parser = parse_shard)]
-        shard: ShardId,
-    },
-}
-
-/// See [`Command::Replica`].
-#[derive(Debug, Subcommand)]
-pub enum Replica {
-    /// List the replicas, and how far each is behind its leader
-    #[command(after_help = "Examples:\n  coracle replica ls\n  coracle replica ls 7 -o json")]
-    Ls {
-        /// Only of this shard
-        #[arg(value_parser = parse_shard)]
-        shard: Option<ShardId>,
-    },
-    /// Set how many read replicas every shard has: they never vote, and serve reads that need not
-    /// be the newest
-    #[command(after_help = "Examples:\n  \
-        coracle replica set --learners 1 --zone c --wait\n  \
-        coracle replica set --learners 0 --zone c\n  \
-        coracle replica set --learners 2 --dry-run")]
-    Set {
-        /// How many of each shard; 0 removes them
-        #[arg(long, value_name = "N")]
-        learners: u32,
-        /// On nodes of this zone (default: on any, beside those that zones ask for)
-        #[arg(long, value_name = "ZONE", default_value = "", hide_default_value = true)]
-        zone: String,
-        /// Only say what would be made and removed
-        #[arg(long)]
-        dry_run: bool,
-        /// Wait until all are there, and those that go are gone (--timeout ends the wait)
-        #[arg(long, conflicts_with = "dry_run")]
-        wait: bool,
-    },
 }
 
 /// See [`Command::Keyspace`].
@@ -474,7 +421,20 @@ pub enum Script {
 const GROUPS: &[(&str, &[&str])] = &[
     ("Try it", &["demo"]),
     ("Key-value", &["put", "get", "delete", "delete-range", "scan", "import", "export"]),
-    ("Cluster", &["server", "init", "status", "node", "shard", "replica", "keyspace"]),
+    (
+        "Cluster",
+        &[
+            "server",
+            "init",
+            "status",
+            "node",
+            "shard",
+            "replica",
+            "rebalance",
+            "operation",
+            "keyspace",
+        ],
+    ),
     ("Utility", &["config", "context", "completion", "man", "help"]),
 ];
 

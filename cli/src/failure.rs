@@ -26,6 +26,8 @@ pub enum Exit {
     Precondition = 8,
     /// A quota, an overload, a full disk.
     Overloaded = 9,
+    /// A plan was made, and there is something to do; only where that was asked for.
+    Changes = 10,
     /// Ctrl-C.
     Interrupted = 130,
 }

@@ -69,6 +69,12 @@ async fn dispatch(cli: Cli, output: &Output) -> Result<(), Failure> {
         Command::Replica(replica) => {
             interruptible(admin::replica::run(replica, &global, output)).await
         }
+        Command::Rebalance(rebalance) => {
+            interruptible(admin::rebalance::run(rebalance, &global, output)).await
+        }
+        Command::Operation(operation) => {
+            interruptible(admin::operation::run(operation, &global, output)).await
+        }
         Command::Keyspace(keyspace) => {
             interruptible(admin::keyspace::run(keyspace, &global, output)).await
         }
@@ -82,9 +88,11 @@ async fn dispatch(cli: Cli, output: &Output) -> Result<(), Failure> {
     }
 }
 
-/// Ctrl-C ends the command. A write that was under way may or may not have been applied.
+/// Ctrl-C ends the command. A write that was under way may or may not have been applied. A command that
+/// has words of its own for that comes first.
 async fn interruptible(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     tokio::select! {
+        biased;
         result = command => result,
         _ = tokio::signal::ctrl_c() => Err(Failure::new(Exit::Interrupted, "interrupted")),
     }

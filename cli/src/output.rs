@@ -22,6 +22,9 @@ pub use table::{Column, render};
 /// Version of what `-o json` prints. Additive only: fields come, none goes.
 const API_VERSION: &str = "coracle.cli/v1";
 
+/// Columns where nobody knows better.
+const WIDTH_DEFAULT: usize = 80;
+
 /// Where a command's results go. One for the whole process.
 pub struct Output {
     format: Format,
@@ -80,6 +83,13 @@ impl Output {
     /// Whether a person reads standard output.
     pub fn is_terminal(&self) -> bool {
         self.stdout_terminal
+    }
+
+    /// How many columns a picture may take: the terminal's, or as many as every one has.
+    pub fn width(&self) -> usize {
+        let size = self.stdout_terminal.then(|| rustix::termios::tcgetwinsize(io::stdout()));
+        let columns = size.and_then(Result::ok).map_or(0, |size| usize::from(size.ws_col));
+        if columns == 0 { WIDTH_DEFAULT } else { columns }
     }
 
     /// Bytes of standard output, as they are.

@@ -375,6 +375,23 @@ impl Admin {
         is_write: bool,
         call: impl Fn(Arc<Pipeline>) -> F,
     ) -> Result<T, Error> {
+        // A node that stays silent must not take the time of all the others; but a change may
+        // not be asked twice, so it gets all there is.
+        let each = match is_write {
+            true => timeout,
+            false => self.driver.settings.attempt_timeout,
+        };
+        self.any_for(timeout, each, is_write, call).await
+    }
+
+    /// The same, where each node may take so long.
+    async fn any_for<T, F: Asking<T>>(
+        &self,
+        timeout: Duration,
+        each: Duration,
+        is_write: bool,
+        call: impl Fn(Arc<Pipeline>) -> F,
+    ) -> Result<T, Error> {
         let deadline = Instant::now() + timeout;
         let mut attempts = 0;
         let mut last =
@@ -383,12 +400,7 @@ impl Admin {
             if self.driver.is_closed() {
                 return Err(closed());
             }
-            // A node that stays silent must not take the time of all the others; but a change may
-            // not be asked twice, so it gets all there is.
-            let until = match is_write {
-                true => deadline,
-                false => deadline.min(Instant::now() + self.driver.settings.attempt_timeout),
-            };
+            let until = deadline.min(Instant::now() + each);
             attempts += 1;
             last = match self.ask(&address, until, &call).await {
                 Ok(response) => return Ok(response),

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use coracle_client::admin::Init;
+use coracle_client::admin::{ClusterOperation, Init};
 use coracle_client::{Error, Outcome};
 use serde::Serialize;
 
@@ -11,8 +11,9 @@ use crate::context::{Environment, TIMEOUT_DEFAULT, resolve};
 use crate::failure::{Exit, Failure};
 use crate::output::{Output, bytes};
 
-use super::Picture;
 use super::health::Health;
+use super::operation::{OperationView, now_ms, plural, progress, view as operation_view};
+use super::{Picture, STATUS_TIMEOUT, client};
 
 /// Between two attempts to reach a server that is starting.
 const STARTING_PAUSE: Duration = Duration::from_millis(200);
@@ -81,13 +82,24 @@ struct StatusView {
     keyspaces: usize,
     state_bytes: u64,
     log_bytes: u64,
+    /// Operations under way; absent where nobody could be asked.
+    operations: Option<Vec<OperationView>>,
+    #[serde(skip)]
+    moving: Vec<String>,
     #[serde(flatten)]
     health: Health,
 }
 
 /// How the cluster is. Exit code 4 when some keys are not served.
 pub async fn status(global: &Global, output: &Output) -> Result<(), Failure> {
-    let Picture { map, nodes } = Picture::of(global).await?;
+    let (_, client) = client(global).await?;
+    let Picture { map, nodes } = Picture::take(&client).await?;
+    // Without the meta group nobody knows: that is no reason to say less of the rest.
+    let list = tokio::time::timeout(STATUS_TIMEOUT, client.admin().operations()).await;
+    let list = list.ok().and_then(Result::ok).map(|list| list.operations);
+    let open: Option<Vec<ClusterOperation>> =
+        list.map(|list| list.into_iter().filter(|operation| !operation.has_ended()).collect());
+    let now = now_ms();
     let health = Health::of(&map, &nodes);
     let groups = nodes.values().flat_map(|status| &status.groups);
     let replicas = map.shards.iter().flat_map(|shard| &shard.replicas);
@@ -101,6 +113,8 @@ pub async fn status(global: &Global, output: &Output) -> Result<(), Failure> {
         keyspaces: map.keyspaces.len(),
         state_bytes: groups.map(|group| group.state_bytes).sum(),
         log_bytes: nodes.values().map(|status| status.log_bytes).sum(),
+        moving: open.iter().flatten().map(|open| moving(open, now)).collect(),
+        operations: open.map(|open| open.iter().map(|open| operation_view(open, now)).collect()),
         cluster_id: map.cluster_id,
         map_epoch: map.epoch,
         health,
@@ -112,6 +126,11 @@ pub async fn status(global: &Global, output: &Output) -> Result<(), Failure> {
             "coracle node ls and coracle shard ls show which; start the nodes that are down",
         )),
     }
+}
+
+fn moving(open: &ClusterOperation, now: u64) -> String {
+    let node = open.node.map_or_else(String::new, |node| format!(" of n{node}"));
+    format!("operation {} ({}{node}): {}", open.id, open.kind, progress(open, now))
 }
 
 fn text(view: &StatusView) -> String {
@@ -127,6 +146,21 @@ fn text(view: &StatusView) -> String {
         format!("keyspaces  {}", view.keyspaces),
         format!("data       {}, log {}", bytes(view.state_bytes), bytes(view.log_bytes)),
     ];
+    let names = |ids: &[u64]| ids.iter().map(|id| format!("n{id}")).collect::<Vec<_>>().join(", ");
+    if !view.health.draining_nodes.is_empty() {
+        lines.push(format!("draining   {}", names(&view.health.draining_nodes)));
+    }
+    if !view.health.decommissioning_nodes.is_empty() {
+        let leaving = names(&view.health.decommissioning_nodes);
+        lines.push(format!("leaving    {leaving}: do not stop before decommissioned"));
+    }
+    match view.health.joining_replicas {
+        0 => {}
+        many => {
+            lines.push(format!("moving     {}", plural(many, "replica comes", "replicas come")))
+        }
+    }
+    lines.extend(view.moving.iter().map(|text| format!("moving     {text}")));
     let problems = view.health.problems();
     if !problems.is_empty() {
         lines.push(String::new());

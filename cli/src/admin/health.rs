@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use coracle_client::admin::NodeStatus;
-use coracle_client::topology::Shard;
+use coracle_client::topology::{NodeState, Shard};
 use coracle_client::{ClusterMap, NodeId, ShardId};
 use serde::Serialize;
 
@@ -20,19 +20,33 @@ pub struct Health {
     pub without_quorum: Vec<u64>,
     /// Shards whose leader nobody knows, or is down.
     pub without_leader: Vec<u64>,
-    /// Shards with voters that do not answer.
+    /// Shards with voters that do not answer, or fewer than they shall have.
     pub under_replicated: Vec<u64>,
     /// Nodes of the map that do not answer.
     pub silent_nodes: Vec<u64>,
     /// What nodes say of damaged replicas.
     pub recovering: Vec<String>,
+    /// Nodes that give their leaderships away.
+    pub draining_nodes: Vec<u64>,
+    /// Nodes that give everything away: what they hold still counts.
+    pub decommissioning_nodes: Vec<u64>,
+    /// Replicas that come.
+    pub joining_replicas: usize,
 }
 
 impl Health {
     /// Judges.
     pub fn of(map: &ClusterMap, nodes: &BTreeMap<NodeId, NodeStatus>) -> Health {
         let answers = |node: NodeId| nodes.contains_key(&node);
-        let silent = map.nodes.iter().filter(|node| !answers(node.id));
+        // Nobody waits for a node that has left for good.
+        let stay = || map.nodes.iter().filter(|node| !node.state.has_left());
+        let silent = stay().filter(|node| !answers(node.id));
+        let is = |state: NodeState| {
+            stay().filter(move |node| node.state == state).map(|node| node.id.0).collect()
+        };
+        let decommissioning: Vec<u64> = is(NodeState::Decommissioning);
+        let wanted = map.voters_wanted.min(stay().count() - decommissioning.len());
+        let replicas = map.shards.iter().flat_map(|shard| &shard.replicas);
         let recovering = nodes.values().flat_map(|status| {
             let node = status.node.id;
             status.recovering.iter().map(move |text| format!("n{node}: {text}"))
@@ -42,9 +56,12 @@ impl Health {
             zone_to_lose: true,
             silent_nodes: silent.map(|node| node.id.0).collect(),
             recovering: recovering.collect(),
+            draining_nodes: is(NodeState::Draining),
+            decommissioning_nodes: decommissioning,
+            joining_replicas: replicas.filter(|it| it.joining || it.becomes_voter).count(),
             ..Health::default()
         };
-        let zones: BTreeSet<&str> = map.nodes.iter().map(|node| node.zone.as_str()).collect();
+        let zones: BTreeSet<&str> = stay().map(|node| node.zone.as_str()).collect();
         for shard in &map.shards {
             let voters: Vec<NodeId> = voters(shard).collect();
             let majority = voters.len() / 2 + 1;
@@ -55,7 +72,7 @@ impl Health {
             } else if leader(shard, nodes).is_none() {
                 health.without_leader.push(id);
             }
-            if live.len() < voters.len() {
+            if live.len() < voters.len().max(wanted) {
                 health.under_replicated.push(id);
             }
             health.nodes_to_lose = health.nodes_to_lose.min(live.len().saturating_sub(majority));
@@ -147,21 +164,21 @@ pub fn leader(shard: &Shard, nodes: &BTreeMap<NodeId, NodeStatus>) -> Option<Nod
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use coracle_client::admin::GroupStatus;
     use coracle_client::topology::{Node, Replica, ReplicaId};
 
     use super::*;
 
     /// Five nodes in zones a, b, c, a, b; one shard on the first three, led by the first.
-    fn map() -> ClusterMap {
+    pub(crate) fn map() -> ClusterMap {
         let nodes = (1..=5).map(|id| Node {
             id: NodeId(id),
             address: format!("x:{id}"),
             peer_address: String::new(),
             http_address: String::new(),
             zone: ["a", "b", "c"][(id as usize - 1) % 3].to_owned(),
-            state: coracle_client::topology::NodeState::Active,
+            state: NodeState::Active,
             version: String::new(),
         });
         let replicas = (1..=3).map(|id| Replica {
@@ -169,6 +186,9 @@ mod tests {
             node: NodeId(id),
             voter: true,
             joining: false,
+            becomes_voter: false,
+            replaces: None,
+            goes: false,
         });
         let shard = Shard {
             id: ShardId(1),
@@ -182,7 +202,12 @@ mod tests {
         ClusterMap { nodes: nodes.collect(), shards: vec![shard], ..ClusterMap::default() }
     }
 
-    fn statuses(map: &ClusterMap, ids: &[u64], leader: u64) -> BTreeMap<NodeId, NodeStatus> {
+    /// What the nodes of these ids say, of which one leads.
+    pub(crate) fn statuses(
+        map: &ClusterMap,
+        ids: &[u64],
+        leader: u64,
+    ) -> BTreeMap<NodeId, NodeStatus> {
         let status = |id: u64| NodeStatus {
             node: map.node(NodeId(id)).unwrap().clone(),
             cluster_id: String::new(),
@@ -199,6 +224,7 @@ mod tests {
                 epoch: 1,
                 state_bytes: 0,
                 members: Vec::new(),
+                joint: false,
             }],
             peers: Vec::new(),
             disk_free_bytes: 0,
@@ -256,5 +282,33 @@ mod tests {
         map.shards[0].replicas[2].node = NodeId(4);
         let health = Health::of(&map, &statuses(&map, &[1, 2, 3, 4, 5], 1));
         assert_eq!((health.nodes_to_lose, health.zone_to_lose), (1, false));
+    }
+    #[test]
+    fn who_has_left_is_not_missed_and_who_leaves_still_counts() {
+        let mut map = map();
+        map.voters_wanted = 3;
+        map.nodes[3].state = NodeState::Gone;
+        map.nodes[4].state = NodeState::Decommissioned;
+        let health = Health::of(&map, &statuses(&map, &[1, 2, 3], 1));
+        assert!(health.is_well(), "{health:?}");
+        map.nodes[2].state = NodeState::Decommissioning;
+        let health = Health::of(&map, &statuses(&map, &[1, 2, 3], 1));
+        assert!(health.is_well(), "{health:?}");
+        assert_eq!((health.nodes_to_lose, health.decommissioning_nodes), (1, vec![3]));
+    }
+
+    #[test]
+    fn a_shard_with_fewer_voters_than_it_shall_have_lacks_one() {
+        let mut map = map();
+        map.voters_wanted = 3;
+        map.shards[0].replicas.pop();
+        let health = Health::of(&map, &statuses(&map, &[1, 2, 3, 4, 5], 1));
+        assert_eq!((health.under_replicated.clone(), health.nodes_to_lose), (vec![1], 0));
+        assert_eq!(health.problems(), ["a voter is missing: shards 1"]);
+        // Where there are not more nodes, none lacks.
+        for node in &mut map.nodes[2..] {
+            node.state = NodeState::Gone;
+        }
+        assert!(Health::of(&map, &statuses(&map, &[1, 2], 1)).is_well());
     }
 }

@@ -1,4 +1,4 @@
-//! `coracle node`.
+//! `coracle node`; what has nodes leave is in `leave`.
 
 use coracle_client::topology::NodeState;
 use serde::Serialize;
@@ -7,13 +7,17 @@ use crate::args::{Global, Node};
 use crate::failure::Failure;
 use crate::output::{Column, Output, bytes, duration};
 
-use super::Picture;
+use super::{Picture, leave};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct NodeView {
     id: u64,
+    /// One word: of a node that does not answer `down`, unless it has left for good.
     state: String,
+    /// What the cluster has recorded of it.
+    recorded_state: String,
+    answers: bool,
     zone: String,
     address: String,
     peer_address: String,
@@ -41,7 +45,10 @@ struct Answer {
 
 const COLUMNS: &[Column<NodeView>] = &[
     Column::text("ID", |node| format!("n{}", node.id)),
-    Column::text("STATE", |node| node.state.clone()),
+    Column::text("STATE", |node| match node.state == "down" && node.recorded_state != "active" {
+        true => format!("{}, down", node.recorded_state),
+        false => node.state.clone(),
+    }),
     Column::text("ZONE", |node| node.zone.clone()),
     Column::text("ADDR", |node| node.address.clone()),
     Column::text("VERSION", |node| node.version.clone()),
@@ -72,7 +79,9 @@ fn said(node: &NodeView, cell: impl FnOnce(&Answer) -> String) -> String {
 
 /// Runs it.
 pub async fn run(command: Node, global: &Global, output: &Output) -> Result<(), Failure> {
-    let Node::Ls = command;
+    if !matches!(command, Node::Ls) {
+        return leave::run(command, global, output).await;
+    }
     let picture = Picture::of(global).await?;
     output.list("NodeList", COLUMNS, &views(&picture))
 }
@@ -81,13 +90,14 @@ fn views(picture: &Picture) -> Vec<NodeView> {
     let view = |node: &coracle_client::topology::Node| {
         let status = picture.nodes.get(&node.id);
         let state = match status {
-            None => NodeState::Down,
-            Some(status) if status.draining => NodeState::Draining,
-            Some(_) => node.state,
+            None if !node.state.has_left() => NodeState::Down,
+            _ => picture.state(node),
         };
         NodeView {
             id: node.id.0,
             state: state.to_string(),
+            recorded_state: node.state.to_string(),
+            answers: status.is_some(),
             zone: node.zone.clone(),
             address: node.address.clone(),
             peer_address: node.peer_address.clone(),
@@ -110,4 +120,56 @@ fn views(picture: &Picture) -> Vec<NodeView> {
     let mut views: Vec<NodeView> = picture.map.nodes.iter().map(view).collect();
     views.sort_by_key(|node| node.id);
     views
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::health::tests::{map, statuses};
+    use super::*;
+    use crate::output::render;
+
+    #[test]
+    fn a_state_stands_beside_that_nobody_answers() {
+        let mut map = map();
+        let states = [
+            NodeState::Active,
+            NodeState::Draining,
+            NodeState::Decommissioning,
+            NodeState::Decommissioned,
+            NodeState::Gone,
+        ];
+        for (node, state) in map.nodes.iter_mut().zip(states) {
+            node.state = state;
+        }
+        let table = |answering: &[u64]| {
+            let picture = Picture { map: map.clone(), nodes: statuses(&map, answering, 1) };
+            let views = views(&picture);
+            let rows = render(&COLUMNS[..2], &views, false, false);
+            let words: Vec<String> = views.into_iter().map(|view| view.state).collect();
+            (rows, words.join(" "))
+        };
+        let (rows, words) = table(&[1, 2, 3, 4]);
+        assert_eq!(
+            rows,
+            "n1  active\nn2  draining\nn3  decommissioning\nn4  decommissioned\nn5  gone\n"
+        );
+        assert_eq!(words, "active draining decommissioning decommissioned gone");
+        // Who has left is not down: nobody waits for it.
+        let (rows, words) = table(&[]);
+        let expected = "n1  down\nn2  draining, down\nn3  decommissioning, down\nn4  decommissioned\nn5  gone\n";
+        assert_eq!(rows, expected);
+        assert_eq!(words, "down down down decommissioned gone");
+    }
+
+    #[test]
+    fn a_node_that_stops_drains_whatever_is_recorded() {
+        let map = map();
+        let mut nodes = statuses(&map, &[1, 2], 1);
+        nodes.values_mut().for_each(|status| status.draining = true);
+        let views = views(&Picture { map, nodes });
+        assert_eq!(
+            (views[0].state.as_str(), views[0].recorded_state.as_str()),
+            ("draining", "active")
+        );
+    }
 }

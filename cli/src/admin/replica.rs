@@ -15,14 +15,15 @@ use super::{Picture, client, health};
 /// Between two looks while waiting.
 const LOOK_INTERVAL: Duration = Duration::from_millis(300);
 
+/// A replica, for machines.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct ReplicaView {
+pub struct ReplicaView {
     shard: u64,
     replica: u64,
     node: u64,
     zone: String,
-    /// voter or learner.
+    /// voter, learner, or joining: a learner that will vote.
     role: &'static str,
     /// leader, following, joining, missing, damaged, down.
     state: &'static str,
@@ -31,7 +32,8 @@ struct ReplicaView {
     lag_ms: Option<u64>,
 }
 
-const COLUMNS: &[Column<ReplicaView>] = &[
+/// Replicas as a table.
+pub const COLUMNS: &[Column<ReplicaView>] = &[
     Column::text("SHARD", |replica| match replica.shard {
         0 => "0 meta".to_owned(),
         shard => shard.to_string(),
@@ -105,14 +107,16 @@ async fn list(client: &Client, shard: Option<ShardId>, output: &Output) -> Resul
     output.list("ReplicaList", COLUMNS, &views)
 }
 
-async fn look(client: &Client) -> Result<(Picture, Replicas), Failure> {
+/// The cluster, and its replicas by the map.
+pub async fn look(client: &Client) -> Result<(Picture, Replicas), Failure> {
     let picture = Picture::take(client).await?;
     let replicas = client.admin().replicas().await;
     let replicas = replicas.map_err(|error| Failure::call("read the shard map", &error))?;
     Ok((picture, replicas))
 }
 
-fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
+/// How a replica is.
+pub fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
     let shard = picture.map.shard(place.shard);
     let leader = shard.and_then(|shard| health::leader(shard, &picture.nodes));
     let group = |node: NodeId| {
@@ -128,7 +132,11 @@ fn view(place: &ReplicaPlace, picture: &Picture) -> ReplicaView {
         replica: place.replica.0,
         node: place.node.0,
         zone: picture.map.node(place.node).map(|node| node.zone.clone()).unwrap_or_default(),
-        role: if place.voter { "voter" } else { "learner" },
+        role: match (place.voter, place.becomes_voter) {
+            (true, _) => "voter",
+            (false, true) => "joining",
+            (false, false) => "learner",
+        },
         state: match () {
             () if !picture.nodes.contains_key(&place.node) => "down",
             () if role == "recovering" || role == "stopped" => "damaged",
@@ -221,13 +229,14 @@ async fn still_to_do(client: &Client, zone: &str, learners: u32) -> Result<Strin
     let planned = client.admin().set_read_replicas(zone, learners, true).await;
     let planned = planned.map_err(|error| Failure::call("look at the read replicas", &error))?;
     let (picture, replicas) = look(client).await?;
-    let joining = replicas.places.iter().filter(|place| place.joining).count();
+    // Those that will vote come with an operation, not with this setting.
+    let joining = replicas.places.iter().filter(|place| place.joining && !place.becomes_voter);
     let groups = picture.nodes.values().flat_map(|status| &status.groups);
     let leaving =
         groups.filter(|group| !replicas.places.iter().any(|place| place.replica == group.replica));
     let counts = [
         (planned.made.len(), "to be made"),
-        (joining, "joining"),
+        (joining.count(), "joining"),
         (planned.removed.len() + leaving.count(), "to be removed"),
     ];
     let parts = counts.iter().filter(|(count, _)| *count > 0);

@@ -1,13 +1,15 @@
 //! `coracle shard`.
 
+use coracle_client::topology::Replica;
 use coracle_client::{NodeId, ShardId};
 use serde::Serialize;
 
 use crate::args::{Global, Shard};
 use crate::failure::Failure;
-use crate::output::{Column, Output, bytes};
+use crate::output::{Column, Output, bytes, render};
 
-use super::{Picture, client, health};
+use super::ring::{Ring, draw};
+use super::{Picture, client, health, operation, rebalance, replica};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -22,6 +24,12 @@ struct ShardView {
     term: u64,
     voters: Vec<u64>,
     learners: Vec<u64>,
+    /// Nodes that get a voter.
+    joining: Vec<u64>,
+    /// Nodes whose voter goes then.
+    leaving: Vec<u64>,
+    /// Between two sets of voters, by the leader's word.
+    joint: bool,
     /// Voters that answer.
     live: usize,
     state_bytes: u64,
@@ -41,7 +49,15 @@ const COLUMNS: &[Column<ShardView>] = &[
     Column::text("LEADER", |shard| {
         shard.leader.map_or_else(|| "none".to_owned(), |node| format!("n{node}"))
     }),
-    Column::text("VOTERS", |shard| names(&shard.voters)),
+    Column::text("VOTERS", |shard| {
+        let voters = shard.voters.iter().map(|node| match shard.leaving.contains(node) {
+            true => format!("n{node}-"),
+            false => format!("n{node}"),
+        });
+        let joining = shard.joining.iter().map(|node| format!("n{node}+"));
+        let names: Vec<String> = voters.chain(joining).collect();
+        if names.is_empty() { "-".to_owned() } else { names.join(" ") }
+    }),
     Column::number("LIVE", |shard| format!("{}/{}", shard.live, shard.voters.len())),
     Column::number("TERM", |shard| shard.term.to_string()),
     Column::number("APPLIED", |shard| shard.applied_index.to_string()),
@@ -70,9 +86,68 @@ pub async fn run(command: Shard, global: &Global, output: &Output) -> Result<(),
             let picture = Picture::of(global).await?;
             output.list("ShardList", COLUMNS, &views(&picture))
         }
+        Shard::Show { shard } => show(shard, global, output).await,
+        Shard::Ring { width } => ring(width, global, output).await,
+        Shard::Move { shard, from, to, wait } => {
+            let (_, client) = client(global).await?;
+            let begun = client.admin().move_replica(shard, from, to).await;
+            let what = format!("move shard {shard} from n{from} to n{to}");
+            let begun = begun.map_err(|error| operation::begin_failure(what, &error))?;
+            rebalance::follow(&client, begun, wait, global, output).await
+        }
         Shard::TransferLeader { shard, to } => transfer(shard, to, global, output).await,
         Shard::Compact { shard } => compact(shard, global, output).await,
     }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct ShowView {
+    #[serde(flatten)]
+    shard: ShardView,
+    replicas: Vec<replica::ReplicaView>,
+}
+
+async fn show(shard: ShardId, global: &Global, output: &Output) -> Result<(), Failure> {
+    let (_, client) = client(global).await?;
+    let (picture, replicas) = replica::look(&client).await?;
+    let known = views(&picture).into_iter().find(|view| view.id == shard.0);
+    let unknown = || Failure::failed(format!("no shard {shard}")).next("coracle shard ls");
+    let known = known.ok_or_else(unknown)?;
+    let here = replicas.places.iter().filter(|place| place.shard == shard);
+    let replicas = here.map(|place| replica::view(place, &picture)).collect();
+    let view = ShowView { shard: known, replicas };
+    output.item("Shard", &view, || {
+        let ShardView { id, start, end, epoch, term, state_bytes, joint, .. } = &view.shard;
+        let leader = view.shard.leader.map_or_else(|| "none".to_owned(), |node| format!("n{node}"));
+        let arc = match view.shard.is_meta {
+            true => "the meta group, no arc".to_owned(),
+            false => format!("{start} up to {end}"),
+        };
+        let joint = if *joint { ", between two sets of voters" } else { "" };
+        format!(
+            "shard {id}: {arc}\nleader {leader}, term {term}, epoch {epoch}, {}{joint}\n\n{}",
+            bytes(*state_bytes),
+            render(replica::COLUMNS, &view.replicas, false, true).trim_end()
+        )
+    })
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct RingView {
+    map_epoch: u64,
+    shards: Vec<ShardView>,
+}
+
+async fn ring(width: Option<usize>, global: &Global, output: &Output) -> Result<(), Failure> {
+    let picture = Picture::of(global).await?;
+    let view = RingView { map_epoch: picture.map.epoch, shards: views(&picture) };
+    output.item("ShardRing", &view, || {
+        let (leaders, answering) = (picture.leaders(), picture.nodes.keys().copied().collect());
+        let ring = Ring { map: &picture.map, leaders: &leaders, answering: &answering };
+        draw(&ring, width.unwrap_or_else(|| output.width()))
+    })
 }
 
 #[derive(Serialize)]
@@ -133,8 +208,18 @@ async fn transfer(
 fn views(picture: &Picture) -> Vec<ShardView> {
     let view = |shard: &coracle_client::topology::Shard| {
         let (mut voters, mut learners) = (Vec::new(), Vec::new());
+        let (mut joining, mut leaving) = (Vec::new(), Vec::new());
         for replica in &shard.replicas {
-            if replica.voter { &mut voters } else { &mut learners }.push(replica.node.0);
+            match (replica.voter, replica.becomes_voter) {
+                (true, _) => &mut voters,
+                (false, true) => &mut joining,
+                (false, false) => &mut learners,
+            }
+            .push(replica.node.0);
+            let is_replaced = |other: &Replica| other.replaces == Some(replica.id);
+            if replica.goes || shard.replicas.iter().any(is_replaced) {
+                leaving.push(replica.node.0);
+            }
         }
         let groups: Vec<_> = shard
             .replicas
@@ -155,6 +240,9 @@ fn views(picture: &Picture) -> Vec<ShardView> {
             live: voters.iter().filter(is_live).count(),
             voters,
             learners,
+            joining,
+            leaving,
+            joint: groups.iter().any(|group| group.role == "leader" && group.joint),
             state_bytes: groups.iter().map(|group| group.state_bytes).max().unwrap_or(0),
             applied_index: most,
             lag: most - least,
@@ -162,4 +250,35 @@ fn views(picture: &Picture) -> Vec<ShardView> {
         }
     };
     picture.map.shards.iter().map(view).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use coracle_client::topology::ReplicaId;
+
+    use super::super::health::tests::{map, statuses};
+    use super::*;
+
+    #[test]
+    fn voters_that_come_and_go_are_marked() {
+        let mut map = map();
+        let voter = map.shards[0].replicas[2];
+        map.shards[0].replicas.push(Replica {
+            id: ReplicaId(4),
+            node: NodeId(4),
+            voter: false,
+            joining: true,
+            becomes_voter: true,
+            replaces: Some(voter.id),
+            goes: false,
+        });
+        map.shards[0].replicas[1].goes = true;
+        let learner = Replica { voter: false, id: ReplicaId(5), node: NodeId(5), ..voter };
+        map.shards[0].replicas.push(learner);
+        let nodes = statuses(&map, &[1, 2, 3, 4, 5], 1);
+        let views = views(&Picture { map, nodes });
+        let table = render(&COLUMNS[..5], &views, false, false);
+        assert_eq!(table, "1  0000000000000000  n1  n1 n2- n3- n4+  3/3\n");
+        assert_eq!((&views[0].joining, &views[0].learners), (&vec![4], &vec![5]));
+    }
 }

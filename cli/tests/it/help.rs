@@ -74,7 +74,7 @@ fn sections(command: &mut clap::Command, out: &mut String) {
 
 /// Compares, or writes when asked to.
 #[track_caller]
-fn same(path: &Path, before: &str, now: &str) {
+pub(crate) fn same(path: &Path, before: &str, now: &str) {
     let now = format!("{before}{}", trimmed(now));
     if std::env::var_os("CORACLE_REGENERATE").is_some() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -99,6 +99,6 @@ fn trimmed(text: &str) -> String {
     text.lines().map(|line| format!("{}\n", line.trim_end())).collect()
 }
 
-fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }

@@ -6,4 +6,5 @@
 mod e2e;
 mod help;
 mod lone;
+mod pictures;
 mod workspace;

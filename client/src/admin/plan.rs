@@ -81,7 +81,9 @@ impl Admin {
     /// What would be moved, and why; at most so many moves, `None` for all. Changes nothing.
     pub async fn plan_rebalance(&self, moves_max: Option<u32>) -> Result<Plan, Error> {
         let request = v1::PlanRebalanceRequest { moves_max: moves_max.unwrap_or(0) };
-        let made = self.any(self.timeout(), false, |node: Arc<Pipeline>| async move {
+        // Whoever plans asks all nodes how they are, and waits for those that do not answer.
+        let each = self.timeout() / 2;
+        let made = self.any_for(self.timeout(), each, false, |node: Arc<Pipeline>| async move {
             node.connection().admin().plan_rebalance(request).await
         });
         Ok(Plan::from_wire(made.await?.plan.unwrap_or_default()))
@@ -112,9 +114,9 @@ impl Plan {
         v1::RebalancePlan {
             cluster_id: self.cluster_id.clone(),
             epoch: self.epoch,
-            moves: self.moves.iter().map(PlannedMove::to_wire).collect(),
-            transfers: self.transfers.iter().map(PlannedTransfer::to_wire).collect(),
-            nodes: self.nodes.iter().map(PlannedNode::to_wire).collect(),
+            moves: self.moves.iter().copied().map(PlannedMove::to_wire).collect(),
+            transfers: self.transfers.iter().copied().map(PlannedTransfer::to_wire).collect(),
+            nodes: self.nodes.iter().copied().map(PlannedNode::to_wire).collect(),
             moves_min: self.moves_min,
             bytes: self.bytes,
             estimate_ms: u64::try_from(self.estimate.as_millis()).unwrap_or(u64::MAX),
@@ -133,7 +135,7 @@ impl PlannedMove {
         }
     }
 
-    fn to_wire(&self) -> v1::PlannedMove {
+    fn to_wire(self) -> v1::PlannedMove {
         v1::PlannedMove {
             shard: self.shard.0,
             from_node: number(self.from),
@@ -152,7 +154,7 @@ impl PlannedTransfer {
         }
     }
 
-    fn to_wire(&self) -> v1::PlannedTransfer {
+    fn to_wire(self) -> v1::PlannedTransfer {
         v1::PlannedTransfer {
             shard: self.shard.0,
             from_node: number(self.from),
@@ -174,7 +176,7 @@ impl PlannedNode {
         }
     }
 
-    fn to_wire(&self) -> v1::PlannedNode {
+    fn to_wire(self) -> v1::PlannedNode {
         v1::PlannedNode {
             node: self.node.0,
             replicas_before: self.replicas_before,

@@ -50,7 +50,7 @@ impl Model {
         let map = self.wire_map();
         let mut after = map.clone();
         let (mut steps, mut stalled) = (Vec::new(), Vec::new());
-        let leaving = map.nodes.iter().filter(|node| is_leaving(node));
+        let leaving = map.nodes.iter().filter(is_leaving);
         for node in leaving.map(|node| node.id) {
             for shard in voters_of(&map, node) {
                 match target(&after, shard, node) {

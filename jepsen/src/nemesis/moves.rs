@@ -27,12 +27,12 @@ impl Nemesis<'_> {
                 return;
             }
         };
-        while self.pause(300, 4_000, end).await {
+        while self.pause(100, 1_500, end).await {
             let admin = client.admin();
             let Ok(Ok(map)) = tokio::time::timeout(ASK_TIMEOUT, admin.map()).await else {
                 continue;
             };
-            match self.below(8) {
+            match self.below(6) {
                 0 => self.interfere(&client).await,
                 1 => self.drain(&client, &map).await,
                 _ => self.move_one(&client, &map).await,

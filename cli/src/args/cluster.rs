@@ -1,0 +1,285 @@
+//! Owns the arguments of the commands that look at nodes, shards and replicas, and move them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand, ValueEnum};
+use coracle_client::admin::OperationId;
+use coracle_client::{NodeId, ShardId};
+
+use super::{parse_duration, parse_node, parse_shard};
+
+/// See [`Command::Node`](super::Command::Node).
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// List the nodes
+    Ls,
+    /// Have a node give its leaderships away, and get no new ones
+    #[command(after_help = "Examples:\n  \
+        coracle node drain n3 --wait\n  \
+        coracle node undrain n3\n\n\
+        It goes on voting and serving reads. Before a planned stop nothing of this is needed: a\n\
+        server drains by itself on SIGTERM.")]
+    Drain {
+        /// The node
+        #[arg(value_parser = parse_node)]
+        node: NodeId,
+        /// Wait until it leads nothing (--timeout ends the wait)
+        #[arg(long)]
+        wait: bool,
+    },
+    /// End a drain or a decommission: the node serves as before
+    #[command(after_help = "Example:\n  coracle node undrain n3")]
+    Undrain {
+        /// The node
+        #[arg(value_parser = parse_node)]
+        node: NodeId,
+    },
+    /// Move everything that a node holds to others, until it is safe to stop for good
+    #[command(after_help = "Examples:\n  \
+        coracle node decommission n3 --dry-run\n  \
+        coracle node decommission n3 --wait\n\n\
+        Nothing is lost or unavailable meanwhile. coracle node undrain n3 takes it back.")]
+    Decommission {
+        /// The node
+        #[arg(value_parser = parse_node)]
+        node: NodeId,
+        /// Only say what it holds, and would give away
+        #[arg(long)]
+        dry_run: bool,
+        /// Wait until it holds nothing (--timeout ends the wait)
+        #[arg(long, conflicts_with = "dry_run")]
+        wait: bool,
+    },
+    /// Give a node up that is down and never comes back: its replicas are made elsewhere
+    #[command(after_help = "Examples:\n  \
+        coracle node gone n3\n  \
+        coracle node gone n3 --yes-i-mean prod --wait\n\n\
+        It is never let in again, and what only it held is lost. Asks for the cluster's name: that of\n\
+        the context, or the cluster's id. Of a node that may come back: wait, or start it again.")]
+    Gone {
+        /// The node
+        #[arg(value_parser = parse_node)]
+        node: NodeId,
+        /// The cluster's name, in place of typing it
+        #[arg(long, value_name = "CLUSTER")]
+        yes_i_mean: Option<String>,
+        /// Wait until all its replicas are made elsewhere (--timeout ends the wait)
+        #[arg(long)]
+        wait: bool,
+    },
+}
+
+/// See [`Command::Shard`](super::Command::Shard).
+#[derive(Debug, Subcommand)]
+pub enum Shard {
+    /// List the shards
+    Ls,
+    /// Show one shard: its arc, its replicas, and how far each is
+    #[command(after_help = "Example:\n  coracle shard show 7")]
+    Show {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+    },
+    /// Draw the ring: its shards, who leads them, who holds them, what moves
+    #[command(after_help = "Examples:\n  coracle shard ring\n  coracle shard ring --width 60")]
+    Ring {
+        /// Columns to draw in (default: the terminal's, or 80)
+        #[arg(long, value_name = "N")]
+        width: Option<usize>,
+    },
+    /// Hand a shard's leadership to another of its voters
+    #[command(after_help = "Example:\n  coracle shard transfer-leader 7 --to n2")]
+    TransferLeader {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+        /// The node that shall lead (default: the leader chooses)
+        #[arg(long, value_name = "NODE", value_parser = parse_node)]
+        to: Option<NodeId>,
+    },
+    /// Move one voter of a shard to another node
+    #[command(after_help = "Example:\n  coracle shard move 7 --from n1 --to n4 --wait")]
+    Move {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+        /// The node whose replica goes
+        #[arg(long, value_name = "NODE", value_parser = parse_node)]
+        from: NodeId,
+        /// The node that takes its place
+        #[arg(long, value_name = "NODE", value_parser = parse_node)]
+        to: NodeId,
+        /// Wait until it has moved (--timeout ends the wait)
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Rewrite a shard's state without what nobody can read any more, replica by replica
+    #[command(after_help = "Example:\n  coracle shard compact 7")]
+    Compact {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+    },
+}
+
+/// See [`Command::Replica`](super::Command::Replica).
+#[derive(Debug, Subcommand)]
+pub enum Replica {
+    /// List the replicas, and how far each is behind its leader
+    #[command(after_help = "Examples:\n  coracle replica ls\n  coracle replica ls 7 -o json")]
+    Ls {
+        /// Only of this shard
+        #[arg(value_parser = parse_shard)]
+        shard: Option<ShardId>,
+    },
+    /// Set how many read replicas every shard has: they never vote, and serve reads that need not
+    /// be the newest
+    #[command(after_help = "Examples:\n  \
+        coracle replica set --learners 1 --zone c --wait\n  \
+        coracle replica set --learners 0 --zone c\n  \
+        coracle replica set --learners 2 --dry-run")]
+    Set {
+        /// How many of each shard; 0 removes them
+        #[arg(long, value_name = "N")]
+        learners: u32,
+        /// On nodes of this zone (default: on any, beside those that zones ask for)
+        #[arg(long, value_name = "ZONE", default_value = "", hide_default_value = true)]
+        zone: String,
+        /// Only say what would be made and removed
+        #[arg(long)]
+        dry_run: bool,
+        /// Wait until all are there, and those that go are gone (--timeout ends the wait)
+        #[arg(long, conflicts_with = "dry_run")]
+        wait: bool,
+    },
+}
+
+/// See [`Command::Rebalance`](super::Command::Rebalance).
+#[derive(Debug, Subcommand)]
+pub enum Rebalance {
+    /// Show what would be moved, and why; changes nothing
+    #[command(after_help = "Examples:\n  \
+        coracle rebalance plan\n  \
+        coracle rebalance plan --max-moves 10 -o json >plan.json\n  \
+        coracle rebalance plan --exit-code >/dev/null || coracle rebalance apply --yes")]
+    Plan {
+        /// No more moves than so many
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        max_moves: Option<u32>,
+        /// End with exit code 10 when there is something to move
+        #[arg(long)]
+        exit_code: bool,
+    },
+    /// Carry out a plan: the one in a file, or a new one that is shown first
+    #[command(after_help = "Examples:\n  \
+        coracle rebalance apply\n  \
+        coracle rebalance apply plan.json --yes --wait\n  \
+        coracle rebalance plan -o json | coracle rebalance apply - --yes\n\n\
+        A plan holds for the map that it was made for. When that has changed: exit code 8.")]
+    Apply(Apply),
+    /// What the balancer does, why it is stalled, and the operations under way
+    Status,
+    /// Begin nothing more of an operation; what was begun is finished
+    #[command(after_help = "Example:\n  coracle rebalance pause")]
+    Pause(Which),
+    /// Go on with an operation that was paused
+    #[command(after_help = "Example:\n  coracle rebalance resume")]
+    Resume(Which),
+    /// Give an operation up: what was done stands, what is half done is taken back
+    #[command(after_help = "Example:\n  coracle rebalance cancel 7")]
+    Cancel(Which),
+    /// Move everything back that an operation has moved
+    #[command(
+        after_help = "Examples:\n  coracle rebalance undo\n  coracle rebalance undo 7 --wait"
+    )]
+    Undo {
+        /// Which one.
+        #[command(flatten)]
+        which: Which,
+        /// Wait until all is back (--timeout ends the wait)
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Have the cluster balance itself, or not
+    #[command(after_help = "Example:\n  \
+        coracle rebalance auto off\n\n\
+        Replicas of lost nodes are replaced in any case.")]
+    Auto {
+        /// Whether
+        switch: Switch,
+    },
+    /// Change how balancing is set; what is not said stays
+    #[command(after_help = "Examples:\n  \
+        coracle rebalance set --moves-at-a-time 4\n  \
+        coracle rebalance set --automatic on --down-after 10m")]
+    Set(Setting),
+}
+
+/// See [`Rebalance::Apply`].
+#[derive(Debug, Args)]
+pub struct Apply {
+    /// What `rebalance plan -o json` printed; - reads standard input (default: a new plan)
+    pub file: Option<PathBuf>,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Only show it
+    #[arg(long, conflicts_with_all = ["yes", "wait"])]
+    pub dry_run: bool,
+    /// Wait until all has moved (--timeout ends the wait)
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// See [`Rebalance::Set`].
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true)]
+pub struct Setting {
+    /// Balance without being asked
+    #[arg(long, value_name = "ON")]
+    pub automatic: Option<Switch>,
+    /// Moves under way at a time, over the whole cluster
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub moves_at_a_time: Option<u32>,
+    /// How long a node may be silent before its replicas are made elsewhere
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub down_after: Option<Duration>,
+}
+
+/// An operation, or the only one that is meant.
+#[derive(Debug, Args)]
+pub struct Which {
+    /// The operation (default: the only one that this makes sense for)
+    #[arg(value_parser = parse_operation)]
+    pub operation: Option<OperationId>,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum Switch {
+    /// It does.
+    On,
+    /// It does not.
+    Off,
+}
+
+/// See [`Command::Operation`](super::Command::Operation).
+#[derive(Debug, Subcommand)]
+pub enum Operation {
+    /// List the operations under way, then the last ones that ended
+    Ls,
+    /// Show how an operation goes on until it ends
+    #[command(after_help = "Examples:\n  coracle operation watch\n  coracle operation watch 7")]
+    Watch(Which),
+    /// Give an operation up: what was done stands, what is half done is taken back
+    #[command(after_help = "Example:\n  coracle operation cancel 7")]
+    Cancel(Which),
+}
+
+/// An operation as people write it: `7`.
+pub fn parse_operation(text: &str) -> Result<OperationId, String> {
+    let number = text.parse().ok().filter(|id| *id > 0);
+    number.map(OperationId).ok_or_else(|| format!("{text:?} is no operation: write its number"))
+}
