@@ -157,20 +157,41 @@ impl Shared {
         share > 0.0 && self.random.lock().random::<f64>() < share
     }
 
-    fn drops(&self, answer: &Bytes) -> bool {
-        // Drawn first: reading every message would be most of the work.
-        let drops = self.chance(self.mix.drop) && is_applied(answer) == Some(true);
-        if drops {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+    /// What is left of a message of answers; `None` when nothing is.
+    fn thinned(&self, message: Bytes) -> Option<Bytes> {
+        if self.mix.drop <= 0.0 {
+            return Some(message);
         }
-        drops
+        let Ok(mut answers) = v1::PipelineResponses::decode(message.clone()) else {
+            return Some(message);
+        };
+        let before = answers.responses.len();
+        answers
+            .responses
+            .retain(|answer| !(is_applied(answer) == Some(true) && self.chance(self.mix.drop)));
+        let dropped = before - answers.responses.len();
+        self.dropped.fetch_add(dropped as u64, Ordering::Relaxed);
+        match (dropped, answers.responses.is_empty()) {
+            (0, _) => Some(message),
+            (_, true) => None,
+            (_, false) => Some(answers.encode_to_vec().into()),
+        }
     }
 
-    /// Sends some requests once more, to the node that they are for or to another.
-    fn perhaps_again(self: &Arc<Self>, at: usize, request: &Bytes) {
-        if !self.chance(self.mix.duplicate) || !is_write(request) {
+    /// Sends some of a message's requests once more, to the node that they are for or to another.
+    fn perhaps_again(self: &Arc<Self>, at: usize, message: &Bytes) {
+        if self.mix.duplicate <= 0.0 {
             return;
         }
+        let requests = v1::PipelineRequests::decode(message.clone()).unwrap_or_default().requests;
+        for request in requests {
+            if is_write(&request) && self.chance(self.mix.duplicate) {
+                self.later_again(at, v1::PipelineRequests { requests: vec![request] });
+            }
+        }
+    }
+
+    fn later_again(self: &Arc<Self>, at: usize, request: v1::PipelineRequests) {
         let (delay, elsewhere) = {
             let mut random = self.random.lock();
             let delay = match random.random::<bool>() {
@@ -181,7 +202,7 @@ impl Shared {
         };
         // A quarter of them goes to any node, the rest where the first went.
         let at = if elsewhere < self.nodes.len() { elsewhere } else { at };
-        let (shared, request) = (self.clone(), request.clone());
+        let (shared, request) = (self.clone(), Bytes::from(request.encode_to_vec()));
         tokio::spawn(async move {
             tokio::time::sleep(delay).await;
             let copy = shared.again(at, request);
@@ -202,7 +223,8 @@ impl Shared {
         let one = Request::new(once(std::future::ready(request)));
         let answers = node.streaming(one, PathAndQuery::from_static(PIPELINE), Raw).await.ok()?;
         let answer = answers.into_inner().message().await.ok()??;
-        is_applied(&answer)
+        let answers = v1::PipelineResponses::decode(answer).ok()?;
+        answers.responses.first().and_then(is_applied)
     }
 }
 
@@ -220,16 +242,13 @@ pub async fn compact(address: &str, shard: u64) -> Result<bool, String> {
     }
 }
 
-fn is_write(request: &Bytes) -> bool {
-    let request = v1::PipelineRequest::decode(request.clone());
-    let operation = request.ok().and_then(|request| request.operation);
-    matches!(operation, Some(Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)))
+fn is_write(request: &v1::PipelineRequest) -> bool {
+    matches!(request.operation, Some(Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)))
 }
 
 /// Whether a write's answer says that it was applied; `None` for what is no answer to a write.
-fn is_applied(answer: &Bytes) -> Option<bool> {
-    let answer = v1::PipelineResponse::decode(answer.clone()).ok()?;
-    match answer.result? {
+fn is_applied(answer: &v1::PipelineResponse) -> Option<bool> {
+    match answer.result.as_ref()? {
         Answer::Put(put) => Some(put.applied),
         Answer::Delete(delete) => Some(delete.applied),
         Answer::Write(write) => Some(write.applied),
@@ -271,9 +290,12 @@ impl Proxy {
         *asking.metadata_mut() = metadata;
         let (metadata, answers, extensions) = node.streaming(asking, path, Raw).await?.into_parts();
         let shared = self.shared;
-        let answers = answers.filter(move |answer| {
-            let dropped = is_pipeline && answer.as_ref().is_ok_and(|answer| shared.drops(answer));
-            std::future::ready(!dropped)
+        let answers = answers.filter_map(move |answer| {
+            let left = match answer {
+                Ok(message) if is_pipeline => shared.thinned(message).map(Ok),
+                answer => Some(answer),
+            };
+            std::future::ready(left)
         });
         Ok(Response::from_parts(metadata, answers.boxed(), extensions))
     }
@@ -373,20 +395,47 @@ impl Decoder for Raw {
 mod tests {
     use super::*;
 
+    fn shared(mix: Mix) -> Shared {
+        Shared::new(Vec::new(), mix, 1)
+    }
+
     #[test]
     fn what_is_dropped_is_the_answer_to_a_write_that_was_applied() {
-        let encoded = |result| {
-            let answer = v1::PipelineResponse { id: 1, result: Some(result) };
-            Bytes::from(answer.encode_to_vec())
-        };
         let write = |applied| v1::WriteResponse { applied, ..Default::default() };
-        assert_eq!(is_applied(&encoded(Answer::Write(write(true)))), Some(true));
-        assert_eq!(is_applied(&encoded(Answer::Write(write(false)))), Some(false));
-        assert_eq!(is_applied(&encoded(Answer::Error(Default::default()))), Some(false));
-        assert_eq!(is_applied(&encoded(Answer::Get(Default::default()))), None);
-        let request = |operation| {
-            let request = v1::PipelineRequest { id: 1, timeout_ms: 1, operation: Some(operation) };
-            Bytes::from(request.encode_to_vec())
+        let results = [
+            Answer::Write(write(true)),
+            Answer::Write(write(false)),
+            Answer::Error(Default::default()),
+            Answer::Get(Default::default()),
+            Answer::Write(write(true)),
+        ];
+        let answers = results.into_iter().zip(1..);
+        let answers =
+            answers.map(|(result, id)| v1::PipelineResponse { id, result: Some(result) });
+        let message = v1::PipelineResponses { responses: answers.collect() };
+        let message = Bytes::from(message.encode_to_vec());
+        let none = shared(Mix::default());
+        assert_eq!(none.thinned(message.clone()), Some(message.clone()));
+        let all = shared(Mix { drop: 1.0, ..Mix::default() });
+        let left = all.thinned(message.clone()).expect("not all of it is dropped");
+        let left = v1::PipelineResponses::decode(left).expect("a message").responses;
+        assert_eq!(left.iter().map(|answer| answer.id).collect::<Vec<_>>(), [2, 3, 4]);
+        assert_eq!(all.dropped.load(Ordering::Relaxed), 2);
+        let applied = v1::PipelineResponses {
+            responses: vec![v1::PipelineResponse {
+                id: 1,
+                result: Some(Answer::Write(write(true))),
+            }],
+        };
+        assert_eq!(all.thinned(applied.encode_to_vec().into()), None, "nothing is left");
+    }
+
+    #[test]
+    fn what_is_doubled_is_a_write() {
+        let request = |operation| v1::PipelineRequest {
+            id: 1,
+            timeout_ms: 1,
+            operation: Some(operation),
         };
         assert!(is_write(&request(Operation::Write(Default::default()))));
         assert!(!is_write(&request(Operation::Get(Default::default()))));

@@ -289,6 +289,10 @@ fn check_voters(
         let heard = status.members.get(id).and_then(|member| member.heard);
         **id == own.0 || heard.is_some_and(|heard| heard <= fresh)
     };
+    if let Some(add) = add.filter(|add| !heard(&add)) {
+        // In a quiet group a dead one lacks nothing.
+        return refused(format!("replica {add} is not heard: it is not ready to vote"));
+    }
     let (heard, all) = (voters.iter().filter(heard).count(), voters.len());
     if heard * 2 <= all {
         return refused(format!("of the {all} voters to be only {heard} are heard"));

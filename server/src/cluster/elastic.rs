@@ -4,7 +4,7 @@
 //! nodes that are decommissioned or lost are emptied, lacking voters made, and with automatic balancing
 //! replicas spread. The choice of moves is `placement`'s, what becomes of them `operations`'.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -41,6 +41,9 @@ pub struct Knowledge {
     pub(super) bytes: BTreeMap<u64, u64>,
     /// By shard: who leads it.
     pub(super) leaders: BTreeMap<u64, u64>,
+    /// Where no replica comes for now: nodes, and shards with nodes.
+    pub(super) avoided_nodes: BTreeSet<u64>,
+    pub(super) avoided_places: BTreeSet<(u64, u64)>,
     /// The nodes, and since when they are the same.
     pub(super) nodes: Option<(Vec<u64>, Instant)>,
 }
@@ -58,14 +61,28 @@ impl Knowledge {
             _ if self.lost(node, operations, now) => Duty::Lost,
             NodeState::Decommissioning | NodeState::Decommissioned => Duty::Leaves,
             _ if self.silent.contains_key(&node.id) => Duty::Absent,
+            NodeState::Active if self.avoided_nodes.contains(&node.id) => Duty::Keeps,
             state => Duty::of(state),
         }
     }
 
-    /// The nodes are what they were for a while, and all of them are heard.
-    fn has_settled(&self, now: Instant) -> bool {
+    /// Nodes that are not heard, though they should be.
+    fn missed<'a>(&'a self, map: &'a v1::ShardMap) -> impl Iterator<Item = u64> + 'a {
+        let expected = map
+            .nodes
+            .iter()
+            .filter(|node| !matches!(node.state(), NodeState::Gone | NodeState::Decommissioned));
+        expected.map(|node| node.id).filter(|node| self.silent.contains_key(node))
+    }
+
+    /// The nodes are what they were for a while, all of them are heard, and the size of every shard is
+    /// known: else what is known last would look large.
+    fn has_settled(&self, map: &v1::ShardMap, now: Instant) -> bool {
         let since = self.nodes.as_ref().map(|(_, since)| *since);
-        self.silent.is_empty() && since.is_some_and(|at| now.duration_since(at) >= SETTLED_AFTER)
+        let sized = |shard: &v1::Shard| shard.forming || self.bytes.contains_key(&shard.id);
+        since.is_some_and(|at| now.duration_since(at) >= SETTLED_AFTER)
+            && self.missed(map).next().is_none()
+            && map.shards.iter().all(sized)
     }
 }
 
@@ -87,7 +104,11 @@ fn view(snapshot: &Snapshot, known: &Knowledge, now: Instant) -> View {
         ShardView {
             id: ShardId(shard.id),
             voters: voters.iter().copied().filter(|voter| !voter.goes).map(seat).collect(),
-            learners: others.iter().map(|replica| NodeId(replica.node)).collect(),
+            learners: {
+                let avoided = known.avoided_places.iter().filter(|(id, _)| *id == shard.id);
+                let avoided = avoided.map(|(_, node)| *node);
+                others.iter().map(|replica| replica.node).chain(avoided).map(NodeId).collect()
+            },
             leader: leader.map(NodeId),
             bytes: known.bytes.get(&shard.id).copied().unwrap_or(0),
             load: 0,
@@ -200,7 +221,6 @@ pub(super) fn act(snapshot: &mut Snapshot, known: &Knowledge, now: Instant, now_
             work_on_node(snapshot, known, (node, kind), now, now_ms);
         }
     }
-    let is_idle = snapshot.operations.active().next().is_none();
     let lacks = |snapshot: &Snapshot| {
         let wanted = settings(snapshot, Goal::Repair).voters();
         let voters = |shard: &v1::Shard| {
@@ -209,27 +229,34 @@ pub(super) fn act(snapshot: &mut Snapshot, known: &Knowledge, now: Instant, now_
         };
         snapshot.map.shards.iter().any(|shard| !shard.forming && voters(shard) < wanted)
     };
-    if is_idle && lacks(snapshot) {
+    let filling = |operation: &v1::ClusterOperation| {
+        operation.kind() == OperationKind::Repair && operation.node == 0
+    };
+    if lacks(snapshot) && !snapshot.operations.active().any(filling) {
         let plan = planned(snapshot, known, Goal::Repair, now);
-        begin(snapshot, OperationKind::Repair, &plan, now_ms);
+        let moves = moves_of(&plan);
+        let moves: Vec<_> = moves
+            .into_iter()
+            .filter(|step| step.from_node == 0 && !snapshot.operations.is_moving(step.shard))
+            .collect();
+        begin(snapshot, Work { kind: OperationKind::Repair, moves, ..Work::default() }, now_ms);
     }
     let is_idle = snapshot.operations.active().next().is_none();
-    if is_idle && !snapshot.operations.manual && known.has_settled(now) {
+    if is_idle && !snapshot.operations.manual && known.has_settled(&snapshot.map, now) {
         let plan = planned(snapshot, known, Goal::Balance, now);
-        // Leaders alone are spread by `leaders`, without an operation.
-        if plan.moves().next().is_some() {
-            begin(snapshot, OperationKind::Balance, &plan, now_ms);
-        }
+        let (kind, moves) = (OperationKind::Balance, moves_of(&plan));
+        let transfers = transfers_of(&plan);
+        begin(snapshot, Work { kind, moves, transfers, ..Work::default() }, now_ms);
     }
     before != snapshot.operations
 }
 
-fn begin(snapshot: &mut Snapshot, kind: OperationKind, plan: &Plan, now_ms: u64) {
-    let moves = moves_of(plan);
-    if moves.is_empty() {
+/// Begins what moves replicas; leaders alone are moved only with them, or when somebody asks.
+fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) {
+    let kind = work.kind;
+    if work.moves.is_empty() {
         return;
     }
-    let work = Work { kind, moves, transfers: transfers_of(plan), ..Work::default() };
     if let Err(why) = operations::begin(snapshot, work, now_ms) {
         tracing::debug!(?kind, why, "nothing begins by itself");
     }
@@ -256,7 +283,10 @@ fn work_on_node(
     }
     let plan = planned(snapshot, known, Goal::Repair, now);
     let moves = moves_of(&plan);
-    let its: Vec<_> = moves.into_iter().filter(|step| step.from_node == node).collect();
+    let its: Vec<_> = moves
+        .into_iter()
+        .filter(|step| step.from_node == node && !snapshot.operations.is_moving(step.shard))
+        .collect();
     let stalled: Vec<String> = plan.stalls.iter().map(ToString::to_string).collect();
     match active {
         Some((id, _)) => {
@@ -296,8 +326,8 @@ fn balancing(snapshot: &Snapshot, known: &Knowledge, now: Instant) -> v1::Balanc
         }
     } else if operations.manual {
         v1::BalancerState::Off
-    } else if !known.has_settled(now) {
-        reasons.extend(known.silent.keys().map(|node| format!("n{node} is not heard")));
+    } else if !known.has_settled(&snapshot.map, now) {
+        reasons.extend(known.missed(&snapshot.map).map(|node| format!("n{node} is not heard")));
         v1::BalancerState::Starting
     } else {
         let plan = planned(snapshot, known, Goal::Balance, now);
@@ -368,7 +398,8 @@ impl Cluster {
         let wanted =
             |operation: &&v1::ClusterOperation| request.id == 0 || operation.id == request.id;
         let operations = snapshot.operations.list.iter().rev().filter(wanted).cloned().collect();
-        let balancing = balancing(&snapshot, &self.knowledge.lock(), Instant::now());
+        let known = self.knowledge.lock().clone();
+        let balancing = balancing(&snapshot, &known, Instant::now());
         encode(&v1::ListOperationsResponse { operations, balancing: Some(balancing) })
     }
 
@@ -499,7 +530,8 @@ impl Cluster {
             Ok(true)
         });
         let snapshot = changed.await.map_err(|error| self.unpacked(error))?;
-        let balancing = Some(balancing(&snapshot, &self.knowledge.lock(), Instant::now()));
+        let known = self.knowledge.lock().clone();
+        let balancing = Some(balancing(&snapshot, &known, Instant::now()));
         encode(&v1::SetBalancingResponse { balancing })
     }
 
@@ -627,6 +659,8 @@ fn control(
                 let why = format!("operation {} moved nothing, or is too old", found.id);
                 return Err(conflict(why));
             }
+            // Else the balancer would do it all again.
+            snapshot.operations.manual = true;
             return operations::begin(snapshot, work, now_ms).map_err(conflict);
         }
         _ if !is_active(&found) => return Err(ended()),
@@ -638,9 +672,16 @@ fn control(
     };
     if found.kind() == OperationKind::Decommission && request.control() == OperationControl::Cancel
     {
-        let node = snapshot.map.nodes.iter_mut().find(|node| node.id == found.node);
-        // Else it would begin again.
-        node.into_iter().for_each(|node| node.state = NodeState::Active.into());
+        // Else it would begin again; and below.
+        let nodes = snapshot
+            .map
+            .nodes
+            .iter_mut()
+            .filter(|node| node.id == found.node && node.state() == NodeState::Decommissioning);
+        nodes.for_each(|node| node.state = NodeState::Active.into());
+    }
+    if found.kind() == OperationKind::Balance && request.control() == OperationControl::Cancel {
+        snapshot.operations.manual = true;
     }
     let list = &mut snapshot.operations.list;
     let operation = list.iter_mut().find(|operation| operation.id == found.id);

@@ -27,7 +27,8 @@ pub(super) struct Asked(BTreeMap<u64, Instant>);
 
 impl Cluster {
     /// Asks those leaders that shall lead no more, and those that an operation names.
-    pub(super) async fn spread_leaders(&self, snapshot: &Snapshot, asked: &mut Asked) {
+    /// Returns the shards that were asked: who leads them is to be learnt anew.
+    pub(super) async fn spread_leaders(&self, snapshot: &Snapshot, asked: &mut Asked) -> Vec<u64> {
         let known = self.knowledge.lock().clone();
         let now = Instant::now();
         asked.0.retain(|_, at| now.duration_since(*at) < AGAIN_AFTER);
@@ -47,10 +48,12 @@ impl Cluster {
         });
         futures_util::future::join_all(ask).await;
         asked.0.extend(wanted.iter().map(|(shard, _, _)| (*shard, now)));
-        let tried: Vec<v1::PlannedTransfer> =
-            transfers.into_iter().filter(|due| asked.0.contains_key(&due.shard)).collect();
+        let was_asked =
+            |due: &v1::PlannedTransfer| wanted.contains(&(due.shard, due.from_node, due.to_node));
+        let tried: Vec<v1::PlannedTransfer> = transfers.into_iter().filter(was_asked).collect();
+        let shards = wanted.iter().map(|(shard, _, _)| *shard).collect();
         if tried.is_empty() {
-            return;
+            return shards;
         }
         // Asked for once: where it did not work, the next plan says so again.
         let recorded =
@@ -58,6 +61,7 @@ impl Cluster {
         if let Err(error) = recorded.await {
             tracing::info!(%error, "transfers could not be recorded");
         }
+        shards
     }
 }
 
@@ -69,19 +73,33 @@ fn may_lead(map: &v1::ShardMap, node: u64) -> bool {
     })
 }
 
-/// The shards whose leaders shall go, and whither; 0 leaves it to the leader.
+/// The shards whose leaders shall go, and whither: to a voter whose node is heard and may lead. Where
+/// there is none, the leader stays: handing over among those that shall not lead only costs elections.
 fn hand_overs(snapshot: &Snapshot, known: &Knowledge) -> Vec<(u64, u64, u64)> {
+    let mut led: BTreeMap<u64, usize> = BTreeMap::new();
+    known.leaders.values().for_each(|leader| *led.entry(*leader).or_default() += 1);
     let mut wanted: Vec<(u64, u64, u64)> = Vec::new();
-    for (shard, leader) in &known.leaders {
-        // The meta group's last: whoever leads it does all this.
-        if !may_lead(&snapshot.map, *leader) && *shard != META_SHARD.0 {
-            wanted.push((*shard, *leader, 0));
+    for shard in &snapshot.map.shards {
+        let leader = known.leaders.get(&shard.id).copied();
+        let Some(leader) = leader.filter(|leader| {
+            !may_lead(&snapshot.map, *leader) && !known.silent.contains_key(leader)
+        }) else {
+            continue;
+        };
+        let voters =
+            shard.replicas.iter().filter(|r| r.role() == v1::ReplicaRole::Voter && !r.goes);
+        let others = voters.map(|voter| voter.node).filter(|node| {
+            *node != leader && may_lead(&snapshot.map, *node) && !known.silent.contains_key(node)
+        });
+        if let Some(to) = others.min_by_key(|node| (led.get(node).copied().unwrap_or(0), *node)) {
+            *led.entry(to).or_default() += 1;
+            wanted.push((shard.id, leader, to));
         }
     }
-    if let Some(leader) = known.leaders.get(&META_SHARD.0).filter(|l| !may_lead(&snapshot.map, **l))
-        && wanted.is_empty()
-    {
-        wanted.push((META_SHARD.0, *leader, 0));
+    // The meta group's last: whoever leads it does all this.
+    wanted.sort_by_key(|(shard, _, _)| *shard == META_SHARD.0);
+    if wanted.len() > 1 {
+        wanted.retain(|(shard, _, _)| *shard != META_SHARD.0);
     }
     wanted
 }

@@ -10,17 +10,19 @@
 //! one. A replica that vanishes from the map before it votes was given up by `super::replicas`: the move
 //! begins again, a few times.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState};
 
-use crate::records::Snapshot;
 use crate::records::operations::{has_ended, is_active};
+use crate::records::{Operations, Snapshot};
 
 /// Operations under way: each that moves replicas by a plan has the cluster to itself, the others are
 /// few. Beyond it: `CONFLICT`.
 const ACTIVE_MAX: usize = 4;
+/// So many more that mend: one for each node that is lost or leaves.
+const MENDING_MAX: usize = 16;
 /// Moves of one operation; the records keep all operations in one value. What a plan has beyond it, the
 /// next plan has again.
 pub(super) const MOVES_MAX: usize = 2_048;
@@ -44,24 +46,35 @@ fn has_the_cluster(kind: OperationKind) -> bool {
     matches!(kind, OperationKind::Rebalance | OperationKind::Balance | OperationKind::Undo)
 }
 
-/// Enters a new operation; the error is for whoever asked for it. Moves of shards that another
-/// operation moves are left out where the work goes on by itself, and refused elsewhere.
+/// Mends what is broken, or must be: goes before all that is only better.
+fn mends(kind: OperationKind) -> bool {
+    matches!(kind, OperationKind::Repair | OperationKind::Decommission)
+}
+
+/// Enters a new operation; the error is for whoever asked for it. What mends takes shards from
+/// operations that have not begun to move them, and leaves alone those that are being moved; anything
+/// else is refused where another operation moves the same.
 pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<u64, String> {
     let operations = &snapshot.operations;
     let active: Vec<&v1::ClusterOperation> = operations.active().collect();
     let other =
         active.iter().find(|other| has_the_cluster(work.kind) || has_the_cluster(other.kind()));
-    let repairs = matches!(work.kind, OperationKind::Repair | OperationKind::Decommission);
-    if let Some(other) = other.filter(|_| !repairs) {
+    let mends = mends(work.kind);
+    if let Some(other) = other.filter(|_| !mends) {
         return Err(format!("operation {} is under way: wait for it, or cancel it", other.id));
     }
-    if active.len() >= ACTIVE_MAX {
-        return Err(format!("{ACTIVE_MAX} operations are under way already"));
+    let limit = ACTIVE_MAX + usize::from(mends) * MENDING_MAX;
+    if active.len() >= limit {
+        return Err(format!("{limit} operations are under way already"));
     }
+    if mends {
+        give_way(&mut snapshot.operations, &work.moves);
+    }
+    let operations = &snapshot.operations;
     let mut moves = Vec::new();
     for planned in &work.moves {
         if operations.is_busy(planned.shard) {
-            if repairs {
+            if mends {
                 continue;
             }
             return Err(format!("another operation moves s{} already", planned.shard));
@@ -89,8 +102,22 @@ pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<
     Ok(id)
 }
 
+/// Ends what others would do, and have not begun, to shards that are to be mended.
+fn give_way(operations: &mut Operations, moves: &[v1::PlannedMove]) {
+    let others =
+        operations.list.iter_mut().filter(|known| is_active(known) && !mends(known.kind()));
+    for step in others.flat_map(|operation| &mut operation.moves) {
+        let taken = moves.iter().any(|planned| planned.shard == step.shard);
+        if taken && step.state() == OperationState::Pending {
+            step.state = OperationState::Cancelled.into();
+            step.message = "its shard is mended first".to_owned();
+        }
+    }
+}
+
 /// Gives an operation that goes on until its node is empty more to do. False when there is nothing.
 pub(super) fn extend(snapshot: &mut Snapshot, id: u64, moves: &[v1::PlannedMove]) -> bool {
+    give_way(&mut snapshot.operations, moves);
     let new: Vec<v1::OperationMove> = moves
         .iter()
         .filter(|planned| !snapshot.operations.is_busy(planned.shard))
@@ -138,28 +165,29 @@ fn entered(map: &v1::ShardMap, planned: &v1::PlannedMove) -> Result<v1::Operatio
     })
 }
 
-/// Takes operations as far as the map says they are, and begins what has room. True when anything
-/// changed.
-pub(super) fn advance(snapshot: &mut Snapshot, now_ms: u64) -> bool {
+/// Takes operations as far as the map says they are, and begins what has room, though nothing towards
+/// nodes that are given up. True when anything changed.
+pub(super) fn advance(snapshot: &mut Snapshot, given_up: &BTreeSet<u64>, now_ms: u64) -> bool {
     let before = (snapshot.operations.clone(), snapshot.ids);
     let mut list = std::mem::take(&mut snapshot.operations.list);
+    let mut map_changed = false;
     for operation in list.iter_mut().filter(|operation| is_active(operation)) {
-        follow(snapshot, operation);
+        map_changed |= follow(snapshot, operation);
     }
     snapshot.operations.list = list;
-    start_moves(snapshot);
+    start_moves(snapshot, given_up);
     let mut list = std::mem::take(&mut snapshot.operations.list);
     for operation in list.iter_mut().filter(|operation| is_active(operation)) {
         end(snapshot, operation, now_ms);
     }
     snapshot.operations.list = list;
     snapshot.operations.forget_old();
-    before != (snapshot.operations.clone(), snapshot.ids)
+    map_changed || before != (snapshot.operations.clone(), snapshot.ids)
 }
 
-/// What has become of the moves that were begun.
-fn follow(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation) {
-    let cancelling = operation.cancelling;
+/// What has become of the moves that were begun. True when the map was changed.
+fn follow(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation) -> bool {
+    let (cancelling, mut map_changed) = (operation.cancelling, false);
     for step in &mut operation.moves {
         match step.state() {
             OperationState::Pending if cancelling => {
@@ -167,9 +195,9 @@ fn follow(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation) {
             }
             OperationState::Running => {
                 if cancelling {
-                    take_back(&mut snapshot.map, step);
+                    map_changed |= take_back(snapshot, step);
                 }
-                follow_one(&snapshot.map, step, cancelling);
+                map_changed |= follow_one(snapshot, step, cancelling);
             }
             _ => continue,
         }
@@ -177,56 +205,73 @@ fn follow(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation) {
             operation.moves_done += 1;
         }
     }
+    map_changed
 }
 
-fn replica_of<'a>(
-    map: &'a mut v1::ShardMap,
-    shard: u64,
-    replica: u64,
-) -> Option<&'a mut v1::Replica> {
-    let shard = map.shards.iter_mut().find(|known| known.id == shard)?;
-    shard.replicas.iter_mut().find(|known| known.id == replica)
+/// A replica that does not vote yet leaves, one that was to go stays. Should the group have let it vote
+/// meanwhile, the map will hear of it, and it stays. True when there was anything to take back.
+fn take_back(snapshot: &mut Snapshot, step: &v1::OperationMove) -> bool {
+    let Snapshot { map, leaving, .. } = snapshot;
+    let Some(shard) = map.shards.iter_mut().find(|shard| shard.id == step.shard) else {
+        return false;
+    };
+    let comes = |replica: &v1::Replica| replica.id == step.to_replica && replica.joining;
+    let left = shard.replicas.iter().filter(|replica| comes(replica)).map(|replica| {
+        peer::LeavingReplica { shard: step.shard, replica: replica.id, node: replica.node }
+    });
+    let before = leaving.len();
+    leaving.extend(left);
+    shard.replicas.retain(|replica| !comes(replica));
+    let goes = shard.replicas.iter_mut().find(|replica| replica.id == step.from_replica);
+    let stays = goes.filter(|replica| replica.goes).map(|replica| replica.goes = false);
+    leaving.len() > before || stays.is_some()
 }
 
-/// A replica that does not vote yet never will; one that was to go stays.
-fn take_back(map: &mut v1::ShardMap, step: &v1::OperationMove) {
-    if let Some(comes) = replica_of(map, step.shard, step.to_replica).filter(|r| r.joining) {
-        (comes.becomes_voter, comes.replaces) = (false, 0);
-    }
-    if let Some(goes) = replica_of(map, step.shard, step.from_replica) {
-        goes.goes = false;
-    }
-}
-
-fn follow_one(map: &v1::ShardMap, step: &mut v1::OperationMove, cancelling: bool) {
-    let shard = map.shards.iter().find(|shard| shard.id == step.shard);
+/// True when the map was changed.
+fn follow_one(snapshot: &mut Snapshot, step: &mut v1::OperationMove, cancelling: bool) -> bool {
+    let shard = snapshot.map.shards.iter().find(|shard| shard.id == step.shard);
     let find = |id: u64| shard.and_then(|shard| shard.replicas.iter().find(|r| r.id == id));
-    let is_there = |id: u64| find(id).is_some();
+    let comes = find(step.to_replica).filter(|_| step.to_node != 0);
+    let goes = find(step.from_replica).filter(|_| step.from_replica != 0);
     let came = step.to_node == 0
-        || find(step.to_replica)
-            .is_some_and(|replica| replica.role() == v1::ReplicaRole::Voter && !replica.joining);
-    let went = step.from_replica == 0 || !is_there(step.from_replica);
-    let lost = step.to_node != 0 && !is_there(step.to_replica);
-    let state = if came && went {
-        step.message.clear();
-        OperationState::Done
-    } else if cancelling && (lost || step.to_node == 0) {
-        OperationState::Cancelled
-    } else if lost && step.attempts >= ATTEMPTS_MAX {
-        step.message = format!("n{} did not take it in {ATTEMPTS_MAX} tries", step.to_node);
-        OperationState::Failed
-    } else if lost {
-        step.message = format!("n{} did not take it: it is tried again", step.to_node);
-        step.to_replica = 0;
-        OperationState::Pending
-    } else {
-        OperationState::Running
+        || comes.is_some_and(|comes| comes.role() == v1::ReplicaRole::Voter && !comes.joining);
+    let lost = step.to_node != 0 && comes.is_none();
+    let (state, message) = match (came, goes) {
+        (true, None) => (OperationState::Done, String::new()),
+        _ if cancelling && (lost || step.to_node == 0) => {
+            (OperationState::Cancelled, String::new())
+        }
+        // A group's only voter can't go before another votes.
+        (true, Some(goes)) if !goes.goes && step.to_node != 0 => {
+            let goes = goes.id;
+            let shards = snapshot.map.shards.iter_mut().filter(|shard| shard.id == step.shard);
+            let mut replicas = shards.flat_map(|shard| &mut shard.replicas);
+            replicas.find(|r| r.id == goes).into_iter().for_each(|replica| replica.goes = true);
+            return true;
+        }
+        _ if lost && step.attempts >= ATTEMPTS_MAX => {
+            let why = format!("n{} did not take it in {ATTEMPTS_MAX} tries", step.to_node);
+            (OperationState::Failed, why)
+        }
+        _ if lost => {
+            step.to_replica = 0;
+            let why = format!("n{} did not take it: it is tried again", step.to_node);
+            (OperationState::Pending, why)
+        }
+        (false, None) if step.from_replica != 0 => {
+            take_back(snapshot, step);
+            let why = format!("the voter on n{} went by itself", step.from_node);
+            (OperationState::Failed, why)
+        }
+        _ => return false,
     };
     step.state = state.into();
+    step.message = message;
+    false
 }
 
-/// Begins moves, in the order of the operations, as far as there is room.
-fn start_moves(snapshot: &mut Snapshot) {
+/// Begins moves as far as there is room: what mends goes first, then the older operation.
+fn start_moves(snapshot: &mut Snapshot, given_up: &BTreeSet<u64>) {
     let mut room = (snapshot.operations.moves_at_a_time() as usize)
         .saturating_sub(snapshot.operations.running().count());
     let mut taking: BTreeMap<u64, usize> = BTreeMap::new();
@@ -236,8 +281,10 @@ fn start_moves(snapshot: &mut Snapshot) {
         moving.push(step.shard);
     }
     let mut list = std::mem::take(&mut snapshot.operations.list);
-    let running = list.iter_mut().filter(|known| known.state() == OperationState::Running);
-    for step in running.flat_map(|operation| &mut operation.moves) {
+    let mut running: Vec<_> =
+        list.iter_mut().filter(|known| known.state() == OperationState::Running).collect();
+    running.sort_by_key(|operation| !mends(operation.kind()));
+    for step in running.into_iter().flat_map(|operation| &mut operation.moves) {
         if room == 0 {
             break;
         }
@@ -247,7 +294,7 @@ fn start_moves(snapshot: &mut Snapshot) {
         if step.state() != OperationState::Pending || full || moving.contains(&step.shard) {
             continue;
         }
-        match start_one(snapshot, step) {
+        match start_one(snapshot, step, given_up) {
             Ok(true) => {
                 (room, *taken) = (room - 1, *taken + 1);
                 moving.push(step.shard);
@@ -264,7 +311,14 @@ fn start_moves(snapshot: &mut Snapshot) {
 }
 
 /// Enters what begins a move. False when it has to wait; the error says why it never can.
-fn start_one(snapshot: &mut Snapshot, step: &mut v1::OperationMove) -> Result<bool, String> {
+fn start_one(
+    snapshot: &mut Snapshot,
+    step: &mut v1::OperationMove,
+    given_up: &BTreeSet<u64>,
+) -> Result<bool, String> {
+    if given_up.contains(&step.to_node) {
+        return Err(format!("n{} does not answer", step.to_node));
+    }
     let leaves = |leaving: &peer::LeavingReplica| {
         leaving.shard == step.shard && leaving.node == step.to_node
     };
@@ -323,7 +377,7 @@ fn end(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation, now_ms: u6
             return;
         }
         let node = snapshot.map.nodes.iter_mut().find(|node| node.id == operation.node);
-        if let Some(node) = node {
+        if let Some(node) = node.filter(|node| node.state() == NodeState::Decommissioning) {
             node.state = NodeState::Decommissioned.into();
         }
         OperationState::Done

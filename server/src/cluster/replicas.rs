@@ -156,7 +156,10 @@ impl Cluster {
                 return;
             }
         };
-        self.spread_leaders(&snapshot, &mut tending.asked).await;
+        for shard in self.spread_leaders(&snapshot, &mut tending.asked).await {
+            tending.worked.remove(&shard);
+            tending.leaders.remove(&shard);
+        }
         let jobs = self.jobs(&snapshot, tending);
         let mut working: FuturesUnordered<_> =
             jobs.into_iter().map(|job| self.work_on(job)).collect();
@@ -198,6 +201,10 @@ impl Cluster {
         let leaders = leaders.iter().flat_map(|map| map.all_shards());
         let leaders = leaders.filter_map(|shard| Some((shard.id.0, shard.leader?.0)));
         known.leaders = leaders.collect();
+        // Those that answered as leaders: hints come only of what this node holds or passes on.
+        known.leaders.extend(tending.leaders.iter().map(|(shard, node)| (*shard, node.0)));
+        let avoided = tending.patience.avoided(Instant::now());
+        (known.avoided_nodes, known.avoided_places) = (avoided.nodes, avoided.places);
     }
 
     /// Records which replicas shall come and go. Returns the records as they are then.
@@ -213,10 +220,12 @@ impl Cluster {
         if acts {
             tending.acted = Some(now);
         }
+        let silent = tending.silent.iter().filter(|(_, since)| now - **since >= GRACE);
+        let given_up: BTreeSet<u64> = silent.map(|(node, _)| *node).collect();
         let enter = |snapshot: &mut Snapshot| {
             let learners = enter_plan(snapshot, &outlook);
             let begun = acts && elastic::act(snapshot, &known, now, now_ms);
-            operations::advance(snapshot, now_ms) | begun | learners
+            operations::advance(snapshot, &given_up, now_ms) | begun | learners
         };
         if !enter(&mut snapshot.clone()) {
             return Ok(snapshot);
@@ -230,7 +239,7 @@ impl Cluster {
     fn jobs(&self, snapshot: &Snapshot, tending: &mut Tending) -> Vec<Job> {
         let now = Instant::now();
         let has_work = |shard: &v1::Shard| {
-            shard.replicas.iter().any(|replica| replica.joining)
+            shard.replicas.iter().any(|replica| replica.joining || replica.goes)
                 || snapshot.leaving.iter().any(|leaving| leaving.shard == shard.id)
         };
         let audit_due = |shard: &v1::Shard| {
@@ -380,11 +389,19 @@ impl Cluster {
                     Step::Promote => (replica, job.replaced_by(replica)),
                     _ => (0, replica),
                 };
-                if goes == group.replica {
+                if group.epoch != job.shard.epoch {
+                    // It was decided upon other members: the map hears of these first.
+                    return Ok(());
+                }
+                let voters = group.members.iter().filter(|m| m.role() == v1::ReplicaRole::Voter);
+                let is_alone = voters.count() == 1 && comes != 0;
+                if goes == group.replica && !is_alone {
                     // It leads: another shall, and then it goes.
                     let hand_over = peer::HandOver { shard, to_node: 0 };
                     return self.tell_hand_over(job.ask, hand_over).await;
                 }
+                // An only voter goes when the other votes.
+                let goes = if is_alone { 0 } else { goes };
                 let change = MemberChange::Voters;
                 let asked = peer::ChangeMembers { replica: comes, remove: goes, ..changed(change) };
                 *group = self.ask_leader(job.ask, asked).await.map_err(|(why, leader)| {
@@ -553,7 +570,8 @@ impl Tending {
 
     fn home(&self, node: &v1::Node) -> Home {
         match (node.state(), self.silent.get(&node.id)) {
-            (v1::NodeState::Gone | v1::NodeState::Decommissioned, _) => Home::Gone,
+            // One that answers can remove what it holds.
+            (v1::NodeState::Gone | v1::NodeState::Decommissioned, Some(_)) => Home::Gone,
             (_, Some(since)) if since.elapsed() >= GRACE => Home::Silent,
             _ => Home::Hoped,
         }

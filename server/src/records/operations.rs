@@ -78,6 +78,11 @@ impl Operations {
         moves.into_iter().any(|step| step.shard == shard && !has_ended(step.state()))
     }
 
+    /// Whether a move of this shard is under way.
+    pub(crate) fn is_moving(&self, shard: u64) -> bool {
+        self.running().any(|step| step.shard == shard)
+    }
+
     pub(crate) fn running(&self) -> impl Iterator<Item = &v1::OperationMove> {
         let moves = self.active().flat_map(|operation| &operation.moves);
         moves.filter(|step| step.state() == OperationState::Running)

@@ -4,9 +4,9 @@ use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState, ReplicaRole};
 
 use super::*;
-use crate::records::Operations;
 
 const NOW: u64 = 1_000;
+const NOBODY: BTreeSet<u64> = BTreeSet::new();
 
 /// Shards 1 and 2 on n1 to n3, of five nodes.
 fn records() -> Snapshot {
@@ -87,7 +87,7 @@ fn state(snapshot: &Snapshot, id: u64) -> OperationState {
 
 fn begun(snapshot: &mut Snapshot, work: Work) -> u64 {
     let id = begin(snapshot, work, NOW).expect("nothing stands against it");
-    assert!(advance(snapshot, NOW));
+    assert!(advance(snapshot, &NOBODY, NOW));
     id
 }
 
@@ -99,9 +99,9 @@ fn a_move_enters_a_replica_that_takes_a_voters_place_and_ends_when_the_map_says_
     let [comes] = comes.as_slice() else { panic!("one comes, not {comes:?}") };
     assert_eq!((comes.id, comes.node, comes.replaces), (100, 4, 12));
     assert!(comes.becomes_voter && comes.role() == ReplicaRole::Learner);
-    assert!(!advance(&mut snapshot, NOW), "nothing has changed");
+    assert!(!advance(&mut snapshot, &NOBODY, NOW), "nothing has changed");
     settle(&mut snapshot);
-    assert!(advance(&mut snapshot, NOW + 5));
+    assert!(advance(&mut snapshot, &NOBODY, NOW + 5));
     assert_eq!(voters(&snapshot, 1), [1, 3, 4]);
     let ended = snapshot.operations.find(id).expect("it is remembered");
     assert_eq!(
@@ -120,10 +120,10 @@ fn moves_of_one_shard_follow_each_other_and_a_node_takes_few_at_a_time() {
     };
     assert_eq!(at(&snapshot), [(11, 4), (21, 4)]);
     settle(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(at(&snapshot), [(12, 5)]);
     settle(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(state(&snapshot, id), OperationState::Done);
     assert_eq!((voters(&snapshot, 1), voters(&snapshot, 2)), (vec![3, 4, 5], vec![2, 3, 4]));
 
@@ -140,7 +140,7 @@ fn a_move_that_its_node_does_not_take_is_tried_again_and_then_given_up() {
     for attempt in 1..=3 {
         assert_eq!(joining(&snapshot).len(), 1, "attempt {attempt}");
         give_up(&mut snapshot);
-        advance(&mut snapshot, NOW);
+        advance(&mut snapshot, &NOBODY, NOW);
     }
     assert_eq!(state(&snapshot, id), OperationState::Failed);
     let failed = snapshot.operations.find(id).expect("it is remembered");
@@ -156,20 +156,27 @@ fn a_cancelled_operation_takes_back_what_does_not_vote_yet_and_begins_nothing() 
     let moves = [planned(1, 2, 4), planned(2, 2, 4)];
     let id = begun(&mut snapshot, work(OperationKind::Rebalance, &moves));
     snapshot.operations.list[0].cancelling = true;
-    advance(&mut snapshot, NOW);
-    let comes = joining(&snapshot)[0];
-    assert!(!comes.becomes_voter && comes.replaces == 0, "it never will vote");
-    assert_eq!(state(&snapshot, id), OperationState::Running, "it is not gone yet");
-    give_up(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
+    assert_eq!(joining(&snapshot), [], "it never will vote");
+    let left = peer::LeavingReplica { shard: 1, replica: 100, node: 4 };
+    assert_eq!(snapshot.leaving, [left], "it is to be removed");
     assert_eq!(state(&snapshot, id), OperationState::Cancelled);
     assert_eq!((voters(&snapshot, 1), voters(&snapshot, 2)), (vec![1, 2, 3], vec![1, 2, 3]));
+
+    snapshot.leaving.clear();
+
+    // The only move of an operation: the map alone changes.
+    begun(&mut snapshot, work(OperationKind::Move, &[planned(1, 2, 4)]));
+    snapshot.operations.list[1].cancelling = true;
+    assert!(advance(&mut snapshot, &NOBODY, NOW), "it is to be recorded");
+    assert_eq!(joining(&snapshot), []);
+    snapshot.leaving.clear();
 
     // One that its group had let vote by then has moved.
     let id = begun(&mut snapshot, work(OperationKind::Move, &[planned(1, 2, 4)]));
     settle(&mut snapshot);
-    snapshot.operations.list[1].cancelling = true;
-    advance(&mut snapshot, NOW);
+    snapshot.operations.list[2].cancelling = true;
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(voters(&snapshot, 1), [1, 3, 4]);
     let moved = snapshot.operations.find(id).expect("it is remembered");
     assert_eq!((moved.state(), moved.moves_done), (OperationState::Cancelled, 1));
@@ -183,11 +190,11 @@ fn a_paused_operation_ends_what_it_began_and_begins_nothing() {
     let id = begun(&mut snapshot, work(OperationKind::Rebalance, &moves));
     snapshot.operations.list[0].state = OperationState::Paused.into();
     settle(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!((voters(&snapshot, 1), joining(&snapshot).len()), (vec![1, 3, 4], 0));
     assert_eq!(state(&snapshot, id), OperationState::Paused);
     snapshot.operations.list[0].state = OperationState::Running.into();
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(joining(&snapshot).len(), 1);
 }
 
@@ -198,14 +205,14 @@ fn an_undone_operation_leaves_the_placement_before_it() {
     let id = begun(&mut snapshot, work(OperationKind::Rebalance, &moves));
     for _ in 0..3 {
         settle(&mut snapshot);
-        advance(&mut snapshot, NOW);
+        advance(&mut snapshot, &NOBODY, NOW);
     }
     assert_eq!(state(&snapshot, id), OperationState::Done);
     let back = reversed(snapshot.operations.find(id).expect("with its moves"));
     let undo = begun(&mut snapshot, back);
     for _ in 0..3 {
         settle(&mut snapshot);
-        advance(&mut snapshot, NOW);
+        advance(&mut snapshot, &NOBODY, NOW);
     }
     assert_eq!(state(&snapshot, undo), OperationState::Done);
     assert_eq!((voters(&snapshot, 1), voters(&snapshot, 2)), (vec![1, 2, 3], vec![1, 2, 3]));
@@ -216,13 +223,13 @@ fn a_voter_comes_beside_the_others_and_goes_without_another() {
     let mut snapshot = records();
     begun(&mut snapshot, work(OperationKind::Repair, &[planned(1, 0, 4)]));
     settle(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(voters(&snapshot, 1), [1, 2, 3, 4]);
     let id = begun(&mut snapshot, work(OperationKind::Move, &[planned(1, 2, 0)]));
     let goes = snapshot.map.shards[0].replicas.iter().filter(|replica| replica.goes);
     assert_eq!(goes.map(|replica| replica.node).collect::<Vec<_>>(), [2]);
     settle(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!((voters(&snapshot, 1), state(&snapshot, id)), (vec![1, 3, 4], OperationState::Done));
 }
 
@@ -233,16 +240,16 @@ fn a_decommissioned_node_ends_empty_and_only_then() {
     let moves = [planned(1, 3, 4)];
     let id = begun(&mut snapshot, Work { node: 3, ..work(OperationKind::Decommission, &moves) });
     settle(&mut snapshot);
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(state(&snapshot, id), OperationState::Running, "s2 is there still");
     assert!(extend(&mut snapshot, id, &[planned(2, 3, 5)]));
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     settle(&mut snapshot);
     snapshot.leaving.push(peer::LeavingReplica { shard: 2, replica: 23, node: 3 });
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(state(&snapshot, id), OperationState::Running, "what it held is being removed");
     snapshot.leaving.clear();
-    advance(&mut snapshot, NOW);
+    advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(state(&snapshot, id), OperationState::Done);
     assert_eq!(snapshot.map.nodes[2].state(), NodeState::Decommissioned);
     let ended = snapshot.operations.find(id).expect("it is remembered");
@@ -257,11 +264,24 @@ fn operations_that_would_undo_each_other_are_refused() {
         let why = begin(&mut snapshot, work(kind, &[planned(2, 2, 4)]), NOW);
         assert!(why.expect_err("one at a time").contains(&id.to_string()));
     }
-    // What has to be done is done beside, where the other does nothing.
+    // What has to be mended is mended beside, but for what is being moved.
     let moves = [planned(1, 1, 5), planned(2, 1, 5)];
     let repair = begun(&mut snapshot, work(OperationKind::Repair, &moves));
     let repair = snapshot.operations.find(repair).expect("it is remembered");
     assert_eq!(repair.moves.iter().map(|step| step.shard).collect::<Vec<_>>(), [2]);
+
+    // Before what only waits, though it came later and the other is paused.
+    let mut snapshot = records();
+    snapshot.operations.moves_at_a_time = 1;
+    let moves = [planned(1, 2, 4), planned(2, 2, 4)];
+    let id = begun(&mut snapshot, work(OperationKind::Rebalance, &moves));
+    snapshot.operations.list[0].state = OperationState::Paused.into();
+    begun(&mut snapshot, work(OperationKind::Repair, &[planned(2, 1, 5)]));
+    settle(&mut snapshot);
+    advance(&mut snapshot, &NOBODY, NOW);
+    assert_eq!(joining(&snapshot).iter().map(|r| r.node).collect::<Vec<_>>(), [5]);
+    let waits = snapshot.operations.find(id).expect("it is remembered");
+    assert_eq!(waits.moves[1].state(), OperationState::Cancelled);
 
     let mut snapshot = records();
     for (wrong, why) in
@@ -285,13 +305,48 @@ fn a_node_that_takes_nothing_or_holds_a_replica_fails_the_move() {
 }
 
 #[test]
+fn a_move_to_a_node_that_is_given_up_fails_and_waits_for_nothing() {
+    let mut snapshot = records();
+    let id = begun(&mut snapshot, work(OperationKind::Repair, &[planned(1, 2, 4)]));
+    give_up(&mut snapshot);
+    // Its node can't remove it: it does not answer.
+    snapshot.leaving.push(peer::LeavingReplica { shard: 1, replica: 100, node: 4 });
+    advance(&mut snapshot, &BTreeSet::from([4]), NOW);
+    assert_eq!(state(&snapshot, id), OperationState::Failed);
+    assert!(!snapshot.operations.is_busy(1), "another node can take it");
+}
+
+#[test]
+fn an_only_voter_goes_when_the_other_votes_and_one_that_went_by_itself_ends_the_move() {
+    let mut snapshot = records();
+    snapshot.map.shards[0].replicas.truncate(1);
+    let id = begun(&mut snapshot, work(OperationKind::Move, &[planned(1, 1, 4)]));
+    // Its group lets the new one vote, and keeps the old one: it leads.
+    let comes = snapshot.map.shards[0].replicas[1];
+    let role = ReplicaRole::Voter.into();
+    snapshot.map.shards[0].replicas[1] =
+        v1::Replica { id: comes.id, node: comes.node, role, ..Default::default() };
+    assert!(advance(&mut snapshot, &NOBODY, NOW), "it is to be recorded");
+    assert!(snapshot.map.shards[0].replicas[0].goes);
+    settle(&mut snapshot);
+    advance(&mut snapshot, &NOBODY, NOW);
+    assert_eq!((voters(&snapshot, 1), state(&snapshot, id)), (vec![4], OperationState::Done));
+
+    let mut snapshot = records();
+    let id = begun(&mut snapshot, work(OperationKind::Move, &[planned(1, 2, 4)]));
+    snapshot.map.shards[0].replicas.retain(|replica| replica.node != 2);
+    advance(&mut snapshot, &NOBODY, NOW);
+    assert_eq!((joining(&snapshot), state(&snapshot, id)), (vec![], OperationState::Failed));
+}
+
+#[test]
 fn what_has_ended_is_remembered_for_a_while_and_the_newest_with_its_moves() {
     let mut snapshot = records();
     for round in 0..20 {
         let (from, to) = if round % 2 == 0 { (2, 4) } else { (4, 2) };
         begun(&mut snapshot, work(OperationKind::Move, &[planned(1, from, to)]));
         settle(&mut snapshot);
-        advance(&mut snapshot, NOW);
+        advance(&mut snapshot, &NOBODY, NOW);
     }
     let list = &snapshot.operations.list;
     assert_eq!((list.len(), list[0].id, snapshot.operations.last_id), (16, 5, 20));
