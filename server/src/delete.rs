@@ -238,13 +238,16 @@ impl DeleteRange {
     /// An applied step: its lane goes on from where it has come to.
     fn take(&mut self, start: u64, step: v1::DeleteRangeResponse) -> Result<(), Fault> {
         let left = DeleteToken::decode(&step.resume_token).map_err(|_| mismatched())?;
-        self.open.remove(&start);
+        let sent = self.open.remove(&start).map(|(lane, _)| lane);
         self.deleted += step.deleted;
         (self.version, self.served) = (step.version, step.served);
         self.steps.extend(step.served);
         self.may_have_deleted = true;
-        // Lanes that were united meanwhile go over it again, to no effect.
-        self.token.replace(start, left.lanes);
+        // A lane that was united with its neighbour meanwhile covers more than this step did: it goes
+        // over it again, to no effect.
+        if sent.is_some_and(|sent| self.token.lanes.contains(&sent)) {
+            self.token.replace(start, left.lanes);
+        }
         Ok(())
     }
 

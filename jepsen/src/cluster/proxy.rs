@@ -92,14 +92,7 @@ impl Proxies {
     /// One before each of these addresses.
     pub async fn start(addresses: &[String], mix: Mix, seed: u64) -> Result<Proxies, String> {
         let nodes = addresses.iter().map(|address| dial(address)).collect::<Result<_, _>>()?;
-        let shared = Arc::new(Shared {
-            mix,
-            random: Mutex::new(StdRng::seed_from_u64(seed)),
-            nodes,
-            dropped: AtomicU64::new(0),
-            duplicates_applied: AtomicU64::new(0),
-            duplicates_refused: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Shared::new(nodes, mix, seed));
         let (mut table, mut tasks) = (BTreeMap::new(), JoinSet::new());
         for (at, address) in addresses.iter().enumerate() {
             let failed = |error: std::io::Error| format!("a proxy for {address}: {error}");
@@ -153,6 +146,17 @@ fn dial(address: &str) -> Result<Channel, String> {
 }
 
 impl Shared {
+    fn new(nodes: Vec<Channel>, mix: Mix, seed: u64) -> Shared {
+        Shared {
+            mix,
+            random: Mutex::new(StdRng::seed_from_u64(seed)),
+            nodes,
+            dropped: AtomicU64::new(0),
+            duplicates_applied: AtomicU64::new(0),
+            duplicates_refused: AtomicU64::new(0),
+        }
+    }
+
     fn chance(&self, share: f64) -> bool {
         share > 0.0 && self.random.lock().random::<f64>() < share
     }
@@ -243,7 +247,10 @@ pub async fn compact(address: &str, shard: u64) -> Result<bool, String> {
 }
 
 fn is_write(request: &v1::PipelineRequest) -> bool {
-    matches!(request.operation, Some(Operation::Put(_) | Operation::Delete(_) | Operation::Write(_)))
+    matches!(
+        request.operation,
+        Some(Operation::Put(_) | Operation::Delete(_) | Operation::Write(_))
+    )
 }
 
 /// Whether a write's answer says that it was applied; `None` for what is no answer to a write.
@@ -410,8 +417,7 @@ mod tests {
             Answer::Write(write(true)),
         ];
         let answers = results.into_iter().zip(1..);
-        let answers =
-            answers.map(|(result, id)| v1::PipelineResponse { id, result: Some(result) });
+        let answers = answers.map(|(result, id)| v1::PipelineResponse { id, result: Some(result) });
         let message = v1::PipelineResponses { responses: answers.collect() };
         let message = Bytes::from(message.encode_to_vec());
         let none = shared(Mix::default());
@@ -432,11 +438,8 @@ mod tests {
 
     #[test]
     fn what_is_doubled_is_a_write() {
-        let request = |operation| v1::PipelineRequest {
-            id: 1,
-            timeout_ms: 1,
-            operation: Some(operation),
-        };
+        let request =
+            |operation| v1::PipelineRequest { id: 1, timeout_ms: 1, operation: Some(operation) };
         assert!(is_write(&request(Operation::Write(Default::default()))));
         assert!(!is_write(&request(Operation::Get(Default::default()))));
     }

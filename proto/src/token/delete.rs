@@ -159,7 +159,8 @@ impl DeleteToken {
         let mut body = open(KIND_DELETE, token, DELETE_TOKEN_BYTES_MAX)?;
         let (keyspace, digest) = (KeyspaceId(body.u32()?), body.u64()?);
         let version = body.u64()?;
-        if version == 0 {
+        // The highest is how an entry says that it has no fence.
+        if version == 0 || version == u64::MAX {
             return Err(TokenError::Damaged("no version"));
         }
         let (has_rest, rest) = (body.flag()?, body.u64()?);
@@ -296,11 +297,13 @@ mod tests {
         }
         assert!(DeleteToken::decode(b"").is_err());
         // One without a version would be one without a fence.
-        let mut none = good.encode().to_vec();
-        none.truncate(none.len() - 4);
-        none[14..22].fill(0);
-        none.extend(crc32fast::hash(&none).to_be_bytes());
-        assert_eq!(DeleteToken::decode(&none), Err(TokenError::Damaged("no version")));
+        for byte in [0, u8::MAX] {
+            let mut none = good.encode().to_vec();
+            none.truncate(none.len() - 4);
+            none[14..22].fill(byte);
+            none.extend(crc32fast::hash(&none).to_be_bytes());
+            assert_eq!(DeleteToken::decode(&none), Err(TokenError::Damaged("no version")));
+        }
     }
 
     proptest! {

@@ -13,8 +13,8 @@
 //! them can stand here. The leader keeps it small instead. It looks at its own state before it
 //! proposes, and sets the end of the step to where it had passed as many versions as a step may; the
 //! entry then says that end to all. A replica that compacts later than the leader passes more, and
-//! is slower by that, never different. What is written between the look and the apply can only make
-//! more keys live, and those the limit counts.
+//! is slower by that, never different. What is written between the look and the apply is passed, and
+//! counted by nothing where it lies above the fence: it is what the proposer's queue holds at most.
 //!
 //! Where a step has ended is part of its result: another leader, to which a retry comes, might have
 //! set another end.

@@ -3,7 +3,8 @@
 //!
 //! Apply may count live keys alone, for the same on all replicas; the rest of its work is bounded
 //! here. The leader first looks at its own state, as far as a step may go, and ends the step there. It
-//! needs no fresh look: what is written meanwhile is met by apply, up to the limit of keys.
+//! needs no fresh look: what is written meanwhile is met by apply, and is no more than the group's queue
+//! holds.
 
 use bytes::Bytes;
 use coracle_proto::delete_range;

@@ -276,7 +276,7 @@ fn operations_that_would_undo_each_other_are_refused() {
     let moves = [planned(1, 2, 4), planned(2, 2, 4)];
     let id = begun(&mut snapshot, work(OperationKind::Rebalance, &moves));
     snapshot.operations.list[0].state = OperationState::Paused.into();
-    begun(&mut snapshot, work(OperationKind::Repair, &[planned(2, 1, 5)]));
+    begin(&mut snapshot, work(OperationKind::Repair, &[planned(2, 1, 5)]), NOW).expect("it mends");
     settle(&mut snapshot);
     advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(joining(&snapshot).iter().map(|r| r.node).collect::<Vec<_>>(), [5]);
