@@ -256,7 +256,15 @@ fn the_largest_read_fits_into_a_message() {
 
 #[test]
 fn the_largest_map_fits_into_a_message() {
-    let replica = v1::Replica { id: MOST, node: MOST, role: 2, joining: true };
+    let replica = v1::Replica {
+        id: MOST,
+        node: MOST,
+        role: 2,
+        joining: true,
+        becomes_voter: true,
+        replaces: MOST,
+        goes: true,
+    };
     let shard = v1::Shard {
         id: MOST,
         start: MOST,
@@ -295,6 +303,7 @@ fn the_largest_map_fits_into_a_message() {
         keyspaces: vec![keyspace; KEYSPACES_MAX + 2],
         server_time_ms: MOST,
         read_replicas: vec![rule; LEARNERS_MAX as usize],
+        replicas: u32::MAX,
     };
     assert_fits("map", &v1::WatchMapResponse { map: Some(map) });
 }

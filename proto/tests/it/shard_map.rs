@@ -6,7 +6,7 @@ use coracle_proto::{entity::EntityRule, v1};
 use proptest::prelude::*;
 
 fn replica(id: u64, node: u64) -> v1::Replica {
-    v1::Replica { id, node, role: v1::ReplicaRole::Voter.into(), joining: false }
+    v1::Replica { id, node, role: v1::ReplicaRole::Voter.into(), ..Default::default() }
 }
 
 /// Shard `id` on nodes 1 to 3.
@@ -52,6 +52,7 @@ fn map(shards: u32) -> v1::ShardMap {
         ],
         server_time_ms: 99,
         read_replicas: vec![v1::ReadReplicas { zone: "a".into(), learners: 2 }],
+        replicas: 5,
     }
 }
 
@@ -254,7 +255,9 @@ proptest! {
     ) {
         let shards = shards.into_iter().map(|(id, start, end, replicas)| {
             let replicas = replicas.into_iter().map(|(id, node, role)| {
-                v1::Replica { id, node, role, joining: id % 2 == 0 }
+                let (joining, becomes_voter) = (id % 2 == 0, id % 4 == 0);
+                let (replaces, goes) = (if becomes_voter { id + 100 } else { 0 }, id % 3 == 0);
+                v1::Replica { id, node, role, joining, becomes_voter, replaces, goes }
             });
             v1::Shard { replicas: replicas.collect(), ..shard(id, start, end) }
         });

@@ -195,7 +195,8 @@ pub(crate) struct Nodes {
 
 /// The map: four shards, the keyspaces `system`, `default` (whole keys) and `rows` (entity up to `/`).
 pub(crate) fn shard_map(epoch: u64) -> v1::ShardMap {
-    let replica = |shard: u64, node| v1::Replica { id: 100 + shard, node, role: 1, joining: false };
+    let replica =
+        |shard: u64, node| v1::Replica { id: 100 + shard, node, role: 1, ..Default::default() };
     let mut shards =
         vec![v1::Shard { id: 0, epoch: 1, replicas: vec![replica(0, 1)], ..Default::default() }];
     for (id, arc) in (1..).zip(equal_arcs(4)) {
@@ -229,6 +230,7 @@ pub(crate) fn shard_map(epoch: u64) -> v1::ShardMap {
         keyspaces: keyspaces.map(keyspace).to_vec(),
         server_time_ms: 0,
         read_replicas: Vec::new(),
+        replicas: 0,
     }
 }
 
