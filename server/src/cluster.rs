@@ -14,6 +14,7 @@ mod found;
 mod keyspaces;
 mod members;
 mod operations;
+mod balance;
 mod elastic;
 mod leaders;
 mod replicas;
@@ -47,7 +48,7 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at what is to be made or sent.
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
-pub use elastic::Knowledge;
+pub use balance::Knowledge;
 pub use found::{InitError, InitOptions, gather, join_when_alone};
 pub use members::{DAMAGED, member_statuses};
 

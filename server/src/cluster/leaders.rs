@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use v1::NodeState;
 
 use super::Cluster;
-use super::elastic::Knowledge;
+use super::balance::Knowledge;
 use super::operations;
 use crate::records::Snapshot;
 
@@ -20,10 +20,17 @@ use crate::records::Snapshot;
 const AT_A_TIME: usize = 4;
 /// A leader that could not hand over is asked again no sooner.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// How often a leadership of a plan is asked for.
+const TRIES_MAX: u32 = 5;
 
 /// Who was asked lately.
 #[derive(Debug, Default)]
-pub(super) struct Asked(BTreeMap<u64, Instant>);
+pub(super) struct Asked {
+    /// By shard.
+    lately: BTreeMap<u64, Instant>,
+    /// By shard and the node that shall lead: how often.
+    tries: BTreeMap<(u64, u64), u32>,
+}
 
 impl Cluster {
     /// Asks those leaders that shall lead no more, and those that an operation names.
@@ -31,11 +38,16 @@ impl Cluster {
     pub(super) async fn spread_leaders(&self, snapshot: &Snapshot, asked: &mut Asked) -> Vec<u64> {
         let known = self.knowledge.lock().clone();
         let now = Instant::now();
-        asked.0.retain(|_, at| now.duration_since(*at) < AGAIN_AFTER);
+        asked.lately.retain(|_, at| now.duration_since(*at) < AGAIN_AFTER);
         let mut wanted = hand_overs(snapshot, &known);
         let transfers = operations::due_transfers(snapshot);
-        wanted.extend(transfers.iter().map(|due| (due.shard, due.from_node, due.to_node)));
-        wanted.retain(|(shard, _, _)| !asked.0.contains_key(shard));
+        let leader = |due: &v1::PlannedTransfer| known.leaders.get(&due.shard).copied();
+        let (done, open): (Vec<_>, Vec<_>) =
+            transfers.into_iter().partition(|due| leader(due) == Some(due.to_node));
+        // Whoever leads by now.
+        let from = |due: &v1::PlannedTransfer| leader(due).unwrap_or(due.from_node);
+        wanted.extend(open.iter().map(|due| (due.shard, from(due), due.to_node)));
+        wanted.retain(|(shard, _, _)| !asked.lately.contains_key(shard));
         wanted.truncate(AT_A_TIME);
         let ask = wanted.iter().map(|(shard, from, to_node)| {
             let hand_over = peer::HandOver { shard: *shard, to_node: *to_node };
@@ -47,17 +59,25 @@ impl Cluster {
             }
         });
         futures_util::future::join_all(ask).await;
-        asked.0.extend(wanted.iter().map(|(shard, _, _)| (*shard, now)));
-        let was_asked =
-            |due: &v1::PlannedTransfer| wanted.contains(&(due.shard, due.from_node, due.to_node));
-        let tried: Vec<v1::PlannedTransfer> = transfers.into_iter().filter(was_asked).collect();
+        asked.lately.extend(wanted.iter().map(|(shard, _, _)| (*shard, now)));
+        let mut over = done;
+        for due in open {
+            let tries = asked.tries.entry((due.shard, due.to_node)).or_default();
+            *tries += u32::from(wanted.iter().any(|(shard, _, _)| *shard == due.shard));
+            // Where it does not work, the next plan says so again.
+            if *tries > TRIES_MAX {
+                over.push(due);
+            }
+        }
+        asked.tries.retain(|(shard, to), _| {
+            over.iter().all(|due| (due.shard, due.to_node) != (*shard, *to))
+        });
         let shards = wanted.iter().map(|(shard, _, _)| *shard).collect();
-        if tried.is_empty() {
+        if over.is_empty() {
             return shards;
         }
-        // Asked for once: where it did not work, the next plan says so again.
         let recorded =
-            self.records.change_all(|snapshot| Ok(operations::forget_transfers(snapshot, &tried)));
+            self.records.change_all(|snapshot| Ok(operations::forget_transfers(snapshot, &over)));
         if let Err(error) = recorded.await {
             tracing::info!(%error, "transfers could not be recorded");
         }

@@ -3,7 +3,7 @@
 //! Owns what the records of operations make of the map, and the map of them: which move begins, which is
 //! done, which is given up, when an operation ends. Pure functions of the records: they stand in one
 //! batch with the map, so that a controller that dies leaves nothing that the next one does not see.
-//! Does not touch a group (see `super::replicas`) and does not plan (see `super::elastic`).
+//! Does not touch a group (see `super::replicas`) and does not plan (see `super::balance`).
 //!
 //! A move *begins* by entering a joining replica that will vote, and names the voter whose place it
 //! takes; it is *done* when the map, which copies what the group says, has the new voter and not the old
@@ -410,11 +410,11 @@ pub(super) fn due_transfers(snapshot: &Snapshot) -> Vec<v1::PlannedTransfer> {
     operations.flat_map(|operation| operation.transfers.iter().copied()).collect()
 }
 
-/// These were asked for. False when no operation names them.
-pub(super) fn forget_transfers(snapshot: &mut Snapshot, tried: &[v1::PlannedTransfer]) -> bool {
+/// These have moved, or were given up. False when no operation names them.
+pub(super) fn forget_transfers(snapshot: &mut Snapshot, over: &[v1::PlannedTransfer]) -> bool {
     let before = snapshot.operations.clone();
     for operation in &mut snapshot.operations.list {
-        operation.transfers.retain(|transfer| !tried.contains(transfer));
+        operation.transfers.retain(|transfer| !over.contains(transfer));
     }
     before != snapshot.operations
 }

@@ -48,7 +48,7 @@ use self::step::{Home, Membership, Recorded, Seen, Step, next};
 use super::leaders::Asked;
 use super::members::{ABSENT, DAMAGED};
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
-use super::{elastic, operations};
+use super::{balance, operations};
 use crate::records::{RecordsError, Snapshot};
 
 /// Between two looks at what is to be done.
@@ -131,7 +131,7 @@ impl Cluster {
             let group = self.host.group(META_SHARD);
             if group.is_none_or(|group| group.status().state != Standing::Leader) {
                 tending = Tending::default();
-                *self.knowledge.lock() = elastic::Knowledge::default();
+                *self.knowledge.lock() = balance::Knowledge::default();
                 continue;
             }
             tokio::select! {
@@ -224,7 +224,7 @@ impl Cluster {
         let given_up: BTreeSet<u64> = silent.map(|(node, _)| *node).collect();
         let enter = |snapshot: &mut Snapshot| {
             let learners = enter_plan(snapshot, &outlook);
-            let begun = acts && elastic::act(snapshot, &known, now, now_ms);
+            let begun = acts && balance::act(snapshot, &known, now, now_ms);
             operations::advance(snapshot, &given_up, now_ms) | begun | learners
         };
         if !enter(&mut snapshot.clone()) {

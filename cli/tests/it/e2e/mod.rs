@@ -8,6 +8,7 @@ mod demo;
 mod faults;
 mod join;
 mod kill_all;
+mod moves;
 mod python;
 mod ranges;
 mod read_replicas;
