@@ -65,8 +65,8 @@ pub fn read(manners: &Manners) -> Result<bool, String> {
     block_on(async { super::scan_reader::read(manners).await.map(|()| true) })
 }
 
-/// What the servers' caches and write buffers may take: so little that the warm-up fills them. What a
-/// server takes beyond its idle state is then the scan's, and not a cache that still grows.
+/// What the servers' caches and write buffers may take: little, so that a cache that still grows is not
+/// taken for the scan's. Write buffers of a server that was just started do grow for longer than that.
 const MEMORY_BUDGET: &str = "96MiB";
 
 async fn measure(plan: &Plan) -> Result<bool, String> {

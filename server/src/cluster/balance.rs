@@ -25,6 +25,9 @@ use crate::records::{Operations, Snapshot};
 /// balance: nodes join one after the other, and restart.
 const SETTLED_AFTER: Duration = Duration::from_secs(10);
 
+/// A node that was not heard for so long is asked for nothing: it takes no replicas, and leads nothing.
+pub(super) const SILENT: Duration = Duration::from_secs(5);
+
 /// What a leader of the meta group knows beside the records, and forgets when it leads no more.
 #[derive(Debug, Clone, Default)]
 pub struct Knowledge {

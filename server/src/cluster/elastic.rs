@@ -4,8 +4,6 @@
 //! happens is recorded as an operation (`operations`); what happens without anybody asking is
 //! `balance`'s.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use coracle_proto::reason::Reason;
 use coracle_proto::shard_map::NodeId;
@@ -16,16 +14,13 @@ use prost::Message;
 use tokio::time::Instant;
 use v1::{NodeState, OperationControl, OperationKind, OperationState};
 
-use super::balance::{act, balancing, planned, settings, told, view};
+use super::balance::{SILENT, act, balancing, planned, settings, told, view};
 use super::operations::{self, Work};
 use super::{Cluster, done, refused};
 use crate::placement::model::{Goal, Stall};
 use crate::placement::plan;
 use crate::records::operations::is_active;
 use crate::records::{RecordsError, Snapshot};
-
-/// A node that was not heard for so long takes no replicas, and leads nothing.
-const SILENT: Duration = Duration::from_secs(5);
 
 /// Why a request is refused; the reason is of the closed list.
 type Refusal = (Reason, String);

@@ -3,7 +3,7 @@
 //! Owns the asking of leaders to hand over, a few at a time. Whom a leader hands to, where nobody says,
 //! is its own choice (`coracle_raft`'s `membership`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use coracle_proto::shard_map::{META_SHARD, NodeId};
@@ -47,7 +47,8 @@ impl Cluster {
         // Whoever leads by now.
         let from = |due: &v1::PlannedTransfer| leader(due).unwrap_or(due.from_node);
         wanted.extend(open.iter().map(|due| (due.shard, from(due), due.to_node)));
-        wanted.retain(|(shard, _, _)| !asked.lately.contains_key(shard));
+        let mut once = BTreeSet::new();
+        wanted.retain(|(shard, _, _)| !asked.lately.contains_key(shard) && once.insert(*shard));
         wanted.truncate(AT_A_TIME);
         let ask = wanted.iter().map(|(shard, from, to_node)| {
             let hand_over = peer::HandOver { shard: *shard, to_node: *to_node };
@@ -122,4 +123,60 @@ fn hand_overs(snapshot: &Snapshot, known: &Knowledge) -> Vec<(u64, u64, u64)> {
         wanted.retain(|(shard, _, _)| *shard != META_SHARD.0);
     }
     wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::records::Operations;
+
+    /// The meta group and two shards on n1 to n3; n1 leads all.
+    fn world() -> (Snapshot, Knowledge) {
+        let voter = |id: u64, node: u64| v1::Replica {
+            id,
+            node,
+            role: v1::ReplicaRole::Voter.into(),
+            ..Default::default()
+        };
+        let shard = |id: u64| v1::Shard {
+            id,
+            replicas: (1..=3).map(|node| voter(id * 10 + node, node)).collect(),
+            ..Default::default()
+        };
+        let node = |id: u64| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
+        let map = v1::ShardMap {
+            shards: (0..3).map(shard).collect(),
+            nodes: (1..=3).map(node).collect(),
+            ..Default::default()
+        };
+        let (leaving, operations) = (Vec::new(), Operations::default());
+        let snapshot =
+            Snapshot { map, ids: peer::IdCounters::default(), leaving, operations, version: 1 };
+        let leaders = (0..3).map(|shard| (shard, 1)).collect();
+        (snapshot, Knowledge { leaders, ..Knowledge::default() })
+    }
+
+    #[test]
+    fn a_drained_node_hands_over_to_those_that_may_lead_and_the_meta_group_last() {
+        let (mut snapshot, mut known) = world();
+        assert_eq!(hand_overs(&snapshot, &known), []);
+        snapshot.map.nodes[0].state = NodeState::Draining.into();
+        assert_eq!(
+            hand_overs(&snapshot, &known),
+            [(1, 1, 3), (2, 1, 2)],
+            "n2 is to get the meta group"
+        );
+        known.leaders.extend([(1, 2), (2, 3)]);
+        assert_eq!(hand_overs(&snapshot, &known), [(0, 1, 2)]);
+    }
+
+    #[test]
+    fn nobody_hands_over_to_a_node_that_shall_not_lead_or_is_not_heard() {
+        let (mut snapshot, mut known) = world();
+        snapshot.map.nodes[0].state = NodeState::Draining.into();
+        known.silent.insert(2, Instant::now());
+        assert_eq!(hand_overs(&snapshot, &known), [(1, 1, 3), (2, 1, 3)]);
+        snapshot.map.nodes[2].state = NodeState::Decommissioning.into();
+        assert_eq!(hand_overs(&snapshot, &known), [], "it stays where it is");
+    }
 }

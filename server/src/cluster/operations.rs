@@ -23,7 +23,7 @@ use crate::records::{Operations, Snapshot};
 const ACTIVE_MAX: usize = 4;
 /// So many more that mend: one for each node that is lost or leaves.
 const MENDING_MAX: usize = 16;
-/// Moves of one operation; the records keep all operations in one value. What a plan has beyond it, the
+/// Moves of one operation, and as many transfers; the records keep all operations in one value. What a plan has beyond it, the
 /// next plan has again.
 pub(super) const MOVES_MAX: usize = 2_048;
 /// How often a move is begun before it is given up.
@@ -93,7 +93,7 @@ pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<
         state: OperationState::Running.into(),
         moves_all: moves.len() as u32,
         moves,
-        transfers: work.transfers,
+        transfers: work.transfers.into_iter().take(MOVES_MAX).collect(),
         began_ms: now_ms,
         node: work.node,
         undoes: work.undoes,

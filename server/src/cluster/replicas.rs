@@ -45,6 +45,7 @@ use tokio_util::sync::CancellationToken;
 use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter};
 use self::patience::Patience;
 use self::step::{Home, Membership, Recorded, Seen, Step, next};
+use super::balance::SILENT;
 use super::leaders::Asked;
 use super::members::{ABSENT, DAMAGED};
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
@@ -59,8 +60,6 @@ const ACT_INTERVAL: Duration = Duration::from_secs(1);
 const SHARDS_AT_ONCE: usize = 16;
 /// Every shard is looked at this often though nothing is to be done: a change may have come late.
 const AUDIT_INTERVAL: Duration = Duration::from_secs(10);
-/// A node that was not heard for so long is asked for nothing.
-const SILENT: Duration = Duration::from_secs(5);
 /// A replica that is joining is given up when its node is silent for so long: another node may do.
 const GRACE: Duration = Duration::from_secs(60);
 /// A replica has caught up when it lacks nothing older than this...

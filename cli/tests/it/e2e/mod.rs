@@ -20,10 +20,14 @@ use std::future::Future;
 use std::ops::Range;
 use std::path::Path;
 use std::process::Output;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use coracle_cli::demo::cluster::{Cluster, ClusterPlan, Node};
+use coracle_cli::demo::ledger::Ledger;
+use coracle_cli::demo::load::{Load, verify};
+use coracle_client::Client;
 use tokio::sync::{Mutex, MutexGuard};
 
 use crate::lone::{coracle, text};
@@ -98,6 +102,17 @@ impl Bench {
     async fn stop(self) {
         self.cluster.stop().await;
     }
+}
+
+/// Ends a load, and finds that nothing that it was told is lost.
+async fn nothing_is_lost(load: Load, client: &Client, ledger: &Arc<Ledger>) {
+    let window = load.take_window();
+    load.finish().await;
+    println!("{} answered, {} failed: {:?}", window.ok, window.failed, window.last_failure);
+    assert_eq!(window.lost, 0);
+    let verified = verify(client, "default", ledger).await;
+    let verified = verified.unwrap_or_else(|failure| panic!("{failure:?}"));
+    assert_eq!(verified.lost, Vec::<String>::new());
 }
 
 /// Ports of their own for each cluster: one that was chosen and not yet taken is nobody else's.

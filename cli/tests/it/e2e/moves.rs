@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_cli::demo::ledger::Ledger;
-use coracle_cli::demo::load::{Load, verify};
+use coracle_cli::demo::load::Load;
 use coracle_client::Client;
 use coracle_client::topology::{NodeId, Shard};
 
-use super::{Bench, until};
+use super::{Bench, nothing_is_lost, until};
 
 const COMES_TRUE: Duration = Duration::from_secs(120);
 const SHARDS: usize = 16;
@@ -102,13 +102,7 @@ async fn voters_move_and_nodes_leave_without_a_loss() {
     until("it has removed what it held", COMES_TRUE, async || bench.directories_of(3) == 0).await;
     assert!(client.admin().map().await.expect("known").node(NodeId(4)).is_some());
 
-    let window = load.take_window();
-    load.finish().await;
-    println!("{} answered, {} failed: {:?}", window.ok, window.failed, window.last_failure);
-    assert_eq!(window.lost, 0);
-    let verified = verify(&client, "default", &ledger).await;
-    let verified = verified.unwrap_or_else(|failure| panic!("{failure:?}"));
-    assert_eq!(verified.lost, Vec::<String>::new());
+    nothing_is_lost(load, &client, &ledger).await;
     client.close().await;
     bench.stop().await;
 }

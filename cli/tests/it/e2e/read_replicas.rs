@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_cli::demo::ledger::Ledger;
-use coracle_cli::demo::load::{Load, verify};
+use coracle_cli::demo::load::Load;
 use coracle_client::{Client, Consistency};
 use serde_json::Value;
 
-use super::{Bench, until};
+use super::{Bench, nothing_is_lost, until};
 use crate::lone::text;
 
 const COMES_TRUE: Duration = Duration::from_secs(90);
@@ -109,13 +109,7 @@ async fn read_replicas_come_and_go_while_their_controller_is_killed() {
     assert_eq!(bench.learners().await, []);
     until("nothing is left of them", COMES_TRUE, async || bench.directories() == before).await;
 
-    let window = load.take_window();
-    load.finish().await;
-    println!("{} answered, {} failed: {:?}", window.ok, window.failed, window.last_failure);
-    assert_eq!(window.lost, 0);
-    let verified = verify(&client, "default", &ledger).await;
-    let verified = verified.unwrap_or_else(|failure| panic!("{failure:?}"));
-    assert_eq!(verified.lost, Vec::<String>::new());
+    nothing_is_lost(load, &client, &ledger).await;
     client.close().await;
     bench.stop().await;
 }

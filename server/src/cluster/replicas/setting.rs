@@ -12,8 +12,8 @@ use peer::cluster_command::Kind;
 use prost::Message;
 use tokio::time::Instant;
 
-use super::SILENT;
 use super::enter::{Outlook, planned, told};
+use crate::cluster::balance::SILENT;
 use crate::cluster::{Cluster, done, refused};
 use crate::records::{RecordsError, Snapshot};
 
