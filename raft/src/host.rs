@@ -36,13 +36,13 @@ use crate::turns::Turns;
 use crate::types::{NodeId, ShardId};
 use crate::wire::Reader;
 
+mod log_budget;
 mod removal;
 
+use log_budget::Fill;
+pub use log_budget::LogBudget;
 use removal::Destroying;
 
-/// Entries that stay in a group's log behind its last flush: a follower that was away for a moment
-/// catches up from them, without a snapshot.
-const KEPT_ENTRIES: u64 = 10_000;
 /// How often the shared log's size is looked at.
 const COMPACT_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two flushes of one replica that free the log.
@@ -63,8 +63,8 @@ pub struct Options {
     pub timing: Timing,
     /// The node's shared log.
     pub log: Log,
-    /// Bytes of the shared log beyond which the oldest unflushed replica is flushed.
-    pub log_bytes_target: u64,
+    /// What the shared log may take before the oldest unflushed replica is flushed.
+    pub log_budget: LogBudget,
     /// Opens stores.
     pub engines: Arc<dyn Engines>,
     /// Where work runs.
@@ -105,7 +105,7 @@ pub enum Condition {
 pub struct Host {
     environment: Arc<Environment>,
     shards: PathBuf,
-    log_bytes_target: u64,
+    log_budget: LogBudget,
     groups: RwLock<BTreeMap<ShardId, Arc<Group>>>,
     /// One creation or destruction at a time, of one shard and of one replica: one that takes long
     /// holds up no other shard's.
@@ -137,7 +137,7 @@ impl Host {
         let host = Arc::new(Self {
             environment,
             shards: options.shards,
-            log_bytes_target: options.log_bytes_target,
+            log_budget: options.log_budget,
             groups: RwLock::default(),
             turns: Turns::default(),
             destroying: Destroying::default(),
@@ -495,10 +495,11 @@ impl Host {
                 group.check_store();
                 group.forget_idle_transfer();
             }
+            let kept = self.log_budget.kept(groups.len());
             // One at a time: what its purge frees is seen at the next look.
             for pin in self.environment.log.pinners() {
-                let bytes = self.environment.log.stats().bytes_on_disk;
-                if bytes <= self.log_bytes_target {
+                let fill = self.log_budget.fill(&self.environment.log.stats());
+                if fill == Fill::Within {
                     break;
                 }
                 let oldest = pin.replica;
@@ -517,9 +518,7 @@ impl Host {
                     );
                     continue;
                 };
-                // Far over the budget kept entries go too: who wants them takes a snapshot.
-                let keep = if bytes > 2 * self.log_bytes_target { 0 } else { KEPT_ENTRIES };
-                flush(group, keep).await;
+                flush(group, if fill == Fill::FarOver { 0 } else { kept }).await;
                 break;
             }
             // One a second, so that they do not all write at once.
@@ -530,7 +529,7 @@ impl Host {
             };
             if let Some(group) = groups.iter().find(due) {
                 flushed.insert(group.replica(), (Instant::now(), 0));
-                flush(group, KEPT_ENTRIES).await;
+                flush(group, kept).await;
             }
             flushed.retain(|_, (at, _)| at.elapsed() <= FLUSH_INTERVAL);
         }

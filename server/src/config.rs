@@ -16,7 +16,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-pub use memory::memory_bytes;
+pub use memory::{memory_bytes, resident_bytes};
 pub use problem::{Code, Excerpt, Origin, Problem};
 pub use source::{Flag, SourceFile, Sources};
 pub use value::Address;
@@ -106,7 +106,7 @@ pub struct Raft {
 /// Memory and disk, in bytes.
 #[derive(Clone, Debug)]
 pub struct Storage {
-    /// Block cache and write buffers of all shards.
+    /// Caches and write buffers of all shards, entries of the log in memory and their index.
     pub memory_budget: u64,
     /// One segment of the log.
     pub log_segment_bytes: u64,

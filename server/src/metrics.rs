@@ -201,6 +201,12 @@ metrics! {
         disk_total_bytes: Gauge, "coracle_disk_total_bytes", [],
             "Size of the file system where the data directory lives";
     }
+    "Memory" {
+        process_resident_memory_bytes: Gauge, "process_resident_memory_bytes", [],
+            "Resident memory of the process";
+        memory_bytes: Family<Gauge, 1>, "coracle_memory_bytes", ["part"],
+            "What the parts with a budget hold; the rest of the process's memory is code, stacks and what the allocator keeps";
+    }
     "Clock" {
         clock_offset_seconds: Family<GaugeF64, 1>, "coracle_clock_offset_seconds", ["peer"],
             "How far a peer's wall clock is ahead of this node's";

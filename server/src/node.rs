@@ -42,6 +42,7 @@ use crate::home::Home;
 use crate::http::{Check, Probe};
 use crate::identity::{ClusterId, Locking};
 use crate::map::MapCache;
+use crate::memory;
 use crate::metrics::{Build, Metrics};
 use crate::net::{Listener, Net};
 use crate::peers::Neighbours;
@@ -631,6 +632,9 @@ impl Probe for NodeHealth {
         if let Some(member) = self.0.member() {
             let (clocks, space) = (&self.0.neighbours.clocks, self.0.neighbours.space());
             gauges::collect(&self.0.metrics, &member, clocks, space);
+            let (_, requests) = member.router.admission().in_flight();
+            let Parts { fs, engines, .. } = &self.0.parts;
+            memory::observe(&self.0.metrics, &**fs, &member.log, &**engines, requests);
         }
         self.0.metrics.render()
     }

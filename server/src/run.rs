@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::clock::RealClock;
 use crate::config::Config;
 use crate::identity::Locking;
+use crate::memory::Shares;
 use crate::net::RealNet;
 use crate::node::{Addresses, Node, Parts};
 
@@ -59,8 +60,8 @@ pub async fn run(config: Config) -> Result<RunningNode, StartError> {
         std::mem::forget(end_process_after(LAST_WORDS));
     });
     let exec = Arc::new(RealExec::new(tokio::runtime::Handle::current(), BLOCKING_MAX));
-    let memory =
-        StateOptions { memory_bytes: config.storage.memory_budget, ..StateOptions::default() };
+    let shares = Shares::of(config.storage.memory_budget);
+    let memory = StateOptions { memory_bytes: shares.state_bytes, ..StateOptions::default() };
     let store_fatal = on_fatal.clone();
     let store_fatal = Arc::new(move |error: &coracle_storage::Error| {
         store_fatal(error.to_string());

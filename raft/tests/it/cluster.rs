@@ -16,7 +16,7 @@ use coracle_raft::command::{Change, Operation, Request, RequestId};
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::GroupError;
 use coracle_raft::group::Group;
-use coracle_raft::host::{Host, Options};
+use coracle_raft::host::{Host, LogBudget, Options};
 use coracle_raft::leadership::Standing;
 use coracle_raft::lease::Timing;
 use coracle_raft::observer::{Observer, Stage};
@@ -121,7 +121,7 @@ async fn start(id: NodeId, disk: &FaultyFs, wires: &Arc<Wires>, start: u64) -> N
         shards: PathBuf::from("/shards"),
         timing: Timing::default(),
         log: log.clone(),
-        log_bytes_target: 8 << 20,
+        log_budget: LogBudget { disk_bytes: 8 << 20, index_bytes: 8 << 20 },
         engines: Arc::new(MapEngines::new(fs)),
         exec,
         clock: Arc::new(WallClock),

@@ -11,6 +11,7 @@ use std::time::Duration;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::ChangeError;
 use coracle_raft::group::Group;
+use coracle_raft::lag::Lag;
 use coracle_raft::leadership::Standing;
 use coracle_raft::types::{NodeId, Role};
 use coracle_storage::ReplicaId;
@@ -61,11 +62,15 @@ impl Cluster {
 
     /// Waits until the learner holds all that the leader holds now.
     pub(crate) async fn caught_up(&self) {
-        let leader = self.leading().await;
         until("the learner has caught up", || {
-            leader.lags().get(&LEARNER.0).is_some_and(|lag| lag.entries == 0)
+            self.learner_lag().is_some_and(|lag| lag.entries == 0)
         })
         .await;
+    }
+
+    /// How far it is behind whoever leads now: that may change at any time.
+    fn learner_lag(&self) -> Option<Lag> {
+        self.leader()?.1.lags().get(&LEARNER.0).copied()
     }
 }
 
@@ -103,8 +108,9 @@ async fn a_learner_takes_a_snapshot_of_a_purged_log_and_follows_over_a_restart()
     cluster.stop(FOURTH).await;
     cluster.put("k0", "meanwhile").await;
     until("its lag is seen", || {
-        let lag = leader.lags()[&LEARNER.0];
-        lag.entries > 0 && lag.age > Duration::from_millis(300)
+        cluster
+            .learner_lag()
+            .is_some_and(|lag| lag.entries > 0 && lag.age > Duration::from_millis(300))
     })
     .await;
     cluster.restart(FOURTH, 2).await;

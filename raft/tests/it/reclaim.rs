@@ -17,7 +17,7 @@ use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::GroupError;
 use coracle_raft::group::Group;
 use coracle_raft::history::Settings;
-use coracle_raft::host::{Host, Options};
+use coracle_raft::host::{Host, LogBudget, Options};
 use coracle_raft::leadership::Standing;
 use coracle_raft::lease::Timing;
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
@@ -79,7 +79,7 @@ async fn start(dir: &Path) -> Rig {
         shards: dir.join("shards"),
         timing: Timing::default(),
         log: log.clone(),
-        log_bytes_target: 64 << 20,
+        log_budget: LogBudget { disk_bytes: 64 << 20, index_bytes: 8 << 20 },
         engines: Arc::new(engines),
         exec,
         clock: clock.clone(),

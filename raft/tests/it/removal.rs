@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::group::Group;
-use coracle_raft::host::{Host, Options};
+use coracle_raft::host::{Host, LogBudget, Options};
 use coracle_raft::lease::Timing;
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
 use coracle_raft::types::{NodeId, ShardId};
@@ -162,7 +162,7 @@ impl Rig {
             shards: PathBuf::from("/shards"),
             timing: Timing::default(),
             log: log.clone(),
-            log_bytes_target: 8 << 20,
+            log_budget: LogBudget { disk_bytes: 8 << 20, index_bytes: 8 << 20 },
             engines: Arc::new(engines),
             exec,
             clock: Arc::new(WallClock),

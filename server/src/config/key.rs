@@ -189,7 +189,9 @@ pub(super) const KEYS: &[Key] = &[
             max: 16 * TIB,
             unknown: 512 * MIB,
         },
-        doc: "Block cache and write buffers of all shards together.",
+        doc: "Memory for caches and write buffers of all shards together, and for the newest entries of \
+              the Raft log (an eighth) and its index (an eighth). Requests under way come on top \
+              (limits.request_bytes_in_flight), and some 100 MiB for the process itself.",
     },
     Key {
         name: "storage.log_segment_bytes",

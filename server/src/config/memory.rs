@@ -1,5 +1,5 @@
-//! Owns finding out how much memory the process may use: the machine's, or its control group's where
-//! that is less. Does not decide what to do with it.
+//! Owns finding out how much memory the process may use (the machine's, or its control group's where
+//! that is less), and how much it does. Does not decide what to do with it.
 
 use std::path::Path;
 
@@ -12,10 +12,16 @@ const FILE_BYTES_MAX: usize = 16 << 10;
 /// the real one: it reads `/proc` and `/sys`.
 pub fn memory_bytes(fs: &dyn Fs) -> Option<u64> {
     let read = |path: &str| read(fs, Path::new(path));
-    let machine = read("/proc/meminfo").and_then(|text| machine_bytes(&text));
+    let machine = read("/proc/meminfo").and_then(|text| kilobytes(&text, "MemTotal:"));
     let groups = read("/proc/self/cgroup").map(|text| group_limits(&text)).unwrap_or_default();
     let limits = groups.iter().filter_map(|path| read(path)).filter_map(|text| limit_bytes(&text));
     machine.into_iter().chain(limits).min()
+}
+
+/// The memory of this process that is resident, in bytes. `None` where the system does not tell. `fs`
+/// must be the real one: it reads `/proc`.
+pub fn resident_bytes(fs: &dyn Fs) -> Option<u64> {
+    kilobytes(&read(fs, Path::new("/proc/self/status"))?, "VmRSS:")
 }
 
 /// The kernel's files say that they are empty: read until they end instead.
@@ -28,8 +34,8 @@ fn read(fs: &dyn Fs, path: &Path) -> Option<String> {
 }
 
 /// `MemTotal:       16384256 kB`.
-fn machine_bytes(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -76,8 +82,8 @@ mod tests {
     #[test]
     fn the_machine_tells_its_memory() {
         let meminfo = "MemTotal:       16384256 kB\nMemFree:         1024 kB\n";
-        assert_eq!(machine_bytes(meminfo), Some(16_384_256 * 1024));
-        assert_eq!(machine_bytes("nothing"), None);
+        assert_eq!(kilobytes(meminfo, "MemTotal:"), Some(16_384_256 * 1024));
+        assert_eq!(kilobytes("nothing", "MemTotal:"), None);
     }
 
     #[test]
@@ -102,5 +108,7 @@ mod tests {
     fn this_machine_has_memory() {
         let bytes = memory_bytes(&coracle_storage::RealFs).expect("Linux tells its memory");
         assert!(bytes > 16 << 20, "{bytes}");
+        let resident = resident_bytes(&coracle_storage::RealFs).expect("Linux tells it too");
+        assert!((1 << 20..bytes).contains(&resident), "{resident}");
     }
 }

@@ -11,7 +11,7 @@ use coracle_proto::peer::{self, GroupMessage, KnownNode};
 use coracle_proto::reason::{Fault, Reason};
 use coracle_proto::shard_map::ShardId;
 use coracle_proto::v1;
-use coracle_raft::host::{Host, Options};
+use coracle_raft::host::{Host, LogBudget, Options};
 use coracle_raft::lease::Timing;
 use coracle_raft::observer::{self, Observer};
 use coracle_raft::transport::TransportError;
@@ -28,6 +28,7 @@ use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Target};
 use crate::home::Own;
+use crate::memory::Shares;
 use crate::metrics::{Metrics, ReadServed, Reads, Stage, Stages};
 use crate::peers::StampClock;
 use crate::records::Records;
@@ -98,7 +99,10 @@ fn new_host(shared: &Arc<Shared>, log: Log, clock: Arc<StampClock>, start_count:
         shards: parts.config.node.data_dir.join("shards"),
         timing: timing(parts),
         log,
-        log_bytes_target: parts.config.storage.log_bytes_target,
+        log_budget: LogBudget {
+            disk_bytes: parts.config.storage.log_bytes_target,
+            index_bytes: Shares::of(parts.config.storage.memory_budget).log_index_bytes,
+        },
         engines: parts.engines.clone(),
         exec: parts.exec.clone(),
         clock,
@@ -161,6 +165,7 @@ fn open_log(
     let options = LogOptions {
         segment_bytes: parts.config.storage.log_segment_bytes,
         log_bytes_target: parts.config.storage.log_bytes_target,
+        cache_bytes: Shares::of(parts.config.storage.memory_budget).log_cache_bytes,
         salt: shared.home.salt(shared.draw("log salt"))?,
         on_fatal: Arc::new(move |error: &Error| on_fatal(error.to_string())),
         on_sync: {

@@ -104,8 +104,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.bytes_max = bytes_max;
     }
 
-    /// The next message. Cancel safe: what was read stays. Byte fields are slices of the frame, not
-    /// copies.
+    /// The next message. Cancel safe: what was read stays. Byte fields are slices of the frame, which
+    /// shares its memory with no other frame (unless it is longer than a read).
     pub(crate) async fn next<M: Message + Default>(&mut self, pulse: &Pulse) -> Result<M, Broken> {
         loop {
             if let Some(body) = self.parse()? {
@@ -136,11 +136,18 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             self.buffer.reserve((whole - self.buffer.len()).max(READ_BYTES));
             return Ok(None);
         }
-        let mut body = self.buffer.split_to(whole).freeze();
-        body.advance(HEADER_BYTES);
-        if crc32fast::hash(&body) != crc {
+        if crc32fast::hash(&self.buffer[HEADER_BYTES..whole]) != crc {
             return Err(Broken::Damaged);
         }
+        if whole < READ_BYTES {
+            // A copy of its own: a slice of a few bytes, kept for long (an entry in the log's cache),
+            // would keep all of the buffer that it was read into.
+            let body = Bytes::copy_from_slice(&self.buffer[HEADER_BYTES..whole]);
+            self.buffer.advance(whole);
+            return Ok(Some(body));
+        }
+        let mut body = self.buffer.split_to(whole).freeze();
+        body.advance(HEADER_BYTES);
         Ok(Some(body))
     }
 }
@@ -260,6 +267,24 @@ mod tests {
         }
         for len in 0..bytes.len() {
             assert!(matches!(read(&bytes[..len], FRAME_BYTES_MAX).await, Err(Broken::Closed)));
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_kept_of_a_small_frame_keeps_no_read_buffer() {
+        let mut bytes = Vec::new();
+        for _ in 0..1_000 {
+            bytes.extend(framed(&envelope(&[b"a small entry"])).await);
+        }
+        let mut reader = FrameReader::new(&bytes[..], FRAME_BYTES_MAX);
+        let pulse = Pulse::default();
+        reader.buffer.reserve(READ_BYTES);
+        let buffer = reader.buffer.as_ptr() as usize;
+        let buffer = buffer..buffer + reader.buffer.capacity();
+        for _ in 0..1_000 {
+            let kept = reader.next::<Envelope>(&pulse).await.expect("whole");
+            let kept = kept.messages[0].body.as_ptr() as usize;
+            assert!(!buffer.contains(&kept), "a slice of the buffer that frames are read into");
         }
     }
 

@@ -17,7 +17,7 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_raft::clock::Clock;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::GroupError;
-use coracle_raft::host::{Host, Options};
+use coracle_raft::host::{Host, LogBudget, Options};
 use coracle_raft::leadership::Standing;
 use coracle_raft::lease::Timing;
 use coracle_raft::observer::{Observer, Stage};
@@ -266,7 +266,7 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
         shards: dir.join("shards"),
         timing: Timing::default(),
         log: log.clone(),
-        log_bytes_target: 64 << 20,
+        log_budget: LogBudget { disk_bytes: 64 << 20, index_bytes: 8 << 20 },
         engines: Arc::new(MapEngines::new(fs)),
         exec,
         clock: clock.clone(),

@@ -99,6 +99,11 @@ pub(crate) struct Slot {
     pub(crate) payload: Option<Bytes>,
 }
 
+/// Memory that one entry needs beside its payload: its slot, and its name in the cache's order.
+pub(crate) const SLOT_BYTES: u64 = (size_of::<Slot>() + size_of::<Key>()) as u64;
+/// Room for slots that stays when there are few entries.
+const SLOTS_KEPT: usize = 1024;
+
 /// A value of which only the newest record counts.
 #[derive(Clone, Debug)]
 pub(crate) struct Stored<T> {
@@ -321,6 +326,16 @@ impl Index {
             replica.first += 1;
             self.dropped(id, slot);
         }
+        // A long log that became short gives its room back.
+        let entries = &mut self.known(id).entries;
+        if entries.capacity() > 4 * entries.len().max(SLOTS_KEPT) {
+            entries.shrink_to(2 * entries.len().max(SLOTS_KEPT));
+        }
+    }
+
+    /// Memory that the entries of all replicas need beside their payloads.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.replicas.values().map(|replica| replica.entries.len() as u64 * SLOT_BYTES).sum()
     }
 
     fn dropped(&mut self, id: ReplicaId, slot: Option<Slot>) {

@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use self::index::{Place, Replica, Ticket};
+use self::index::{Place, Replica, SLOT_BYTES, Ticket};
 use self::queue::{Change, Op, Shared, State};
 use self::segment::Segment;
 use crate::error::Error;
@@ -103,6 +103,8 @@ pub struct LogStats {
     pub oldest_segment: u64,
     /// Payloads in memory.
     pub cache_bytes: u64,
+    /// What is in memory of entries beside their payloads: [`Log::ENTRY_INDEX_BYTES`] each.
+    pub index_bytes: u64,
     /// What waits for the writer.
     pub queue_bytes: u64,
     /// How long the last sync took.
@@ -127,6 +129,9 @@ enum Piece {
 }
 
 impl Log {
+    /// Memory that each entry of the log takes beside its payload, for as long as it is not purged.
+    pub const ENTRY_INDEX_BYTES: u64 = SLOT_BYTES;
+
     /// Opens the log in `dir`, creating what is missing, and starts its writer.
     ///
     /// Everything that `Recovery` and `state` show is durable when it returns. `Format` when a
@@ -406,6 +411,7 @@ impl Log {
             segments: state.segments.len(),
             oldest_segment: state.segments.keys().next().copied().unwrap_or(0),
             cache_bytes: state.index.cache.bytes(),
+            index_bytes: state.index.bytes(),
             queue_bytes: state.queue_bytes,
             last_sync: state.last_sync,
             full: state.full,

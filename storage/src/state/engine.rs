@@ -109,8 +109,22 @@ pub trait Engines: Send + Sync + 'static {
     /// Removes a closed store with its directory; one that is not there is no error.
     fn destroy(&self, dir: &Path) -> Result<(), Error>;
 
+    /// Memory that all stores share.
+    fn memory(&self) -> EngineMemory {
+        EngineMemory::default()
+    }
+
     /// Where checkpoint directories stand, and where they are read, sent, received and swapped.
     fn fs(&self) -> Arc<dyn Fs>;
+}
+
+/// Memory that all stores of a factory use together, in bytes. Zero where nothing is shared.
+#[derive(Copy, Clone, Default, Eq, PartialEq, Debug)]
+pub struct EngineMemory {
+    /// Blocks, indexes and filters that are cached, and what write buffers are charged.
+    pub cache_bytes: u64,
+    /// All write buffers: these are part of the cache's bytes.
+    pub write_buffer_bytes: u64,
 }
 
 /// The answer when a store is missing and must not be made.

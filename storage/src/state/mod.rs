@@ -43,7 +43,7 @@ pub use batch::{Batch, BatchOp};
 pub use budget::StateOptions;
 pub use checkpoint::{CHUNK_BYTES, FileEntry, Incoming, Manifest};
 pub use db::ReplicaState;
-pub use engine::{Cursor, Engine, Engines, OpenState, View};
+pub use engine::{Cursor, Engine, EngineMemory, Engines, OpenState, View};
 pub use filter::{ArcFilter, Filter, FilterState};
 pub use key::{Key, Kind, MetaName};
 pub use memory::MapEngines;

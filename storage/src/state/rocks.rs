@@ -25,7 +25,7 @@ use crate::options::OnFatal;
 use crate::state::batch::{Batch, BatchOp};
 use crate::state::budget::{Budget, PROTECTION_BYTES, StateOptions};
 use crate::state::checkpoint;
-use crate::state::engine::{self, Engine, Engines, OpenState, View};
+use crate::state::engine::{self, Engine, EngineMemory, Engines, OpenState, View};
 use crate::state::filter::{Filter, Pass, Verdict};
 use crate::state::image::{self, Entries};
 use crate::state::rocks_view::{self, OpenDb, RocksView, map_error};
@@ -88,17 +88,6 @@ impl RocksEngines {
             fs,
             on_fatal,
         })
-    }
-
-    /// Memory that the shared cache uses: blocks, indexes, filters, and what write buffers are
-    /// charged.
-    pub fn cache_bytes_used(&self) -> u64 {
-        self.budget.cache_bytes_used()
-    }
-
-    /// Memory that all write buffers together use.
-    pub fn write_buffer_bytes_used(&self) -> u64 {
-        self.budget.write_buffer_bytes_used()
     }
 
     fn open_db(&self, dir: &Path, create: bool) -> Result<RocksEngine, Error> {
@@ -188,6 +177,13 @@ impl Engines for RocksEngines {
             DB::destroy(&self.budget.options(), dir).map_err(|error| map_error(dir, &error))?;
         }
         checkpoint::remove_dir(&*self.fs, dir)
+    }
+
+    fn memory(&self) -> EngineMemory {
+        EngineMemory {
+            cache_bytes: self.budget.cache_bytes_used(),
+            write_buffer_bytes: self.budget.write_buffer_bytes_used(),
+        }
     }
 
     fn fs(&self) -> Arc<dyn Fs> {

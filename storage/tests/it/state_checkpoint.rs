@@ -307,8 +307,8 @@ fn memory_engines_report_what_they_use() {
     put(&*engine, "k", &noise(100_000));
     assert!(engine.unflushed_bytes() >= 100_000);
     assert!(engine.approximate_bytes() >= before + 100_000);
-    assert!(engines.write_buffer_bytes_used() >= 100_000);
+    assert!(engines.memory().write_buffer_bytes >= 100_000);
     engine.flush().expect("a flush");
     assert!(engine.approximate_bytes() >= before + 90_000, "in a file now");
-    assert!(engines.cache_bytes_used() <= options.memory_bytes);
+    assert!(engines.memory().cache_bytes <= options.memory_bytes);
 }
