@@ -2,6 +2,8 @@
 
 pub mod scans;
 pub mod witness;
+pub mod search;
+pub mod shrink;
 
 use std::fmt;
 

@@ -11,6 +11,7 @@ use coracle_storage::options::Sabotage;
 
 use crate::measure::scan_reader::Manners;
 use crate::measure::{exactly_once, failover, reads, reclaim, saturation, scan};
+use crate::replay;
 use crate::simulation::{self, Options};
 use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
@@ -42,6 +43,8 @@ pub enum Command {
         coracle-jepsen sim --seeds 1000\n  \
         coracle-jepsen sim --seed 17 --trace")]
     Sim(Sim),
+    /// Both judges over a history in a file: the order that the servers say, and a search for any order
+    Check(Check),
     /// Random crash histories of the shared log, held against a model
     LogHistories(LogHistories),
     /// Real processes: the leader of a shard under load is killed, again and again
@@ -100,6 +103,17 @@ pub struct Sim {
     /// With --seed: print the report for another process
     #[arg(long, hide = true)]
     pub report: bool,
+}
+
+/// See [`Command::Check`].
+#[derive(Debug, clap::Args)]
+pub struct Check {
+    /// The history, one JSON object a line, as `sim --history` writes it
+    #[arg(value_name = "FILE")]
+    pub history: PathBuf,
+    /// Where to draw the smallest part of it that has no explanation
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 /// See [`Command::LogHistories`].
@@ -372,6 +386,7 @@ pub fn run(args: Args) -> ExitCode {
             Some(seed) => Ok(one_seed(seed, &sim)),
             None => many_seeds(&sim),
         },
+        Command::Check(asked) => replay::check(&asked.history, asked.html.as_deref()),
         Command::LogHistories(histories) => Ok(log_histories(&histories)),
         Command::Failover(asked) => failover::run(&failover::Plan {
             program: asked.program,

@@ -73,6 +73,22 @@ impl Action {
     pub fn is_delete(&self) -> bool {
         matches!(self, Action::Delete | Action::DeleteRange)
     }
+
+    /// What it writes; a delete and a read write no value.
+    pub fn value(&self) -> Option<&str> {
+        match self {
+            Action::Put { value }
+            | Action::PutIfAbsent { value }
+            | Action::PutIfVersion { value, .. } => Some(value),
+            Action::Get
+            | Action::ReplicaGet
+            | Action::SessionGet
+            | Action::BoundedGet { .. }
+            | Action::GetAt { .. }
+            | Action::Delete
+            | Action::DeleteRange => None,
+        }
+    }
 }
 
 /// Where an answer stands in the order of its shard's log.

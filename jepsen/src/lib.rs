@@ -4,6 +4,8 @@
 pub mod history;
 pub mod trace;
 pub mod checker;
+pub mod timeline;
+pub mod replay;
 pub mod cluster;
 pub mod workload;
 pub mod invariant;

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::checker::witness;
+use crate::checker::{Violation, search, witness};
 use crate::cluster::sim::{Cluster, Settings};
 use crate::history::{History, Kind, Recorder};
 use crate::invariant::Watch;
@@ -257,6 +257,8 @@ impl Run {
         let history = self.recorder.history();
         let broken = witness::check(&history);
         self.violations.extend(broken.iter().map(ToString::to_string));
+        let unexplained = search::check(&history).into_iter().map(Violation::from);
+        self.violations.extend(unexplained.map(|violation| violation.to_string()));
         self.violations.extend(self.watch.borrow().broken().iter().cloned());
         if let Some(path) = &self.options.history
             && let Err(error) = write_history(&history, path)

@@ -222,12 +222,12 @@ impl<'a> Register<'a> {
                 Outcome::Ok(Answer::Written { version, at }) => (Some(*version), at.index),
                 Outcome::Unknown => (None, u64::MAX),
                 Outcome::Ok(_) | Outcome::Fail => {
-                    refused.extend(value(&operation.action).map(|value| (value, operation.call)));
+                    refused.extend(operation.action.value().map(|value| (value, operation.call)));
                     continue;
                 }
             };
             let write = Write { operation, version, index, is_exact: version.is_some() };
-            match value(&operation.action) {
+            match operation.action.value() {
                 Some(value) => {
                     by_value.insert(value, write);
                 }
@@ -497,21 +497,5 @@ impl Register<'_> {
         for (why, calls) in problems {
             self.violation(BOUND, why, &calls);
         }
-    }
-}
-
-/// What an action writes; a delete and a read write no value.
-fn value(action: &Action) -> Option<&str> {
-    match action {
-        Action::Put { value }
-        | Action::PutIfAbsent { value }
-        | Action::PutIfVersion { value, .. } => Some(value),
-        Action::Get
-        | Action::ReplicaGet
-        | Action::SessionGet
-        | Action::BoundedGet { .. }
-        | Action::GetAt { .. }
-        | Action::Delete
-        | Action::DeleteRange => None,
     }
 }

@@ -2,3 +2,4 @@
 
 mod simulation;
 mod witness;
+mod search;
