@@ -181,6 +181,11 @@ impl Group {
         self.state.descriptor()
     }
 
+    /// The group's clock as of what is applied: the highest version given so far.
+    pub fn clock(&self) -> u64 {
+        self.state.clock_and_ceiling().clock
+    }
+
     /// About how many bytes the state takes.
     pub fn state_bytes(&self) -> u64 {
         self.state.state_bytes()

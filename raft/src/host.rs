@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use coracle_storage::exec::Exec;
-use coracle_storage::log::{Done, Log, Recovery};
+use coracle_storage::log::{Done, Log, LogStats, Recovery};
 use coracle_storage::state::{Engines, MetaName, OpenState, ReplicaState, checkpoint};
 use coracle_storage::{Error, ReplicaId};
 use parking_lot::{Mutex, RwLock};
@@ -363,6 +363,11 @@ impl Host {
             // It is being made, or removed, or the node ends.
             Ok(_) | Err(_) => Condition::Runs,
         }
+    }
+
+    /// Figures of the node's shared log.
+    pub fn log_stats(&self) -> LogStats {
+        self.environment.log.stats()
     }
 
     /// All groups, by shard.

@@ -17,6 +17,7 @@ use bytes::Bytes;
 use coracle_proto::limits::MESSAGE_BYTES_MAX;
 use coracle_proto::peer::{self, KnownNode};
 use coracle_proto::reason::{Fault, Reason};
+use coracle_proto::shard_map::ShardMap;
 use coracle_proto::v1;
 use coracle_proto::v1::admin_service_server::AdminServiceServer;
 use coracle_proto::v1::cluster_service_server::ClusterServiceServer;
@@ -393,6 +394,11 @@ impl Node {
     /// The groups of the node, once it is in a cluster: for harnesses.
     pub fn host(&self) -> Option<Arc<Host>> {
         self.shared.member().map(|member| member.host.clone())
+    }
+
+    /// The shard map as the node knows it: for harnesses.
+    pub fn map(&self) -> Option<Arc<ShardMap>> {
+        self.shared.member().and_then(|member| member.cluster.map.current())
     }
 
     /// Gives all leaderships away, finishes requests, then stops. Returns how many leaderships were

@@ -118,6 +118,11 @@ impl Cluster {
         self.slots[at].borrow().running.as_ref().map(|running| running.node.clone())
     }
 
+    /// How often a node was started on a machine.
+    pub fn boots(&self, at: usize) -> u64 {
+        self.slots[at].borrow().boots
+    }
+
     /// Why the node on a machine has stopped by itself, when it has.
     pub fn why_stopped(&self, at: usize) -> Option<String> {
         self.slots[at].borrow().running.as_ref()?.why_stopped.lock().clone()

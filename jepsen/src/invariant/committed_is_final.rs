@@ -7,7 +7,7 @@ use super::{Invariant, Look};
 
 /// See the module.
 #[derive(Default)]
-pub struct CommittedIsFinal {
+pub(super) struct CommittedIsFinal {
     /// By shard and index: the term.
     terms: BTreeMap<(u64, u64), u64>,
 }

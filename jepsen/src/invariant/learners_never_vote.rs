@@ -8,7 +8,7 @@ use super::{Invariant, Look};
 
 /// See the module.
 #[derive(Default)]
-pub struct LearnersNeverVote;
+pub(super) struct LearnersNeverVote;
 
 impl Invariant for LearnersNeverVote {
     fn sentence(&self) -> &'static str {

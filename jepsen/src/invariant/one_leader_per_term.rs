@@ -8,7 +8,7 @@ use super::{Invariant, Look};
 
 /// See the module.
 #[derive(Default)]
-pub struct OneLeaderPerTerm {
+pub(super) struct OneLeaderPerTerm {
     /// By shard and term: the replica, and its machine.
     leaders: BTreeMap<(u64, u64), (u64, usize)>,
 }

@@ -9,7 +9,7 @@ use super::{Invariant, Look};
 
 /// See the module.
 #[derive(Default)]
-pub struct OnlyForward {
+pub(super) struct OnlyForward {
     /// By replica.
     terms: BTreeMap<u64, u64>,
 }

@@ -12,7 +12,7 @@ use coracle_raft::leadership::Standing;
 use super::{Run, until};
 use crate::cluster::sim::Cluster;
 use crate::history::{Action, Answer, History, Kind};
-use crate::invariant::replicas_agree;
+use crate::invariant::{arcs_tile, replicas_agree};
 
 /// What was asked of read replicas last is made true: a few snapshots, one after the other, and what
 /// came late is noticed.
@@ -60,6 +60,7 @@ pub(super) async fn check(run: &mut Run) {
             run.violations.push(format!("n{} takes for damage what none was: {damaged}", at + 1));
         }
     }
+    run.violations.extend(arcs_tile::check(&run.cluster));
     let history = run.recorder.history();
     run.violations.extend(lost(&history));
 }
