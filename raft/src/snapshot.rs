@@ -40,6 +40,8 @@ pub(crate) struct SnapshotSlots {
     pub(crate) receive: Arc<Semaphore>,
     /// Bytes per second of one transfer.
     pub(crate) rate: u64,
+    /// Bytes of chunks that were taken by their receivers, since the node started.
+    pub(crate) sent_bytes: AtomicU64,
 }
 
 impl Default for SnapshotSlots {
@@ -48,6 +50,7 @@ impl Default for SnapshotSlots {
             send: Arc::new(Semaphore::new(2)),
             receive: Arc::new(Semaphore::new(2)),
             rate: 64 << 20,
+            sent_bytes: AtomicU64::new(0),
         }
     }
 }
@@ -218,9 +221,13 @@ impl Snapshots {
         read: impl FnOnce() -> std::io::Result<Bytes> + Send + 'static,
     ) -> Result<(), String> {
         let data = blocking(&*self.exec, read).await?.map_err(|error| error.to_string())?;
+        let bytes = data.len() as u64;
         let question = Question::SnapshotChunk { transfer, file, chunk, data };
         match ask(transport, to, question, CHUNK_TIMEOUT).await? {
-            Answer::SnapshotTaken => Ok(()),
+            Answer::SnapshotTaken => {
+                self.slots.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+                Ok(())
+            }
             other => Err(refused(other)),
         }
     }

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod deploy;
 mod e2e;
 mod help;
 mod lone;
