@@ -31,6 +31,9 @@ pub struct Elastic {
     /// The control: nodes that stop do not hand over; it must fail
     #[arg(long)]
     pub no_drain: bool,
+    /// Tell the slowest requests of every phase, and what became of each of their attempts
+    #[arg(long)]
+    pub slowest: bool,
     /// Small and short, to try it
     #[arg(long)]
     pub quick: bool,
@@ -55,6 +58,7 @@ impl Elastic {
             phase_min: Duration::from_secs(phase_min),
             shape: shape(self.rate, self.keys.unwrap_or(keys), self.seed),
             p99_times: self.p99_times,
+            slowest: self.slowest,
             no_drain: self.no_drain,
         }
     }

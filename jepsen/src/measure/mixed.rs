@@ -32,8 +32,9 @@ const DRAWS: u32 = 16;
 /// Writes that fill the cluster at a time, and how long each is tried; as long as what is read back.
 const FILLERS: usize = 64;
 const FILL_TIMEOUT: Duration = Duration::from_secs(30);
-/// How many failures of a phase are told in words.
+/// How many failures of a phase are told in words, and how many slow requests.
 const TOLD_MAX: usize = 20;
+const SLOWEST: usize = 12;
 
 /// What the load is.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +85,8 @@ pub struct Phase {
     pub attempts: BTreeMap<usize, u64>,
     /// By what an attempt met: how often.
     pub met: BTreeMap<String, u64>,
+    /// The slowest requests, with the story of their attempts; the slowest last.
+    pub slowest: Vec<(Duration, String)>,
     /// By node: answers.
     pub nodes: BTreeMap<u64, u64>,
     /// By shard: answers.
@@ -94,6 +97,7 @@ pub struct Phase {
 
 struct Book {
     shape: Shape,
+    began: Instant,
     client: Client,
     attempts: Attempts,
     keys: Mutex<Vec<Key>>,
@@ -164,6 +168,7 @@ impl Mixed {
     pub async fn start(client: &Client, shape: Shape, attempts: Attempts) -> Result<Mixed, String> {
         let book = Arc::new(Book {
             shape,
+            began: Instant::now(),
             client: client.clone(),
             attempts,
             keys: Mutex::new(vec![Key::default(); shape.keys as usize]),
@@ -298,6 +303,18 @@ impl Book {
         *phase.attempts.entry(tried.len() + usize::from(answered.is_ok())).or_default() += 1;
         for attempt in &tried {
             *phase.met.entry(met(&attempt.told)).or_default() += 1;
+        }
+        let slower = phase.slowest.len() < SLOWEST || took > phase.slowest[0].0;
+        if answered.is_ok() && slower {
+            let served = answered.iter().flat_map(|(served, _)| served);
+            let by: Vec<String> =
+                served.map(|at| format!(", shard {} by n{}", at.shard, at.node)).collect();
+            let at = (due - self.began).as_secs_f64();
+            let text = format!("due at {at:.3} s, a {kind}{}{}", by.concat(), story(&tried, due));
+            phase.slowest.push((took, text));
+            phase.slowest.sort();
+            let surplus = phase.slowest.len().saturating_sub(SLOWEST);
+            phase.slowest.drain(..surplus);
         }
         match answered {
             Ok((served, wrong)) => {
@@ -454,6 +471,13 @@ impl Phase {
             self.quantiles(),
             attempts.collect::<Vec<_>>().join(", ")
         )
+    }
+
+    /// The slowest requests, in words.
+    pub fn slowest(&self) -> impl Iterator<Item = String> {
+        let told =
+            |(took, told): &(Duration, String)| format!("{:.3} s: {told}", took.as_secs_f64());
+        self.slowest.iter().map(told)
     }
 
     /// What failed, in words: the first of them.

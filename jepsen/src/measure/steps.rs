@@ -26,6 +26,8 @@ const HOLD: Duration = Duration::from_millis(250);
 const LISTEN: Duration = Duration::from_millis(10);
 /// A point is reached within this, or not at all.
 const REACH: Duration = Duration::from_secs(45);
+/// A replica is given up when its node has been silent for a minute.
+const REACH_LATE: Duration = Duration::from_secs(150);
 /// Whoever was killed comes back so much later: the others have noticed by then.
 const AWAY: Duration = Duration::from_secs(1);
 /// Nothing may be left over so long after the work has ended.
@@ -68,6 +70,8 @@ enum Work {
     Cancel,
     /// Every shard gets a read replica, and loses it.
     ReadReplicas,
+    /// The node of the replica that comes goes away for so long that it is given up.
+    GiveUp,
     /// A group's only voter moves.
     OnlyVoter,
     /// A group's leader is killed in the middle of a change of voters.
@@ -77,7 +81,8 @@ enum Work {
 /// Which work comes by a point.
 fn work_of(point: Point) -> Work {
     match point {
-        Point::Settle | Point::Settled | Point::Withdraw | Point::Withdrawn => Work::ReadReplicas,
+        Point::Settle | Point::Settled => Work::ReadReplicas,
+        Point::Withdraw | Point::Withdrawn => Work::GiveUp,
         Point::Remove | Point::Removed => Work::Cancel,
         Point::Retire | Point::Retired => Work::OnlyVoter,
         Point::Finish | Point::Finished => Work::Half,
@@ -332,8 +337,9 @@ impl Rig {
         id: Option<OperationId>,
     ) -> Result<bool, String> {
         let began = Instant::now();
-        let (mut cancelled, mut unset, mut seen) = (false, false, Vec::new());
-        while began.elapsed() < REACH {
+        let (mut cancelled, mut seen) = (false, Vec::new());
+        let patience = if work == Work::GiveUp { REACH_LATE } else { REACH };
+        while began.elapsed() < patience {
             seen.extend(self.listen()?);
             let of_it = |(_, shard): &&(String, u64)| *shard == 0 || *shard == cast.shard.0;
             let mut mine = seen.iter().filter(|seen| work == Work::ReadReplicas || of_it(seen));
@@ -347,22 +353,24 @@ impl Rig {
                 let cancel = admin.control(id, Control::Cancel).await;
                 cancel.map_err(|error| format!("cancel: {error}"))?;
             }
-            if work == Work::ReadReplicas && !unset && at(Point::Settled) {
-                unset = true;
-                let set = admin.set_read_replicas("", 0, false).await;
-                set.map_err(|error| format!("no read replicas: {error}"))?;
+            if work == Work::GiveUp && at(Point::Made) && self.cluster.is_running(cast.target) {
+                self.cluster.kill(cast.target)?;
             }
             tokio::time::sleep(LISTEN).await;
         }
         Ok(false)
     }
 
-    /// SIGKILL; it comes back a little later.
+    /// SIGKILL; it comes back a little later, and so does whoever was away.
     async fn strike(&mut self, at: usize) -> Result<(), String> {
         self.cluster.kill(at)?;
         tokio::time::sleep(AWAY).await;
-        self.cluster.restart(at)?;
-        self.cluster.wait_back(at).await
+        let away = (0..self.cluster.len()).filter(|at| !self.cluster.is_running(*at));
+        for at in away.collect::<Vec<_>>() {
+            self.cluster.restart(at)?;
+            self.cluster.wait_back(at).await?;
+        }
+        Ok(())
     }
 
     /// What must be so when all has come to its end: how that was, and what is wrong.
