@@ -88,8 +88,8 @@ fn the_image_runs_the_program_as_nobody_special() {
     let text = std::fs::read_to_string(deploy("Dockerfile")).unwrap();
     let text = text.replace("\\\n", "");
     let line = |name: &str| {
-        let lines = text.lines().filter_map(|line| line.strip_prefix(name));
-        lines.last().unwrap_or_else(|| panic!("no {name}")).trim().to_owned()
+        let mut lines = text.lines().filter_map(|line| line.strip_prefix(name));
+        lines.next_back().unwrap_or_else(|| panic!("no {name}")).trim().to_owned()
     };
     assert_eq!(text.lines().filter(|line| line.starts_with("FROM ")).count(), 2, "two stages");
     assert!(!line("USER").starts_with('0') && line("USER") != "root");

@@ -8,4 +8,5 @@ mod e2e;
 mod help;
 mod lone;
 mod pictures;
+mod upgrade;
 mod workspace;

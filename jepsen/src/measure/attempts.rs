@@ -75,10 +75,10 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Attempts {
             return;
         }
         let scope = context.event_scope(event).into_iter().flatten();
-        let number = scope.into_iter().find_map(|span| {
-            let number = span.extensions().get::<Number>().map(|number| number.0);
-            number
-        });
+        let number_of = |span: &tracing_subscriber::registry::SpanRef<'_, S>| {
+            span.extensions().get::<Number>().map(|number| number.0)
+        };
+        let number = scope.into_iter().find_map(|span| number_of(&span));
         if let Some(number) = number {
             let attempt = Attempt { at: Instant::now(), told: told.fields };
             self.0.lock().entry(number).or_default().push(attempt);

@@ -19,6 +19,9 @@ use crate::cluster::process::{Cluster, Setup};
 const PROGRESS: Duration = Duration::from_secs(15);
 /// Between two looks at what is waited for.
 const POLL: Duration = Duration::from_millis(100);
+/// Twice the default lease: a node that is back gives no votes for one, and the next restart may need
+/// its vote.
+const EMBARGO: Duration = Duration::from_secs(1);
 /// A percentile needs so many requests: shorter phases are held against the base line together.
 const PHASE_REQUESTS_MIN: usize = 1_000;
 /// Of the rate that was asked for, so much must have been reached.
@@ -233,6 +236,7 @@ impl Run<'_> {
             let took = self.cluster.terminate(at).await?;
             self.cluster.restart(at)?;
             moves::caught_up(&mut self.cluster, at).await?;
+            tokio::time::sleep(EMBARGO).await;
             println!("        n{} stopped in {:.1} s, and is back", at + 1, took.as_secs_f64());
         }
         self.hold(from, self.plan.phase_min).await;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use coracle_client::ShardId;
+use coracle_client::{Client, ShardId};
 use tokio::time::Instant;
 
 use super::attempts::Attempts;
@@ -66,25 +66,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     tokio::time::sleep(plan.look).await;
     let before = load.phase();
     tell("before", &before);
-    let began = Instant::now();
-    let took = loop {
-        load.recount();
-        tokio::time::sleep(LOOK).await;
-        let (phase, map) = (load.phase(), client.admin().map().await);
-        let map = map.map_err(|error| error.to_string())?;
-        let new = map.shards.iter().filter(|shard| !first.contains(&shard.id)).count();
-        let (_, share) = most(&phase.nodes);
-        println!(
-            "{:>5.0} s: {new} new shards; the busiest node serves {share:.0} %",
-            began.elapsed().as_secs_f64()
-        );
-        if new > 0 && share <= plan.share_max {
-            break Some(began.elapsed());
-        }
-        if began.elapsed() >= plan.within {
-            break None;
-        }
-    };
+    let took = spread(plan, &client, &load, &first).await?;
     load.enter("spread");
     tokio::time::sleep(plan.look).await;
     let after = load.phase();
@@ -114,6 +96,35 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         && left.is_empty();
     println!("{}", if held { "PASS" } else { "FAIL" });
     Ok(held)
+}
+
+/// Waits until there are new shards and no node serves too much; how long that took, `None` when it is
+/// not so in time.
+async fn spread(
+    plan: &Plan,
+    client: &Client,
+    load: &Mixed,
+    first: &BTreeSet<ShardId>,
+) -> Result<Option<Duration>, String> {
+    let began = Instant::now();
+    loop {
+        load.recount();
+        tokio::time::sleep(LOOK).await;
+        let (phase, map) = (load.phase(), client.admin().map().await);
+        let map = map.map_err(|error| error.to_string())?;
+        let new = map.shards.iter().filter(|shard| !first.contains(&shard.id)).count();
+        let (_, share) = most(&phase.nodes);
+        println!(
+            "{:>5.0} s: {new} new shards; the busiest node serves {share:.0} %",
+            began.elapsed().as_secs_f64()
+        );
+        if new > 0 && share <= plan.share_max {
+            return Ok(Some(began.elapsed()));
+        }
+        if began.elapsed() >= plan.within {
+            return Ok(None);
+        }
+    }
 }
 
 /// Who has most, and how many percent of all.

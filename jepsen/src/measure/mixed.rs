@@ -188,7 +188,7 @@ impl Mixed {
         self.book.enter(name);
     }
 
-    /// Nine of ten single requests, from now on, are for these keys.
+    /// Eight of ten single requests, from now on, are for these keys.
     pub fn heat(&self, keys: Vec<u64>) {
         *self.book.hot.lock() = keys;
     }
@@ -334,7 +334,7 @@ impl Book {
 
     fn draw(&self, random: &mut StdRng) -> u64 {
         let hot = self.hot.lock();
-        if !hot.is_empty() && random.random_range(0..10) < 9 {
+        if !hot.is_empty() && random.random_range(0..10) < 8 {
             return hot[random.random_range(0..hot.len())];
         }
         random.random_range(0..self.shape.keys)
