@@ -5,6 +5,7 @@ pub mod args;
 pub mod failure;
 pub mod encoding;
 pub mod output;
+pub mod notify;
 pub mod server;
 pub mod context;
 pub mod state;

@@ -12,12 +12,13 @@ use tracing_subscriber::EnvFilter;
 
 use crate::args::{Server, Settings};
 use crate::failure::{Exit, Failure};
+use crate::notify::Notifier;
 use crate::output::Output;
 
 /// How long a node may take to hand its leaderships over before it stops regardless. Handing over
 /// takes milliseconds a shard: what nobody has taken over by then, nobody will (the other nodes are
 /// going too), and service managers wait longer than this before they kill.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How often a node of a demo looks whether its demo still lives.
 const PARENT_INTERVAL: Duration = Duration::from_millis(200);
@@ -44,12 +45,14 @@ pub async fn run(server: Server, output: &Output) -> Result<(), Failure> {
         "{banner}  clients {}   nodes {}   http {}",
         addresses.client, addresses.peer, addresses.http
     ));
+    let notifier = Notifier::from_env();
+    notifier.ready(&format!("listens for clients at {}", addresses.client));
     tokio::select! {
         () = stopped(&node) => {
             Err(Failure::failed("the node has stopped by itself; its log says why"))
         }
-        _ = terminate.recv() => drain(&node, "SIGTERM").await,
-        _ = interrupt.recv() => drain(&node, "SIGINT").await,
+        _ = terminate.recv() => drain(&node, "SIGTERM", &notifier).await,
+        _ = interrupt.recv() => drain(&node, "SIGINT", &notifier).await,
         // Nobody is left who would read its files: the scratch directory is the demo's.
         () = orphaned(server.exit_with_parent) => Ok(()),
     }
@@ -59,7 +62,8 @@ async fn stopped(node: &RunningNode) {
     node.stopped().await;
 }
 
-async fn drain(node: &RunningNode, signal: &str) -> Result<(), Failure> {
+async fn drain(node: &RunningNode, signal: &str, notifier: &Notifier) -> Result<(), Failure> {
+    notifier.stopping("hands leaderships over");
     tracing::info!(signal, "handing leaderships over, then stopping");
     node.drain_and_stop(DRAIN_DEADLINE).await;
     tracing::info!("stopped");

@@ -413,6 +413,9 @@ impl Admin {
                     | Reason::Draining
                     | Reason::NotLeader
                     | Reason::NoQuorum
+                    // It has joined, and has yet to hear of it; where nobody is in a cluster, the
+                    // last one says so.
+                    | Reason::NotInitialized
             );
             if !elsewhere || (is_write && last.outcome == Outcome::Unknown) {
                 break;

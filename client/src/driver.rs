@@ -485,8 +485,10 @@ impl<'a> Attempts<'a> {
         }
         let shard = fault.number(metadata::SHARD).map_or(route.shard, ShardId);
         let leader = fault.number(metadata::LEADER_NODE).filter(|node| *node != 0).map(NodeId);
-        if fault.reason == Reason::NotLeader {
-            follower.routes.saw_follower(shard, asked);
+        match (fault.reason, fault.number(metadata::EPOCH)) {
+            (Reason::NotLeader, _) => follower.routes.saw_follower(shard, asked),
+            (Reason::StaleRoute, Some(epoch)) => follower.routes.saw_epoch(shard, epoch),
+            _ => {}
         }
         if let Some(leader) = leader {
             if let Some(address) = fault.text(metadata::LEADER_ADDR) {

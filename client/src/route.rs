@@ -35,6 +35,8 @@ pub(crate) struct Table {
     /// `None` until the cluster has been initialised and a node has been reached.
     map: Option<Arc<ShardMap>>,
     leaders: BTreeMap<ShardId, Leader>,
+    /// Epochs that groups have named, and the map does not have yet.
+    epochs: BTreeMap<ShardId, u64>,
     /// Of the nodes in use.
     addresses: BTreeMap<NodeId, String>,
     maps: u64,
@@ -112,6 +114,20 @@ impl Routes {
         }
     }
 
+    /// Takes note that the shard's group is at an epoch: the map copies it later. That the arc may be
+    /// another by then does no harm, the group knows which keys it holds.
+    pub(crate) fn saw_epoch(&self, shard: ShardId, epoch: u64) {
+        let route = self.table.load().route_of(shard);
+        if route.is_some_and(|route| route.epoch < epoch) {
+            self.change(|table| {
+                let known = table.epochs.entry(shard).or_default();
+                *known = epoch.max(*known);
+                Ok(())
+            })
+            .expect("learning an epoch cannot be refused");
+        }
+    }
+
     /// Takes note of the address of a node that the map does not have yet.
     pub(crate) fn saw_address(&self, node: NodeId, address: &str) {
         if self.table.load().address(node).is_none() {
@@ -185,6 +201,9 @@ impl Table {
                 .map(|node| (node.id, node.address.clone()))
                 .collect();
             self.leaders.retain(|shard, _| map.shard(*shard).is_some());
+            self.epochs.retain(|shard, epoch| {
+                map.shard(*shard).is_some_and(|shard| shard.epoch.0 < *epoch)
+            });
             self.map = Some(Arc::new(map));
         }
         Ok(())
@@ -254,9 +273,10 @@ impl Table {
     }
 
     fn route_to(&self, shard: &shard_map::Shard) -> Route {
+        let heard = self.epochs.get(&shard.id).copied().unwrap_or(0);
         Route {
             shard: shard.id,
-            epoch: shard.epoch.0,
+            epoch: shard.epoch.0.max(heard),
             leader: self.leader(shard.id),
             voters: shard.voters().map(|replica| replica.node).collect(),
         }
@@ -416,6 +436,24 @@ mod tests {
         assert_eq!(leader(&routes), None, "the map only repeats what was denied");
         routes.saw_leader(SHARD, A, 5, true);
         assert_eq!(leader(&routes), Some(A), "until it answers as the leader");
+    }
+
+    #[test]
+    fn an_epoch_that_its_group_names_holds_until_the_map_has_it() {
+        let routes = Routes::new();
+        routes.saw_epoch(SHARD, 9);
+        routes.install(&map("c", 5, A, 5)).expect("a first map");
+        let epoch = || routes.table().route_of(SHARD).expect("a route").epoch;
+        assert_eq!(epoch(), 5, "of a shard that no map has, nothing is kept");
+        routes.saw_epoch(SHARD, 4);
+        assert_eq!(epoch(), 5, "an older one");
+        routes.saw_epoch(SHARD, 7);
+        assert_eq!(epoch(), 7);
+        routes.install(&map("c", 6, A, 5)).expect("a newer map, older than the group's word");
+        assert_eq!(epoch(), 7);
+        routes.install(&map("c", 8, A, 5)).expect("a map that has it");
+        assert_eq!(epoch(), 8);
+        assert!(routes.table().epochs.is_empty(), "and nothing is kept");
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! The commands: their arguments, what they print, and how the process ends: 0 when all held, 1 when
 //! something did not, 2 when it could not be tried.
 
+mod moves;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,11 +12,15 @@ use coracle_storage::log::testing::run_history;
 use coracle_storage::options::Sabotage;
 
 use crate::measure::scan_reader::Manners;
-use crate::measure::{exactly_once, failover, reads, reclaim, saturation, scan};
+use crate::measure::{
+    elastic, exactly_once, failover, foretold, hot, lost, reads, reclaim, saturation, scan, steps,
+};
 use crate::replay;
 use crate::simulation::{self, Options};
 use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
+
+pub use moves::{Elastic, Hot, Lost, Plan, Steps};
 
 /// The fault harness of Coracle.
 #[derive(Debug, Parser)]
@@ -62,6 +68,16 @@ pub enum Command {
     ScanReader(ScanReader),
     /// Real processes: session and bounded reads with a follower that is held back; what they bring
     Reads(Reads),
+    /// Real processes: nodes come, go and restart under a checked load, and no request fails
+    Elastic(Elastic),
+    /// Real processes: whoever takes part in a move is killed, between any two of its steps
+    Steps(Steps),
+    /// Real processes: what a plan of the balancer foretells, and what happens
+    Plan(Plan),
+    /// Real processes: a shard that takes most of the load is split and spread by itself
+    Hot(Hot),
+    /// Real processes: a node is lost with its disk, and what it held comes back by itself
+    Lost(Lost),
 }
 
 /// See [`Command::Sim`].
@@ -423,6 +439,11 @@ pub fn run(args: Args) -> ExitCode {
             stop_for: Duration::from_millis(asked.stop_ms),
         }),
         Command::Reads(asked) => reads::run(&asked.plan()),
+        Command::Elastic(asked) => elastic::run(&asked.plan()),
+        Command::Steps(asked) => steps::run(&asked.plan()),
+        Command::Plan(asked) => foretold::run(&asked.plan()),
+        Command::Hot(asked) => hot::run(&asked.plan()),
+        Command::Lost(asked) => lost::run(&asked.plan()),
     };
     match held {
         Ok(true) => ExitCode::SUCCESS,

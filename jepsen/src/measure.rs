@@ -15,6 +15,14 @@ pub mod saturation;
 pub mod scan_load;
 pub mod scan_reader;
 pub mod scan;
+pub mod attempts;
+pub mod mixed;
+pub mod moves;
+pub mod elastic;
+pub mod steps;
+pub mod foretold;
+pub mod hot;
+pub mod lost;
 
 use std::time::Duration;
 

@@ -119,6 +119,11 @@ pub struct Host {
 }
 
 impl Host {
+    /// Bytes of snapshots that were sent to other nodes and taken there, since the node started.
+    pub fn snapshot_bytes_sent(&self) -> u64 {
+        self.environment.slots.sent_bytes.load(Ordering::Relaxed)
+    }
+
     /// A host without groups, and its duties running.
     pub fn new(options: Options) -> Arc<Self> {
         let environment = Arc::new(Environment {

@@ -32,6 +32,9 @@ const CHUNK_TIMEOUT: Duration = Duration::from_secs(10);
 const INSTALL_TIMEOUT: Duration = Duration::from_secs(300);
 /// A transfer of which nothing was heard for so long is forgotten, its slot freed.
 const TRANSFER_IDLE_MAX: Duration = Duration::from_secs(30);
+/// A checkpoint is sent again, rather than made anew, within so long: a follower that refuses one
+/// asks ten times a second.
+pub(crate) const CHECKPOINT_FRESH: Duration = Duration::from_secs(10);
 
 /// What all groups of a node share: at most so many snapshots at a time, so that repairs leave the
 /// disk and the network to the clients.
@@ -40,6 +43,8 @@ pub(crate) struct SnapshotSlots {
     pub(crate) receive: Arc<Semaphore>,
     /// Bytes per second of one transfer.
     pub(crate) rate: u64,
+    /// Bytes of chunks that were taken by their receivers, since the node started.
+    pub(crate) sent_bytes: AtomicU64,
 }
 
 impl Default for SnapshotSlots {
@@ -48,6 +53,7 @@ impl Default for SnapshotSlots {
             send: Arc::new(Semaphore::new(2)),
             receive: Arc::new(Semaphore::new(2)),
             rate: 64 << 20,
+            sent_bytes: AtomicU64::new(0),
         }
     }
 }
@@ -121,6 +127,8 @@ pub(crate) struct Snapshots {
     received: AtomicU64,
     transfers: AtomicU64,
     receiving: Mutex<Option<Receiving>>,
+    /// What was sent last, and since when it is: it may be asked for again.
+    kept: Mutex<Option<(Instant, Arc<CheckpointDir>)>>,
 }
 
 struct Receiving {
@@ -149,6 +157,7 @@ impl Snapshots {
             received: AtomicU64::new(0),
             transfers: AtomicU64::new(first_transfer),
             receiving: Mutex::default(),
+            kept: Mutex::default(),
         }
     }
 
@@ -163,6 +172,7 @@ impl Snapshots {
         let SnapshotData::Checkpoint(checkpoint) = snapshot.snapshot else {
             return Err("the snapshot holds no files".to_owned());
         };
+        *self.kept.lock() = Some((Instant::now(), checkpoint.clone()));
         let _slot = self.slots.send.try_acquire().map_err(|_| "all send slots are taken")?;
         let transfer = self.transfers.fetch_add(1, Ordering::Relaxed);
         let source = checkpoint.clone();
@@ -218,9 +228,13 @@ impl Snapshots {
         read: impl FnOnce() -> std::io::Result<Bytes> + Send + 'static,
     ) -> Result<(), String> {
         let data = blocking(&*self.exec, read).await?.map_err(|error| error.to_string())?;
+        let bytes = data.len() as u64;
         let question = Question::SnapshotChunk { transfer, file, chunk, data };
         match ask(transport, to, question, CHUNK_TIMEOUT).await? {
-            Answer::SnapshotTaken => Ok(()),
+            Answer::SnapshotTaken => {
+                self.slots.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
+                Ok(())
+            }
             other => Err(refused(other)),
         }
     }
@@ -305,8 +319,14 @@ impl Snapshots {
         Ok(Snapshot { meta, snapshot: SnapshotData::Received(dir) })
     }
 
-    /// Gives up a transfer of which nothing was heard for too long, and frees its slot.
+    /// Gives up a transfer of which nothing was heard for too long, and frees its slot; and lets go
+    /// of a checkpoint that nobody has asked for lately.
     pub(crate) fn forget_idle(&self) {
+        let mut kept = self.kept.lock();
+        if kept.as_ref().is_some_and(|(sent, _)| sent.elapsed() >= CHECKPOINT_FRESH) {
+            *kept = None;
+        }
+        drop(kept);
         let mut receiving = self.receiving.lock();
         if receiving.as_ref().is_some_and(|other| other.heard.elapsed() >= TRANSFER_IDLE_MAX) {
             *receiving = None;

@@ -28,7 +28,7 @@ use crate::entry::{decode_stored_membership, encode_stored_membership, get_log_i
 use crate::error::GroupError;
 use crate::history::History;
 use crate::observer::{Observer, Stage};
-use crate::snapshot::{CheckpointDir, SnapshotData, blocking};
+use crate::snapshot::{CHECKPOINT_FRESH, CheckpointDir, SnapshotData, blocking};
 use crate::types::{
     Entry, LogId, Position, Replies, SnapshotMeta, StoredMembership, TypeConfig, position,
 };
@@ -38,10 +38,6 @@ use crate::types::{
 const BATCH_BYTES_MAX: usize = 4 << 20;
 /// Dead keys that one flush removes: a few milliseconds of work; the rest waits for the next one.
 const SWEEP_KEYS_MAX: usize = 4_096;
-/// A checkpoint is sent again, rather than made anew, within so long: a follower that refuses one
-/// asks ten times a second.
-const CHECKPOINT_FRESH: Duration = Duration::from_secs(10);
-
 /// What reads, writes and the host see of a replica's state.
 #[derive(Clone)]
 pub(crate) struct SharedState(Arc<Shared>);
@@ -397,7 +393,9 @@ pub struct StateMachine {
     live: PathBuf,
     /// Numbers this replica's checkpoints.
     checkpoints: u64,
-    pub(crate) recent: Option<(Instant, SnapshotMeta, Arc<CheckpointDir>)>,
+    /// Whoever sends it keeps it for a while (`Snapshots::kept`): else it would hold files that the
+    /// store has long replaced.
+    pub(crate) recent: Option<(Instant, SnapshotMeta, Weak<CheckpointDir>)>,
     /// Opened by the host once openraft has looked at what is there; before, nobody sends.
     serving: Arc<std::sync::atomic::AtomicBool>,
     observer: Arc<dyn Observer>,
@@ -440,8 +438,9 @@ impl StateMachine {
     async fn checkpoint(&mut self) -> io::Result<(SnapshotMeta, Arc<CheckpointDir>)> {
         if let Some((made, meta, dir)) = &self.recent
             && made.elapsed() < CHECKPOINT_FRESH
+            && let Some(dir) = dir.upgrade()
         {
-            return Ok((meta.clone(), dir.clone()));
+            return Ok((meta.clone(), dir));
         }
         self.recent = None;
         self.checkpoints += 1;
@@ -459,7 +458,7 @@ impl StateMachine {
             store.engine().checkpoint(&target).map_err(io::Error::other)
         })
         .await?;
-        self.recent = Some((Instant::now(), meta.clone(), dir.clone()));
+        self.recent = Some((Instant::now(), meta.clone(), Arc::downgrade(&dir)));
         Ok((meta, dir))
     }
 

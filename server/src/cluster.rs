@@ -15,6 +15,7 @@ mod keyspaces;
 mod members;
 mod operations;
 mod balance;
+mod points;
 mod elastic;
 mod leaders;
 mod replicas;
@@ -51,6 +52,7 @@ const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 pub use balance::Knowledge;
 pub use found::{InitError, InitOptions, gather, join_when_alone};
 pub use members::{DAMAGED, member_statuses};
+pub use points::{Holding, Point};
 
 /// Whom a command goes to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,6 +121,8 @@ pub struct Cluster {
     pub told: Mutex<BTreeMap<u64, (u64, u64)>>,
     /// What is known beside the records: likewise.
     pub knowledge: Mutex<Knowledge>,
+    /// For tests: a wait between any two steps.
+    pub holding: Holding,
 }
 
 impl Cluster {

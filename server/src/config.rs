@@ -156,6 +156,10 @@ pub struct Test {
     pub fault_injection: bool,
     /// Nothing is kept.
     pub in_memory: bool,
+    /// A wait between any two steps of work on the cluster; zero: none.
+    pub hold_steps: Duration,
+    /// A node that is told to stop does so at once.
+    pub skip_drain: bool,
 }
 
 impl Config {
@@ -213,6 +217,8 @@ impl Config {
             test: Test {
                 fault_injection: take.bool("test.fault_injection"),
                 in_memory: take.bool("test.in_memory"),
+                hold_steps: take.span("test.hold_steps"),
+                skip_drain: take.bool("test.skip_drain"),
             },
             found,
             memory_bytes: sources.memory_bytes,

@@ -182,6 +182,8 @@ metrics! {
             "Groups with a replica on this node that know no leader";
         raft_elections: Counter, "coracle_raft_elections_total", [],
             "Leaderships that replicas on this node won";
+        snapshot_sent_bytes: Counter, "coracle_snapshot_sent_bytes_total", [],
+            "Bytes of replicas' states that this node has sent to others";
         replica_lag_entries: Family<Gauge, 2>, "coracle_replica_lag_entries", ["shard", "peer"],
             "Entries of a group led here that the peer's replica is not known to hold";
         replica_lag_seconds: Family<GaugeF64, 2>, "coracle_replica_lag_seconds", ["shard", "peer"],

@@ -43,6 +43,7 @@ pub struct RunningNode {
     node: Node,
     exec: Arc<RealExec>,
     fatal: watch::Receiver<Option<String>>,
+    skip_drain: bool,
 }
 
 /// What this machine, or the container that the process runs in, has of memory; `None` where it does
@@ -78,6 +79,7 @@ pub async fn run(config: Config) -> Result<RunningNode, StartError> {
     let engines: Arc<dyn Engines> =
         Arc::new(engines.map_err(|error| StartError(error.to_string()))?);
     let locking = if config.test.in_memory { Locking::None } else { Locking::Process };
+    let skip_drain = config.test.skip_drain;
     let parts = Parts {
         config,
         net: Arc::new(RealNet),
@@ -90,7 +92,7 @@ pub async fn run(config: Config) -> Result<RunningNode, StartError> {
         on_fatal,
     };
     let node = Node::start(parts).await.map_err(StartError)?;
-    Ok(RunningNode { node, exec, fatal })
+    Ok(RunningNode { node, exec, fatal, skip_drain })
 }
 
 impl RunningNode {
@@ -108,9 +110,13 @@ impl RunningNode {
     }
 
     /// Gives all leaderships away, finishes requests under way, and stops; after `within` regardless.
+    /// With `test.skip_drain` it does nothing of that: the process can only end.
     pub async fn drain_and_stop(&self, within: Duration) {
         // A disk that hangs keeps whoever waits for it.
         let _ends = end_process_after(within + LAST_WORDS);
+        if self.skip_drain {
+            return;
+        }
         let left = self.node.drain_and_stop(Instant::now() + within).await;
         if left > 0 {
             tracing::warn!(left, "some leaderships were not taken over: their shards elect anew");

@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod deploy;
 mod e2e;
 mod help;
 mod lone;
 mod pictures;
+mod upgrade;
 mod workspace;

@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use coracle_client::admin::{Init, NodeStatus};
+use coracle_client::topology::NodeState;
 use coracle_client::{Client, NodeId, ShardId};
 use rand::RngExt;
 use rustix::process::{Pid, Signal, kill_process};
@@ -20,6 +21,9 @@ use super::relay::Relay;
 
 /// A start on a slow machine with slow disks.
 const START_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Longer than a server takes to drain and to end.
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Between two looks at something that is waited for.
 const POLL: Duration = Duration::from_millis(25);
@@ -52,6 +56,8 @@ pub struct Setup {
     pub nodes: usize,
     /// How many shards; 0 for the default.
     pub shards: u32,
+    /// Voters of each shard; 0 for the default.
+    pub replicas: u32,
     /// What the nodes are told besides, `key=value` each.
     pub settings: Vec<String>,
     /// The node that is to hear the others late, see [`Cluster::hold_back`].
@@ -63,8 +69,11 @@ pub struct Cluster {
     nodes: Vec<Process>,
     client: Client,
     relay: Option<Relay>,
+    program: PathBuf,
+    /// What all nodes are told.
+    common: Vec<String>,
     // Last: the processes are killed before their directory goes.
-    _scratch: TempDir,
+    scratch: TempDir,
 }
 
 /// Who leads a shard. Ordered by term.
@@ -82,6 +91,7 @@ struct Process {
     dir: PathBuf,
     log: PathBuf,
     address: String,
+    peer: String,
     http: String,
     child: Option<Child>,
 }
@@ -95,7 +105,7 @@ impl Cluster {
 
     /// The same, with more to say about it.
     pub async fn start_as(setup: Setup) -> Result<Cluster, String> {
-        let Setup { program, nodes, shards, settings, late } = setup;
+        let Setup { program, nodes, shards, replicas, settings, late } = setup;
         let program = match program {
             Some(program) => program,
             None => beside()?,
@@ -110,46 +120,79 @@ impl Cluster {
             Some(at) => Some(Relay::start(peers[at]).await.map_err(|error| error.to_string())?),
             None => None,
         };
-        let process = |at: usize| {
-            let dir = scratch.path().join(format!("n{}", at + 1));
-            let mut args = vec![
-                "server".to_owned(),
-                format!("--data-dir={}", dir.display()),
-                format!("--listen={}", clients[at]),
-                format!("--peer-listen={}", peers[at]),
-                format!("--http-listen={}", https[at]),
-                format!("--join={}", join.join(",")),
-                format!("--zone=z{}", at % 3),
-                "--log-format=text".to_owned(),
-                format!("--exit-with-parent={}", std::process::id()),
-            ];
-            args.extend(SETTINGS.iter().map(|setting| format!("--set={setting}")));
-            args.extend(settings.iter().map(|setting| format!("--set={setting}")));
-            if let Some(relay) = relay.as_ref().filter(|_| late == Some(at)) {
-                args.push(format!("--set=listen.advertise_peer={}", relay.address()));
-            }
-            Process {
-                program: program.clone(),
-                args,
-                log: dir.with_extension("log"),
-                dir,
-                address: clients[at].to_string(),
-                http: https[at].to_string(),
-                child: None,
-            }
-        };
-        let nodes: Vec<Process> = (0..nodes).map(process).collect();
+        let mut common = vec![
+            "--log-format=text".to_owned(),
+            format!("--exit-with-parent={}", std::process::id()),
+        ];
+        common.extend(SETTINGS.iter().map(|setting| format!("--set={setting}")));
+        common.extend(settings.iter().map(|setting| format!("--set={setting}")));
         let client = Client::builder()
             .seeds(clients.iter().map(ToString::to_string))
             .name("coracle-jepsen")
             .connect_lazy()
             .map_err(|error| error.to_string())?;
-        let mut cluster = Cluster { nodes, client, relay, _scratch: scratch };
-        cluster.form(shards).await?;
+        let nodes = Vec::new();
+        let mut cluster = Cluster { nodes, client, relay, program, common, scratch };
+        for (at, client) in clients.iter().enumerate() {
+            cluster.push(*client, peers[at], https[at], &join);
+            if let Some(relay) = cluster.relay.as_ref().filter(|_| late == Some(at)) {
+                let advertise = format!("--set=listen.advertise_peer={}", relay.address());
+                cluster.nodes[at].args.push(advertise);
+            }
+        }
+        cluster.form(shards, replicas).await?;
         Ok(cluster)
     }
 
-    async fn form(&mut self, shards: u32) -> Result<(), String> {
+    /// Another process, not started yet.
+    fn push(&mut self, client: SocketAddr, peer: SocketAddr, http: SocketAddr, join: &[String]) {
+        let at = self.nodes.len();
+        let dir = self.scratch.path().join(format!("n{}", at + 1));
+        let mut args = vec![
+            "server".to_owned(),
+            format!("--data-dir={}", dir.display()),
+            format!("--listen={client}"),
+            format!("--peer-listen={peer}"),
+            format!("--http-listen={http}"),
+            format!("--zone=z{}", at % 3),
+            format!("--join={}", join.join(",")),
+        ];
+        args.extend(self.common.iter().cloned());
+        self.nodes.push(Process {
+            program: self.program.clone(),
+            args,
+            log: dir.with_extension("log"),
+            dir,
+            address: client.to_string(),
+            peer: peer.to_string(),
+            http: http.to_string(),
+            child: None,
+        });
+    }
+
+    /// Starts another node, which joins; returns when it is in the map. It holds nothing yet.
+    pub async fn add(&mut self) -> Result<usize, String> {
+        let ports = free_ports(3).map_err(|error| format!("free ports: {error}"))?;
+        let running = self.nodes.iter().filter(|node| node.child.is_some());
+        let join: Vec<String> = running.map(|node| node.peer.clone()).collect();
+        self.push(ports[0], ports[1], ports[2], &join);
+        let (at, deadline) = (self.nodes.len() - 1, Instant::now() + START_DEADLINE);
+        self.nodes[at].start()?;
+        self.wait_for(at, deadline, |status| status.node.id.0 != 0).await?;
+        let id = self.status(at).await?.node.id;
+        loop {
+            let map = self.client.admin().map().await.map_err(|error| error.to_string())?;
+            if map.node(id).is_some_and(|node| node.state == NodeState::Active) {
+                return Ok(at);
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("n{} is not in the map in time", at + 1));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    async fn form(&mut self, shards: u32, replicas: u32) -> Result<(), String> {
         let deadline = Instant::now() + START_DEADLINE;
         for at in 0..self.nodes.len() {
             self.nodes[at].start()?;
@@ -158,7 +201,8 @@ impl Cluster {
             self.wait_for(at, deadline, |_| true).await?;
         }
         let nodes = self.nodes.len() as u32;
-        let init = Init { nodes, shards, replicas: nodes.min(3) };
+        let replicas = if replicas == 0 { nodes.min(3) } else { replicas };
+        let init = Init { nodes, shards, replicas };
         let made = self.client.admin().init(init).await;
         made.map_err(|error| format!("init: {error}"))?;
         for at in 0..self.nodes.len() {
@@ -287,11 +331,50 @@ impl Cluster {
 
     /// SIGSTOP, or SIGCONT.
     pub fn pause(&self, at: usize, paused: bool) -> Result<(), String> {
-        let signal = if paused { Signal::STOP } else { Signal::CONT };
-        let child = self.nodes[at].child.as_ref().ok_or("it does not run")?;
-        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-        let pid = pid.ok_or("it has no process id")?;
-        kill_process(pid, signal).map_err(|error| error.to_string())
+        self.nodes[at].signal(if paused { Signal::STOP } else { Signal::CONT })
+    }
+
+    /// SIGTERM; waits until the process has ended, and says how long that took. An error when it
+    /// takes too long, or does not end well.
+    pub async fn terminate(&mut self, at: usize) -> Result<Duration, String> {
+        let (began, node) = (Instant::now(), &mut self.nodes[at]);
+        node.signal(Signal::TERM)?;
+        loop {
+            let child = node.child.as_mut().ok_or("it does not run")?;
+            match child.try_wait().map_err(|error| error.to_string())? {
+                Some(status) if status.success() => {
+                    node.child = None;
+                    return Ok(began.elapsed());
+                }
+                Some(status) => return Err(format!("n{} ended: {status}", at + 1)),
+                None if began.elapsed() >= STOP_DEADLINE => {
+                    return Err(format!("n{} does not end within {STOP_DEADLINE:?}", at + 1));
+                }
+                None => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+
+    /// SIGKILL, and the disk is gone as well: it never comes back.
+    pub fn lose(&mut self, at: usize) -> Result<(), String> {
+        self.nodes[at].end();
+        let dir = &self.nodes[at].dir;
+        fs::remove_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))
+    }
+
+    /// Whether a node's process was started and not stopped since.
+    pub fn is_running(&self, at: usize) -> bool {
+        self.nodes[at].child.is_some()
+    }
+
+    /// What a node writes to its standard error, over all its starts.
+    pub fn log(&self, at: usize) -> &Path {
+        &self.nodes[at].log
+    }
+
+    /// Why a process that should run has ended; `None` when all are well.
+    pub fn casualty(&mut self) -> Option<String> {
+        self.nodes.iter_mut().find_map(Process::ended)
     }
 
     /// Cuts a node off from all others, or heals that.
@@ -399,6 +482,13 @@ fn free_ports(count: usize) -> io::Result<Vec<SocketAddr>> {
 }
 
 impl Process {
+    fn signal(&self, signal: Signal) -> Result<(), String> {
+        let child = self.child.as_ref().ok_or("it does not run")?;
+        let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or("it has no process id")?;
+        kill_process(pid, signal).map_err(|error| error.to_string())
+    }
+
     fn start(&mut self) -> Result<(), String> {
         assert!(self.child.is_none(), "a node is started when it does not run");
         let failed = |error: io::Error| format!("{}: {error}", self.log.display());

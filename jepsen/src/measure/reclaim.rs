@@ -139,7 +139,7 @@ async fn start(plan: &Plan) -> Result<Run, String> {
         nodes: 3,
         shards: plan.shards,
         settings: SETTINGS.iter().map(ToString::to_string).collect(),
-        late: None,
+        ..Setup::default()
     });
     let cluster = cluster.await?;
     let history = Some(plan.history);

@@ -16,6 +16,7 @@ use v1::{NodeState, OperationControl, OperationKind, OperationState};
 
 use super::balance::{SILENT, act, balancing, planned, settings, told, view};
 use super::operations::{self, Work};
+use super::points::Point;
 use super::{Cluster, done, refused};
 use crate::placement::model::{Goal, Stall};
 use crate::placement::plan;
@@ -222,6 +223,7 @@ impl Cluster {
             Ok(true)
         });
         let snapshot = changed.await.map_err(|error| self.unpacked(error))?;
+        self.holding.at(Point::OperationRecorded, 0, 0).await;
         self.publish(&snapshot.map).await;
         let operation = snapshot.operations.find(id).cloned();
         operation.ok_or_else(|| refused_for(Reason::Internal, "the operation is not recorded"))

@@ -27,6 +27,7 @@ mod patience;
 mod enter;
 mod step;
 mod setting;
+mod hold;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -175,6 +176,7 @@ impl Cluster {
                 changes.extend(tending.learn(outcome));
             }
             if let Some(map) = self.record(&changes).await {
+                self.hold_at_changes(&changes).await;
                 // A node that hangs holds up no other shard's record.
                 telling.push(async move { self.publish(&map).await });
             }
@@ -229,7 +231,9 @@ impl Cluster {
         if !enter(&mut snapshot.clone()) {
             return Ok(snapshot);
         }
+        let before = snapshot.operations;
         let entered = self.records.change_all(|snapshot| Ok(enter(snapshot))).await?;
+        self.hold_at_operations(&before, &entered.operations).await;
         self.publish(&entered.map).await;
         Ok(entered)
     }
@@ -298,9 +302,7 @@ impl Cluster {
         };
         (outcome.leader, outcome.bytes) = (Some(job.ask), Some(group.state_bytes));
         if group.joint {
-            let change = MemberChange::Finish.into();
-            let finish = peer::ChangeMembers { shard: shard.id, change, ..Default::default() };
-            match self.ask_leader(job.ask, finish).await {
+            match self.finish_held(job.ask, shard.id).await {
                 Ok(told) => group = told,
                 Err((why, leader)) => {
                     tracing::info!(shard = shard.id, why, "a change of voters is half done still");
@@ -328,7 +330,7 @@ impl Cluster {
             if step == Step::Withdraw && (lost || job.stuck.contains(&replica)) {
                 outcome.gave_up.push((node, lost));
             }
-            let taken = self.take(step, &job, (replica, node), &mut group, &mut outcome).await;
+            let taken = self.take_held(step, &job, (replica, node), &mut group, &mut outcome).await;
             if let Err(why) = &taken {
                 tracing::info!(shard = shard.id, replica, node, ?step, why, "not done yet");
             }

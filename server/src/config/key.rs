@@ -268,4 +268,18 @@ pub(super) const KEYS: &[Key] = &[
         doc: "Keeps everything in memory: gone when the process ends. The node returns only as a new \
               one.",
     },
+    Key {
+        name: "test.hold_steps",
+        kind: Kind::Span(ms(0), ms(60_000)),
+        preset: Preset::Fixed("0ms"),
+        doc: "Work on the cluster waits so long between any two of its steps, and logs which: for \
+              those who want to end a process right there.",
+    },
+    Key {
+        name: "test.skip_drain",
+        kind: Kind::Bool,
+        preset: Preset::Fixed("false"),
+        doc: "A node that is told to stop keeps its leaderships and lets requests go unanswered: \
+              what restarts would do without draining.",
+    },
 ];

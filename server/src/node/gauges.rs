@@ -39,6 +39,9 @@ pub(super) fn collect(
     metrics.raft_groups.set(groups.len() as i64);
     metrics.raft_leaders.set(led);
     metrics.raft_groups_without_leader.set(orphaned);
+    // Counted where it happens, and only brought here: what others took meanwhile is there next time.
+    let sent = member.host.snapshot_bytes_sent();
+    metrics.snapshot_sent_bytes.inc_by(sent.saturating_sub(metrics.snapshot_sent_bytes.get()));
     metrics.log_size_bytes.set(member.log.stats().bytes_on_disk as i64);
     if let Some(space) = space {
         metrics.disk_free_bytes.set(space.free_bytes as i64);

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 
 use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
-use crate::cluster::{Cluster, Commands, Target};
+use crate::cluster::{Cluster, Commands, Holding, Target};
 use crate::home::Own;
 use crate::memory::Shares;
 use crate::metrics::{Metrics, ReadServed, Reads, Stage, Stages};
@@ -78,6 +78,7 @@ impl Member {
             made: Mutex::default(),
             told: Mutex::default(),
             knowledge: Mutex::default(),
+            holding: Holding(parts.config.test.hold_steps),
         });
         let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
