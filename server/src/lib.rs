@@ -10,6 +10,7 @@ pub mod transport;
 pub mod http;
 pub mod map;
 pub mod admission;
+pub mod load;
 pub mod placement;
 pub mod records;
 pub mod cluster;

@@ -28,6 +28,7 @@ use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Target};
 use crate::home::Own;
+use crate::load::Loads;
 use crate::metrics::{Metrics, ReadServed, Reads, Stage, Stages};
 use crate::peers::StampClock;
 use crate::records::Records;
@@ -77,6 +78,11 @@ impl Member {
             made: Mutex::default(),
             told: Mutex::default(),
             knowledge: Mutex::default(),
+            loads: Loads::new(),
+            space: {
+                let neighbours = shared.neighbours.clone();
+                Arc::new(move || neighbours.space())
+            },
         });
         let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
@@ -137,6 +143,7 @@ fn new_router(
             shared.draining.clone(),
         ),
         metrics: shared.metrics.clone(),
+        loads: cluster.loads.clone(),
         slow: config.observability.slow_request.unwrap_or(std::time::Duration::MAX),
     })
 }
