@@ -20,7 +20,7 @@ pub use self::operations::{
     Balancer, Balancing, BalancingChange, ClusterOperation, Control, OperationId, OperationKind,
     OperationMove, OperationState, Operations,
 };
-pub use self::plan::{Plan, PlannedMove, PlannedNode, PlannedTransfer};
+pub use self::plan::{Plan, PlanOptions, PlannedMove, PlannedNode, PlannedTransfer};
 pub use self::replicas::{
     MemberStatus, ReadReplicas, ReadReplicasSet, ReplicaChange, ReplicaPlace, Replicas,
 };
@@ -125,6 +125,10 @@ pub struct GroupStatus {
     pub members: Vec<MemberStatus>,
     /// Between two sets of voters: a change that is under way or half done.
     pub joint: bool,
+    /// Keys read a second by this replica, of late.
+    pub reads_per_second: u64,
+    /// Keys written a second through it, of late.
+    pub writes_per_second: u64,
 }
 
 /// Another node, as a node sees it.
@@ -498,6 +502,8 @@ impl GroupStatus {
             state_bytes: group.state_bytes,
             members: group.members.iter().map(MemberStatus::from_wire).collect(),
             joint: group.joint,
+            reads_per_second: group.reads_per_second,
+            writes_per_second: group.writes_per_second,
         }
     }
 }

@@ -81,6 +81,8 @@ pub struct Node {
     pub state: NodeState,
     /// Software version.
     pub version: String,
+    /// Its share of replicas, in thousandths of an ordinary node's.
+    pub weight: u32,
 }
 
 /// What a node is doing.
@@ -223,6 +225,7 @@ impl Node {
             peer_address: node.peer_address,
             http_address: node.http_address,
             zone: node.zone,
+            weight: if node.weight == 0 { 1_000 } else { node.weight },
             version: node.version,
         }
     }

@@ -1,8 +1,8 @@
 //! How nodes become a cluster, and how the cluster's records become replicas.
 //!
 //! Owns init, joining, the making of first replicas, the ways of replicas and leaders (`replicas`,
-//! `leaders`), the operations that ask for them (`elastic`, `operations`), and the spreading of the
-//! shard map and of the keyspaces' settings (`keyspaces`). Does not carry messages (`transport`).
+//! `leaders`), the operations that ask for them (`elastic`, `operations`), what begins them unasked
+//! (`survey`, `knowledge`, `balance`), and the spreading of the shard map and of the keyspaces' settings (`keyspaces`). Does not carry messages (`transport`).
 //!
 //! **Init** writes its plan to the data directory first: run again after a crash it goes on with the
 //! same cluster id and the same node ids. **Replicas** are made only while their shard is *forming*;
@@ -14,6 +14,8 @@ mod found;
 mod keyspaces;
 mod members;
 mod operations;
+mod knowledge;
+mod survey;
 mod balance;
 mod points;
 mod elastic;
@@ -31,6 +33,7 @@ use coracle_raft::descriptor::Descriptor;
 use coracle_raft::host::Host;
 use coracle_raft::leadership::Standing;
 use coracle_storage::ReplicaId;
+use coracle_storage::fs::Space;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use peer::cluster_command::Kind;
@@ -38,6 +41,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::load::Loads;
 use crate::map::MapCache;
 use crate::records::{Records, RecordsError};
 
@@ -49,9 +53,8 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between two looks at what is to be made or sent.
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
-pub use balance::Knowledge;
 pub use found::{InitError, InitOptions, gather, join_when_alone};
-pub use members::{DAMAGED, member_statuses};
+pub use knowledge::Knowledge;
 pub use points::{Holding, Point};
 
 /// Whom a command goes to.
@@ -123,6 +126,10 @@ pub struct Cluster {
     pub knowledge: Mutex<Knowledge>,
     /// For tests: a wait between any two steps.
     pub holding: Holding,
+    /// What each replica of this node has to do.
+    pub loads: Arc<Loads>,
+    /// The data directory's file system.
+    pub space: Arc<dyn Fn() -> Option<Space> + Send + Sync>,
 }
 
 impl Cluster {
@@ -208,6 +215,7 @@ impl Cluster {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 http_address: from.http_address.clone(),
                 join_nonce: from.start_count,
+                weight: 0,
             });
             ids.next_node += 1;
             Ok(true)

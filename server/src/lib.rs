@@ -11,6 +11,7 @@ pub mod http;
 pub mod map;
 pub mod admission;
 mod memory;
+pub mod load;
 pub mod placement;
 pub mod records;
 pub mod cluster;

@@ -22,8 +22,7 @@ use coracle_proto::v1;
 use coracle_proto::v1::admin_service_server::AdminServiceServer;
 use coracle_proto::v1::cluster_service_server::ClusterServiceServer;
 use coracle_proto::v1::kv_service_server::KvServiceServer;
-use coracle_raft::host::{Condition, Host};
-use coracle_raft::leadership::Standing;
+use coracle_raft::host::Host;
 use coracle_raft::types::NodeId;
 use coracle_storage::exec::Exec;
 use coracle_storage::fs::Fs;
@@ -252,10 +251,14 @@ impl Operator for Shared {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 http_address: known.http_address,
                 join_nonce: 0,
+                weight: 0,
             }),
             cluster_id: self.home.own().map(|own| own.cluster_id).unwrap_or_default(),
             start_count: known.start_count,
-            groups: member.as_ref().map(|member| groups(member)).unwrap_or_default(),
+            groups: member
+                .iter()
+                .flat_map(|member| member.cluster.replica_statuses(true))
+                .collect(),
             peers: self.transport.status().into_iter().map(peer_status).collect(),
             disk_free_bytes: space.map_or(0, |space| space.free_bytes),
             disk_total_bytes: space.map_or(0, |space| space.total_bytes),
@@ -265,52 +268,6 @@ impl Operator for Shared {
             draining: self.draining.is_cancelled(),
         }
     }
-}
-
-fn groups(member: &Member) -> Vec<v1::GroupStatus> {
-    let one = |group: Arc<coracle_raft::group::Group>| {
-        let status = group.status();
-        v1::GroupStatus {
-            shard: group.shard().0,
-            replica: group.replica().0,
-            role: match status.state {
-                Standing::Leader => "leader",
-                Standing::Follower => "follower",
-                Standing::Candidate => "candidate",
-                Standing::Learner => "learner",
-                Standing::Stopped => "stopped",
-            }
-            .to_owned(),
-            term: status.term,
-            leader_node: status.leader.map_or(0, |node| node.0),
-            last_index: status.last_index.unwrap_or(0),
-            applied_index: status.applied.map_or(0, |at| at.index),
-            first_index: status.purged.map_or(0, |at| at.index + 1),
-            epoch: group.descriptor().map_or(0, |descriptor| descriptor.epoch),
-            state_bytes: group.state_bytes(),
-            joint: status.joint,
-            members: cluster::member_statuses(&group),
-        }
-    };
-    member.host.groups().into_iter().map(one).chain(damaged(member)).collect()
-}
-
-/// Replicas of the map that are on this node and do not run: as far as status can tell of which shard
-/// they are.
-fn damaged(member: &Member) -> Vec<v1::GroupStatus> {
-    let Some(map) = member.cluster.map.current() else { return Vec::new() };
-    let here = |shard: &coracle_proto::shard_map::Shard| {
-        let replica = shard.replica_on(member.own.node)?.id;
-        let runs = member.host.group(shard.id).is_some();
-        let condition = member.host.condition(coracle_storage::ReplicaId(replica.0));
-        (!runs && condition == Condition::Damaged).then(|| v1::GroupStatus {
-            shard: shard.id.0,
-            replica: replica.0,
-            role: cluster::DAMAGED.to_owned(),
-            ..Default::default()
-        })
-    };
-    map.all_shards().filter_map(here).collect()
 }
 
 fn damages(member: &Member) -> Vec<String> {

@@ -11,7 +11,8 @@
 //! 3. every node has its share of replicas by weight, rounded down or up; beyond that they are as the
 //!    weights as can be;
 //! 4. the fewest replicas are copied;
-//! 5. bytes are even, at no more copies, or, where one node has far too many, with some (`even`);
+//! 5. bytes are even, at no more copies, or, where one node has far too many, with some; then load, where
+//!    that leaves bytes even (`even`);
 //! 6. leaders: preferred zones, then counts with the fewest transfers, or loads (`leaders`).
 //!
 //! 1 to 4 are solved exactly (`flow`), unless a disk's limit stands in the way. With
@@ -31,7 +32,7 @@ pub mod check;
 use coracle_proto::shard_map::{Epoch, NodeId, ShardId};
 
 use self::model::{Duty, NodeView, Settings, ShardView, View, WEIGHT_ONE};
-pub use self::plan::{plan, plan_leaders, plan_towards};
+pub use self::plan::{cut, plan, plan_leaders, plan_towards};
 
 /// A node that can take replicas.
 #[derive(Debug, Clone, PartialEq, Eq)]

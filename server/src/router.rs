@@ -27,6 +27,7 @@ use tokio::time::Instant;
 
 use crate::admission::{Admission, Call, Origin, Permit};
 use crate::fault::{self, Leader};
+use crate::load::Loads;
 use crate::map::{MapCache, MapSource};
 use crate::metrics::{Metrics, Reads, Stage, Stages};
 
@@ -114,6 +115,8 @@ pub struct Parts {
     pub admission: Arc<Admission>,
     /// Where things are counted.
     pub metrics: Arc<Metrics>,
+    /// What each replica here has to do.
+    pub loads: Arc<Loads>,
     /// Requests that take longer are logged (`observability.slow_request`).
     pub slow: Duration,
 }

@@ -225,6 +225,8 @@ pub(super) mod tests {
                 state_bytes: 0,
                 members: Vec::new(),
                 joint: false,
+                reads_per_second: 0,
+                writes_per_second: 0,
             }],
             peers: Vec::new(),
             disk_free_bytes: 0,

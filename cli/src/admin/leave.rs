@@ -28,6 +28,13 @@ struct LeaveView {
 }
 
 #[derive(Serialize)]
+struct WeightView {
+    node: u64,
+    /// Its share beside others.
+    weight: f64,
+}
+
+#[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct HoldView {
     node: u64,
@@ -43,6 +50,15 @@ pub async fn run(command: Node, global: &Global, output: &Output) -> Result<(), 
     let (target, client) = client(global).await?;
     match command {
         Node::Ls => Ok(()),
+        Node::Weight { node, weight } => {
+            let set = client.admin().set_node_weight(node, weight).await;
+            let what = format!("give n{node} another weight");
+            let set = set.map_err(|error| begin_failure(what, &error))?;
+            let view = WeightView { node: node.0, weight: f64::from(set.weight) / 1_000.0 };
+            output.item("NodeWeight", &view, || {
+                format!("n{node} counts as {} nodes. Next: coracle rebalance plan", view.weight)
+            })
+        }
         Node::Drain { node, wait } => drain(&client, node, wait, global, output).await,
         Node::Undrain { node } => {
             let set = client.admin().undrain(node).await;

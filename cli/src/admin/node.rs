@@ -23,6 +23,8 @@ struct NodeView {
     peer_address: String,
     http_address: String,
     version: String,
+    /// Its share of replicas beside others.
+    weight: f64,
     /// The rest only of nodes that answer.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     answer: Option<Answer>,
@@ -69,6 +71,7 @@ const COLUMNS: &[Column<NodeView>] = &[
         said(node, |answer| format!("{}/{}", answer.peers_connected, answer.peers))
     })
     .wide(),
+    Column::number("WEIGHT", |node: &NodeView| node.weight.to_string()).wide(),
     Column::text("PEER-ADDR", |node: &NodeView| node.peer_address.clone()).wide(),
     Column::text("HTTP-ADDR", |node: &NodeView| node.http_address.clone()).wide(),
 ];
@@ -103,6 +106,7 @@ fn views(picture: &Picture) -> Vec<NodeView> {
             peer_address: node.peer_address.clone(),
             http_address: node.http_address.clone(),
             version: node.version.clone(),
+            weight: f64::from(node.weight) / 1_000.0,
             answer: status.map(|status| Answer {
                 leaders: status.groups.iter().filter(|group| group.role == "leader").count(),
                 replicas: status.groups.len(),

@@ -65,6 +65,11 @@ struct NodeView {
     leaders_after: u32,
     bytes_before: u64,
     bytes_after: u64,
+    /// Keys a second, of the shards that it leads.
+    #[serde(default)]
+    load_before: u64,
+    #[serde(default)]
+    load_after: u64,
 }
 
 /// The envelope of every document, as it is read.
@@ -85,6 +90,7 @@ const NODE_COLUMNS: &[Column<PlannedNode>] = &[
         change(node.leaders_before, node.leaders_after, u32::to_string)
     }),
     Column::number("DATA", |node| change(node.bytes_before, node.bytes_after, |size| bytes(*size))),
+    Column::number("KEYS/S", |node| change(node.load_before, node.load_after, u64::to_string)),
 ];
 
 fn change<T: PartialEq>(before: T, after: T, text: impl Fn(&T) -> String) -> String {
@@ -112,6 +118,8 @@ impl PlanView {
             leaders_after: node.leaders_after,
             bytes_before: node.bytes_before,
             bytes_after: node.bytes_after,
+            load_before: node.load_before,
+            load_after: node.load_after,
         };
         PlanView {
             cluster_id: plan.cluster_id.clone(),
@@ -163,6 +171,8 @@ impl PlanView {
             leaders_after: node.leaders_after,
             bytes_before: node.bytes_before,
             bytes_after: node.bytes_after,
+            load_before: node.load_before,
+            load_after: node.load_after,
         };
         Plan {
             cluster_id: self.cluster_id,

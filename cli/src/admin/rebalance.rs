@@ -4,7 +4,7 @@ use std::io::{self, BufRead, IsTerminal, Read};
 use std::path::Path;
 
 use coracle_client::admin::{
-    Balancing, BalancingChange, ClusterOperation, Control, Operations, Plan,
+    Balancing, BalancingChange, ClusterOperation, Control, Operations, Plan, PlanOptions,
 };
 use coracle_client::{Client, Error, ErrorKind};
 use serde::Serialize;
@@ -29,6 +29,10 @@ struct BalancingView {
     automatic: bool,
     moves_at_a_time: u32,
     down_after_ms: u64,
+    /// A part: 0.85.
+    disk_fill_max: f64,
+    /// A part; 0: everything counts.
+    threshold: f64,
 }
 
 #[derive(Serialize)]
@@ -45,8 +49,9 @@ pub async fn run(command: Rebalance, global: &Global, output: &Output) -> Result
     }
     let (_, client) = client(global).await?;
     match command {
-        Rebalance::Plan { max_moves, exit_code } => {
-            let plan = make(&client, max_moves).await?;
+        Rebalance::Plan { max_moves, threshold, weight, exit_code } => {
+            let options = PlanOptions { moves_max: max_moves, threshold, weights: weight };
+            let plan = make(&client, &options).await?;
             show(&plan, output)?;
             match exit_code && !plan.is_empty() {
                 true => Err(Failure::new(Exit::Changes, "")),
@@ -69,16 +74,15 @@ pub async fn run(command: Rebalance, global: &Global, output: &Output) -> Result
         }
         Rebalance::Undo { which, wait } => undo(&client, which, wait, global, output).await,
         Rebalance::Auto { switch } => {
-            let change =
-                Setting { automatic: Some(switch), moves_at_a_time: None, down_after: None };
+            let change = Setting { automatic: Some(switch), ..Setting::default() };
             set(&client, change, output).await
         }
         Rebalance::Set(setting) => set(&client, setting, output).await,
     }
 }
 
-async fn make(client: &Client, max_moves: Option<u32>) -> Result<Plan, Failure> {
-    let plan = client.admin().plan_rebalance(max_moves).await;
+async fn make(client: &Client, options: &PlanOptions) -> Result<Plan, Failure> {
+    let plan = client.admin().plan_rebalance(options).await;
     plan.map_err(|error| Failure::call("make a plan", &error))
 }
 
@@ -93,7 +97,7 @@ async fn apply(apply: Apply, global: &Global, output: &Output) -> Result<(), Fai
     let (target, client) = client(global).await?;
     let plan = match given {
         Some(plan) => plan,
-        None => make(&client, None).await?,
+        None => make(&client, &PlanOptions::default()).await?,
     };
     let wide = output.format() == Format::Wide;
     if apply.dry_run {
@@ -215,6 +219,8 @@ async fn set(client: &Client, setting: Setting, output: &Output) -> Result<(), F
         automatic: setting.automatic.map(|switch| switch == Switch::On),
         moves_at_a_time: setting.moves_at_a_time,
         down_after: setting.down_after,
+        disk_fill_max: setting.disk_max,
+        threshold: setting.threshold,
     };
     let set = client.admin().set_balancing(change).await;
     let set = set.map_err(|error| Failure::call("set the balancer", &error))?;
@@ -228,6 +234,8 @@ fn balancing_view(balancing: &Balancing) -> BalancingView {
         automatic: balancing.automatic,
         moves_at_a_time: balancing.moves_at_a_time,
         down_after_ms: balancing.down_after.as_millis() as u64,
+        disk_fill_max: f64::from(balancing.disk_fill_max) / 1_000.0,
+        threshold: f64::from(balancing.threshold) / 1_000.0,
     }
 }
 
@@ -244,10 +252,16 @@ fn balancing_text(balancing: &Balancing) -> String {
         true => "moves replicas by itself",
         false => "moves only what it is told to",
     };
+    let percent = |part: u32| format!("{} %", f64::from(part) / 10.0);
+    let threshold = match balancing.threshold {
+        0 => String::new(),
+        part => format!(", beyond {}", percent(part)),
+    };
     format!(
-        "balancer {}: {automatic}, {} at a time; replaces nodes that are silent for {}",
+        "balancer {}: {automatic}{threshold}, {} at a time; fills disks up to {}; replaces nodes that are silent for {}",
         balancing.state,
         balancing.moves_at_a_time,
+        percent(balancing.disk_fill_max),
         duration(balancing.down_after)
     )
 }

@@ -33,6 +33,10 @@ struct ShardView {
     /// Voters that answer.
     live: usize,
     state_bytes: u64,
+    /// Keys read a second, on all its replicas together.
+    reads_per_second: u64,
+    /// Keys written a second.
+    writes_per_second: u64,
     applied_index: u64,
     /// Entries between the first replica and the last.
     lag: u64,
@@ -66,6 +70,8 @@ const COLUMNS: &[Column<ShardView>] = &[
     Column::text("TO", |shard: &ShardView| shard.end.clone()).wide(),
     Column::number("EPOCH", |shard: &ShardView| shard.epoch.to_string()).wide(),
     Column::text("LEARNERS", |shard: &ShardView| names(&shard.learners)).wide(),
+    Column::number("READS/S", |shard: &ShardView| shard.reads_per_second.to_string()).wide(),
+    Column::number("WRITES/S", |shard: &ShardView| shard.writes_per_second.to_string()).wide(),
 ];
 
 fn names(nodes: &[u64]) -> String {
@@ -244,6 +250,8 @@ fn views(picture: &Picture) -> Vec<ShardView> {
             leaving,
             joint: groups.iter().any(|group| group.role == "leader" && group.joint),
             state_bytes: groups.iter().map(|group| group.state_bytes).max().unwrap_or(0),
+            reads_per_second: groups.iter().map(|group| group.reads_per_second).sum(),
+            writes_per_second: groups.iter().map(|group| group.writes_per_second).sum(),
             applied_index: most,
             lag: most - least,
             is_meta: shard.id == ShardId(0),

@@ -35,6 +35,19 @@ pub enum Node {
         #[arg(value_parser = parse_node)]
         node: NodeId,
     },
+    /// Give a node more or fewer replicas than others
+    #[command(after_help = "Examples:\n  \
+        coracle node weight n3 0.5\n  \
+        coracle node weight n3 1\n\n\
+        With automatic balancing on, replicas move at once; else by the next plan.")]
+    Weight {
+        /// The node
+        #[arg(value_parser = parse_node)]
+        node: NodeId,
+        /// Its share beside others: 1 for an ordinary node
+        #[arg(value_parser = parse_weight)]
+        weight: u32,
+    },
     /// Move everything that a node holds to others, until it is safe to stop for good
     #[command(after_help = "Examples:\n  \
         coracle node decommission n3 --dry-run\n  \
@@ -163,11 +176,18 @@ pub enum Rebalance {
     #[command(after_help = "Examples:\n  \
         coracle rebalance plan\n  \
         coracle rebalance plan --max-moves 10 -o json >plan.json\n  \
+        coracle rebalance plan --threshold 5% --weight n3=0.5\n  \
         coracle rebalance plan --exit-code >/dev/null || coracle rebalance apply --yes")]
     Plan {
         /// No more moves than so many
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         max_moves: Option<u32>,
+        /// Leave alone what is even within so much (default: as it is set)
+        #[arg(long, value_name = "PERCENT", value_parser = parse_percent)]
+        threshold: Option<u32>,
+        /// As if a node had this weight, as n3=0.5; more than once for several nodes
+        #[arg(long, value_name = "NODE=WEIGHT", value_parser = parse_node_weight)]
+        weight: Vec<(NodeId, u32)>,
         /// End with exit code 10 when there is something to move
         #[arg(long)]
         exit_code: bool,
@@ -234,7 +254,7 @@ pub struct Apply {
 }
 
 /// See [`Rebalance::Set`].
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[group(required = true, multiple = true)]
 pub struct Setting {
     /// Balance without being asked
@@ -246,6 +266,12 @@ pub struct Setting {
     /// How long a node may be silent before its replicas are made elsewhere
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub down_after: Option<Duration>,
+    /// How full a disk may get by moves; 8 GiB free, or twice the largest shard, are always enough
+    #[arg(long, value_name = "PERCENT", value_parser = parse_percent)]
+    pub disk_max: Option<u32>,
+    /// Move nothing for balance as long as no node is so much above its share
+    #[arg(long, value_name = "PERCENT", value_parser = parse_percent)]
+    pub threshold: Option<u32>,
 }
 
 /// An operation, or the only one that is meant.
@@ -278,8 +304,30 @@ pub enum Operation {
     Cancel(Which),
 }
 
+/// Thousandths, of a percentage as people write it: `5%`, `12.5`.
+pub(super) fn parse_percent(text: &str) -> Result<u32, String> {
+    let number = text.trim_end_matches('%').trim_end();
+    thousandths(number, 10.0).ok_or_else(|| format!("{text:?} is no percentage: write 5% or 12.5%"))
+}
+
+/// Thousandths, of a weight as people write it: `0.5`.
+pub(super) fn parse_weight(text: &str) -> Result<u32, String> {
+    let weight = thousandths(text, 1_000.0).filter(|weight| (1..=0xffff).contains(weight));
+    weight.ok_or_else(|| format!("{text:?} is no weight: write a number between 0.001 and 65.535"))
+}
+
+fn thousandths(text: &str, by: f64) -> Option<u32> {
+    let number = text.parse::<f64>().ok().filter(|number| (0.0..=1e6).contains(number))?;
+    Some((number * by).round() as u32)
+}
+
+fn parse_node_weight(text: &str) -> Result<(NodeId, u32), String> {
+    let (node, weight) = text.split_once('=').ok_or("write it as n3=0.5")?;
+    Ok((parse_node(node)?, parse_weight(weight)?))
+}
+
 /// An operation as people write it: `7`.
-pub fn parse_operation(text: &str) -> Result<OperationId, String> {
+pub(super) fn parse_operation(text: &str) -> Result<OperationId, String> {
     let number = text.parse().ok().filter(|id| *id > 0);
     number.map(OperationId).ok_or_else(|| format!("{text:?} is no operation: write its number"))
 }

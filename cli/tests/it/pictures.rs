@@ -33,6 +33,7 @@ fn node(id: u64, state: NodeState) -> Node {
         zone: ["a", "b", "c"][(id as usize - 1) % 3].to_owned(),
         state,
         version: "0.1.0".to_owned(),
+        weight: 1_000,
     }
 }
 
@@ -140,6 +141,8 @@ fn plan(moves: u64) -> Plan {
         leaders_after: if id == 1 { 5 } else { 6 },
         bytes_before: u64::from(before) << 20,
         bytes_after: u64::from(after) << 20,
+        load_before: 100 * id,
+        load_after: 250,
     };
     let step = |shard: u64| PlannedMove {
         shard: ShardId(shard),
@@ -240,6 +243,8 @@ fn the_balancer_and_its_operations() {
         automatic: state != Balancer::Off,
         moves_at_a_time: 2,
         down_after: Duration::from_secs(300),
+        disk_fill_max: 850,
+        threshold: if state == Balancer::Ready { 50 } else { 0 },
     };
     let repair = ClusterOperation {
         id: OperationId(8),

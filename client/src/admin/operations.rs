@@ -165,6 +165,11 @@ pub struct Balancing {
     pub moves_at_a_time: u32,
     /// How long a node may be silent before its replicas are made elsewhere.
     pub down_after: Duration,
+    /// How full a disk may get by moves, in thousandths of it.
+    pub disk_fill_max: u32,
+    /// As long as no node has more than its share by so many thousandths of it, nothing moves for
+    /// balance.
+    pub threshold: u32,
 }
 
 /// A change of how balancing is set: what is `None` stays.
@@ -176,6 +181,10 @@ pub struct BalancingChange {
     pub moves_at_a_time: Option<u32>,
     /// See [`Balancing::down_after`].
     pub down_after: Option<Duration>,
+    /// See [`Balancing::disk_fill_max`].
+    pub disk_fill_max: Option<u32>,
+    /// See [`Balancing::threshold`].
+    pub threshold: Option<u32>,
 }
 
 /// What the cluster works on.
@@ -262,6 +271,8 @@ impl Admin {
             automatic: change.automatic,
             moves_at_a_time: change.moves_at_a_time,
             down_after_ms: down_after.map(|ms| u64::try_from(ms).unwrap_or(u64::MAX)),
+            disk_fill_max: change.disk_fill_max,
+            threshold: change.threshold,
         };
         let set = self.any(self.timeout(), true, |node: Arc<Pipeline>| async move {
             node.connection().admin().set_balancing(request).await
@@ -283,6 +294,16 @@ impl Admin {
         let v1::SetNodeStateResponse { node, operation } = set.await?;
         let operation = operation.map(ClusterOperation::from_wire);
         Ok((Node::from_wire(node.unwrap_or_default()), operation))
+    }
+
+    /// Gives a node more or fewer replicas than others, in thousandths of an ordinary node's share; at
+    /// most 65,535. Returns it as it is recorded now.
+    pub async fn set_node_weight(&self, node: NodeId, weight: u32) -> Result<Node, Error> {
+        let weight = Some(v1::NodeWeight { node: node.0, weight });
+        let set = self.any(self.timeout(), true, |node: Arc<Pipeline>| async move {
+            node.connection().admin().set_node_weight(v1::SetNodeWeightRequest { weight }).await
+        });
+        Ok(Node::from_wire(set.await?.node.unwrap_or_default()))
     }
 
     /// Has a node give its leaderships away, and get no new ones.
@@ -398,6 +419,8 @@ impl Balancing {
             automatic: balancing.automatic,
             moves_at_a_time: balancing.moves_at_a_time,
             down_after: Duration::from_millis(balancing.down_after_ms),
+            disk_fill_max: balancing.disk_fill_max,
+            threshold: balancing.threshold,
         }
     }
 }

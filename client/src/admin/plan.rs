@@ -75,16 +75,38 @@ pub struct PlannedNode {
     pub bytes_before: u64,
     /// Bytes of its voters, then.
     pub bytes_after: u64,
+    /// Keys read and written a second, of the shards that it leads.
+    pub load_before: u64,
+    /// The same, then.
+    pub load_after: u64,
+}
+
+/// How a plan is made.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct PlanOptions {
+    /// At most so many moves; `None` for all.
+    pub moves_max: Option<u32>,
+    /// In place of the setting, [`Balancing::threshold`](super::Balancing::threshold).
+    pub threshold: Option<u32>,
+    /// As if nodes had these weights, in thousandths of an ordinary node's.
+    pub weights: Vec<(NodeId, u32)>,
 }
 
 impl Admin {
-    /// What would be moved, and why; at most so many moves, `None` for all. Changes nothing.
-    pub async fn plan_rebalance(&self, moves_max: Option<u32>) -> Result<Plan, Error> {
-        let request = v1::PlanRebalanceRequest { moves_max: moves_max.unwrap_or(0) };
+    /// What would be moved, and why. Changes nothing.
+    pub async fn plan_rebalance(&self, options: &PlanOptions) -> Result<Plan, Error> {
+        let weight =
+            |(node, weight): &(NodeId, u32)| v1::NodeWeight { node: node.0, weight: *weight };
+        let request = v1::PlanRebalanceRequest {
+            moves_max: options.moves_max.unwrap_or(0),
+            threshold: options.threshold,
+            weights: options.weights.iter().map(weight).collect(),
+        };
         // Whoever plans asks all nodes how they are, and waits for those that do not answer.
         let each = self.timeout() / 2;
-        let made = self.any_for(self.timeout(), each, false, |node: Arc<Pipeline>| async move {
-            node.connection().admin().plan_rebalance(request).await
+        let made = self.any_for(self.timeout(), each, false, |node: Arc<Pipeline>| {
+            let request = request.clone();
+            async move { node.connection().admin().plan_rebalance(request).await }
         });
         Ok(Plan::from_wire(made.await?.plan.unwrap_or_default()))
     }
@@ -173,6 +195,8 @@ impl PlannedNode {
             leaders_after: planned.leaders_after,
             bytes_before: planned.bytes_before,
             bytes_after: planned.bytes_after,
+            load_before: planned.load_before,
+            load_after: planned.load_after,
         }
     }
 
@@ -185,6 +209,8 @@ impl PlannedNode {
             leaders_after: self.leaders_after,
             bytes_before: self.bytes_before,
             bytes_after: self.bytes_after,
+            load_before: self.load_before,
+            load_after: self.load_after,
         }
     }
 }

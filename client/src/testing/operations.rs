@@ -20,11 +20,20 @@ pub(super) struct Ledger {
     last_id: u64,
     moves_at_a_time: u32,
     down_after_ms: u64,
+    disk_fill_max: u32,
+    threshold: u32,
 }
 
 impl Default for Ledger {
     fn default() -> Ledger {
-        Ledger { operations: Vec::new(), last_id: 0, moves_at_a_time: 2, down_after_ms: 300_000 }
+        Ledger {
+            operations: Vec::new(),
+            last_id: 0,
+            moves_at_a_time: 2,
+            down_after_ms: 300_000,
+            disk_fill_max: 850,
+            threshold: 0,
+        }
     }
 }
 
@@ -190,6 +199,27 @@ impl Model {
         Ok(())
     }
 
+    pub(super) fn set_node_weight(
+        &mut self,
+        request: &v1::SetNodeWeightRequest,
+    ) -> Result<v1::Node, Fault> {
+        self.check_made()?;
+        let asked = request.weight.unwrap_or_default();
+        if !(1..=0xffff).contains(&asked.weight) {
+            return Err(Fault::invalid("weight", "a weight is between 0.001 and 65.535"));
+        }
+        let node = NodeId(asked.node);
+        self.map.node(node).ok_or_else(|| unknown_node(node.0))?;
+        self.change_map(|map| {
+            let mut nodes = map.nodes.iter_mut();
+            nodes.find(|known| known.id == asked.node).into_iter().for_each(|known| {
+                known.weight = asked.weight;
+            });
+        });
+        let node = self.map.node(node).ok_or_else(|| unknown_node(node.0))?;
+        Ok(node.to_proto())
+    }
+
     /// Has others hold what a node holds: all of it, or nothing happens.
     fn empty(
         &mut self,
@@ -288,6 +318,8 @@ impl Model {
         let ledger = &mut self.ledger;
         ledger.moves_at_a_time = request.moves_at_a_time.unwrap_or(ledger.moves_at_a_time);
         ledger.down_after_ms = request.down_after_ms.unwrap_or(ledger.down_after_ms);
+        ledger.disk_fill_max = request.disk_fill_max.unwrap_or(ledger.disk_fill_max);
+        ledger.threshold = request.threshold.unwrap_or(ledger.threshold);
         Ok(self.balancing())
     }
 
@@ -298,6 +330,8 @@ impl Model {
             automatic: false,
             moves_at_a_time: self.ledger.moves_at_a_time,
             down_after_ms: self.ledger.down_after_ms,
+            disk_fill_max: self.ledger.disk_fill_max,
+            threshold: self.ledger.threshold,
         }
     }
 
@@ -486,7 +520,6 @@ fn planned_node(node: u64, before: &v1::ShardMap, after: &v1::ShardMap) -> v1::P
         replicas_after: voters_of(after, node).len() as u32,
         leaders_before: leaders(before),
         leaders_after: leaders(after),
-        bytes_before: 0,
-        bytes_after: 0,
+        ..Default::default()
     }
 }

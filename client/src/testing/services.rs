@@ -391,7 +391,11 @@ impl AdminService for Node {
         &self,
         request: Request<v1::PlanRebalanceRequest>,
     ) -> Result<Response<v1::PlanRebalanceResponse>, Status> {
-        let moves_max = request.into_inner().moves_max;
+        let v1::PlanRebalanceRequest { moves_max, weights, .. } = request.into_inner();
+        if !weights.is_empty() {
+            let message = "a fake cluster's nodes count alike";
+            return Err(Fault::new(Reason::Unsupported, message).to_status());
+        }
         let plan = self.cluster.state.lock().model.plan_rebalance(moves_max)?;
         Ok(Response::new(v1::PlanRebalanceResponse { plan: Some(plan) }))
     }
@@ -439,6 +443,15 @@ impl AdminService for Node {
         let request = request.into_inner();
         let operation = self.cluster.change(|model| model.control_operation(&request))?;
         Ok(Response::new(v1::ControlOperationResponse { operation: Some(operation) }))
+    }
+
+    async fn set_node_weight(
+        &self,
+        request: Request<v1::SetNodeWeightRequest>,
+    ) -> Result<Response<v1::SetNodeWeightResponse>, Status> {
+        let request = request.into_inner();
+        let node = self.cluster.change(|model| model.set_node_weight(&request))?;
+        Ok(Response::new(v1::SetNodeWeightResponse { node: Some(node) }))
     }
 
     async fn set_balancing(

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use coracle_client::admin::{
-    Balancer, BalancingChange, Control, OperationId, OperationKind, OperationState,
+    Balancer, BalancingChange, Control, OperationId, OperationKind, OperationState, PlanOptions,
 };
 use coracle_client::testing::FakeCluster;
 use coracle_client::topology::NodeState;
@@ -30,12 +30,13 @@ async fn a_plan_is_looked_at_carried_out_and_undone() {
     kv.put("a", "1").await.expect("a put");
     let admin = kv.admin();
     let before = admin.map().await.expect("a map");
-    let plan = admin.plan_rebalance(None).await.expect("a plan");
+    let plan = admin.plan_rebalance(&PlanOptions::default()).await.expect("a plan");
     // 15 voters on four nodes: none has more than four.
     assert_eq!((plan.epoch, plan.moves.len(), plan.moves_min), (before.epoch, 3, 3), "{plan:?}");
     assert!(plan.moves.iter().all(|planned| planned.to == Some(N4)), "{plan:?}");
     assert_eq!(admin.map().await.expect("a map"), before, "a plan changes nothing");
-    let small = admin.plan_rebalance(Some(1)).await.expect("a plan");
+    let one = PlanOptions { moves_max: Some(1), ..PlanOptions::default() };
+    let small = admin.plan_rebalance(&one).await.expect("a plan");
     assert_eq!((small.moves.len(), small.moves_min), (1, 3));
 
     let operation = admin.start_rebalance(&plan).await.expect("begun");
@@ -67,11 +68,11 @@ async fn a_plan_is_looked_at_carried_out_and_undone() {
 async fn a_plan_of_another_map_is_refused() {
     let cluster = with_a_spare();
     let admin = cluster.client().await.admin();
-    let plan = admin.plan_rebalance(None).await.expect("a plan");
+    let plan = admin.plan_rebalance(&PlanOptions::default()).await.expect("a plan");
     cluster.raise_epoch(ShardId(1));
     let stale = admin.start_rebalance(&plan).await.expect_err("stale");
     assert_eq!((stale.kind(), stale.outcome()), (ErrorKind::Conflict, Outcome::NotApplied));
-    let mut other = admin.plan_rebalance(None).await.expect("a plan");
+    let mut other = admin.plan_rebalance(&PlanOptions::default()).await.expect("a plan");
     other.cluster_id.push('x');
     assert_eq!(admin.start_rebalance(&other).await.expect_err("other").kind(), ErrorKind::Conflict);
     assert_eq!(admin.operations().await.expect("a list").operations, []);
@@ -142,7 +143,20 @@ async fn any_node_can_be_asked_and_settings_stay() {
     cluster.fail_over(N1);
     tokio::time::sleep(Duration::from_millis(1)).await;
     let change = BalancingChange { moves_at_a_time: Some(5), ..BalancingChange::default() };
+    admin.set_balancing(change).await.expect("set");
+    let weight = admin.set_node_weight(N2, 1_500).await.expect("set").weight;
+    let map = admin.map().await.expect("a map");
+    assert_eq!((weight, map.node(N2).expect("known").weight), (1_500, 1_500));
+    assert_eq!(map.node(N1).expect("known").weight, 1_000, "unless it is said");
+    let none = admin.set_node_weight(N2, 0).await.expect_err("nothing");
+    assert_eq!(none.kind(), ErrorKind::InvalidArgument);
+    let change = BalancingChange {
+        threshold: Some(50),
+        disk_fill_max: Some(900),
+        ..BalancingChange::default()
+    };
     let set = admin.set_balancing(change).await.expect("set");
+    assert_eq!((set.threshold, set.disk_fill_max, set.moves_at_a_time), (50, 900, 5));
     let down_after = Duration::from_secs(60);
     let change = BalancingChange { down_after: Some(down_after), ..BalancingChange::default() };
     admin.set_balancing(change).await.expect("set");

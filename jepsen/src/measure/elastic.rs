@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use coracle_client::admin::{BalancingChange, OperationState, Plan as Moves};
+use coracle_client::admin::{BalancingChange, OperationState, Plan as Moves, PlanOptions};
 use coracle_client::topology::NodeState;
 use coracle_client::{Client, ErrorKind};
 use tokio::time::Instant;
@@ -247,7 +247,7 @@ impl Run<'_> {
 /// A plan that moves something.
 async fn planned(client: &Client, since: Instant) -> Result<Moves, String> {
     loop {
-        let plan = client.admin().plan_rebalance(None).await;
+        let plan = client.admin().plan_rebalance(&PlanOptions::default()).await;
         let plan = plan.map_err(|error| format!("plan: {error}"))?;
         if !plan.moves.is_empty() {
             return Ok(plan);

@@ -4,7 +4,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use coracle_client::admin::{BalancingChange, Control, NewKeyspace, OperationState, Plan as Moves};
+use coracle_client::admin::{
+    BalancingChange, Control, NewKeyspace, OperationState, Plan as Moves, PlanOptions,
+};
 use coracle_client::{Client, ErrorKind};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::time::Instant;
@@ -145,7 +147,7 @@ async fn purged(cluster: &Cluster, client: &Client, seed: u64) -> Result<(), Str
 async fn planned(client: &Client) -> Result<Moves, String> {
     let began = Instant::now();
     loop {
-        let plan = client.admin().plan_rebalance(None).await;
+        let plan = client.admin().plan_rebalance(&PlanOptions::default()).await;
         let plan = plan.map_err(|error| format!("plan: {error}"))?;
         if !plan.moves.is_empty() {
             return Ok(plan);

@@ -184,7 +184,7 @@ pub mod cluster_command {
         Elastic(super::Elastic),
     }
 }
-/// Asks whether the node answers, and how a replica there is.
+/// Asks whether the node answers, and how a replica there is, or how the node is.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Probe {
     /// The replica's shard.
@@ -193,6 +193,22 @@ pub struct Probe {
     /// The replica; 0: none is asked for.
     #[prost(uint64, tag = "2")]
     pub replica: u64,
+    /// The node itself: the answer's body is a NodeReport.
+    #[prost(bool, tag = "3")]
+    pub node: bool,
+}
+/// How a node is: what those must know who place replicas.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NodeReport {
+    /// Free bytes of the data directory's file system.
+    #[prost(uint64, tag = "1")]
+    pub disk_free_bytes: u64,
+    /// Its size; 0 when that is not known.
+    #[prost(uint64, tag = "2")]
+    pub disk_total_bytes: u64,
+    /// The replicas that it holds, damaged ones too; each a coracle.v1.GroupStatus.
+    #[prost(bytes = "bytes", repeated, tag = "3")]
+    pub replicas: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
 }
 /// Changes a group's members, on its leader. Done already is no error.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -230,7 +246,7 @@ pub struct HandOver {
 /// answer's body is its response.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Elastic {
-    #[prost(oneof = "elastic::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "elastic::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub kind: ::core::option::Option<elastic::Kind>,
 }
 /// Nested message and enum types in `Elastic`.
@@ -258,6 +274,9 @@ pub mod elastic {
         /// coracle.v1.SetBalancingRequest.
         #[prost(bytes, tag = "7")]
         Balancing(::prost::bytes::Bytes),
+        /// coracle.v1.SetNodeWeightRequest.
+        #[prost(bytes, tag = "8")]
+        NodeWeight(::prost::bytes::Bytes),
     }
 }
 /// Removes a replica of the receiving node with all that it holds, and remembers its id. One that was
@@ -320,7 +339,7 @@ pub struct CommandDone {
     /// coracle.v1.Keyspace, of change_members the leader's coracle.v1.GroupStatus, of
     /// set_read_replicas a coracle.v1.SetReadReplicasResponse, of a probe for a replica a
     /// coracle.v1.GroupStatus of which only shard, replica and role are there (recovering, absent,
-    /// or nothing where it runs).
+    /// or nothing where it runs), of a probe for the node a NodeReport.
     #[prost(bytes = "bytes", tag = "3")]
     pub body: ::prost::bytes::Bytes,
     /// The node to ask instead; 0 means none known.
@@ -369,6 +388,12 @@ pub struct Operations {
     /// See coracle.v1.Balancing; 0 means the default.
     #[prost(uint64, tag = "5")]
     pub down_after_ms: u64,
+    /// See coracle.v1.Balancing; 0 means the default.
+    #[prost(uint32, tag = "6")]
+    pub disk_fill_max: u32,
+    /// See coracle.v1.Balancing.
+    #[prost(uint32, tag = "7")]
+    pub threshold: u32,
 }
 /// See LeavingReplicas.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

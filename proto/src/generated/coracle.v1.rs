@@ -1668,6 +1668,9 @@ pub struct Node {
     /// Drawn by the node when it asked to join: a repeated question gets the same id.
     #[prost(uint64, tag = "8")]
     pub join_nonce: u64,
+    /// Its share of replicas beside others, in thousandths of an ordinary node's; 0 means 1,000.
+    #[prost(uint32, tag = "9")]
+    pub weight: u32,
 }
 /// The versioned table of the ring.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2566,6 +2569,12 @@ pub struct GroupStatus {
     /// Between two sets of voters: a change that is under way or half done.
     #[prost(bool, tag = "12")]
     pub joint: bool,
+    /// Keys read a second by this replica, over about half a minute; newer ones count for more.
+    #[prost(uint64, tag = "13")]
+    pub reads_per_second: u64,
+    /// Keys written a second through this replica, likewise.
+    #[prost(uint64, tag = "14")]
+    pub writes_per_second: u64,
 }
 /// A member of a group, as the group's leader sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2781,6 +2790,12 @@ pub struct PlannedNode {
     /// Bytes of its voters, then.
     #[prost(uint64, tag = "7")]
     pub bytes_after: u64,
+    /// Keys read and written a second, of the shards that it leads.
+    #[prost(uint64, tag = "8")]
+    pub load_before: u64,
+    /// The same, then.
+    #[prost(uint64, tag = "9")]
+    pub load_after: u64,
 }
 /// What would be moved.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2814,11 +2829,41 @@ pub struct RebalancePlan {
     pub stalled: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// See AdminService.PlanRebalance.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct PlanRebalanceRequest {
     /// No more moves than so many; 0 means all.
     #[prost(uint32, tag = "1")]
     pub moves_max: u32,
+    /// In place of the setting: see Balancing.
+    #[prost(uint32, optional, tag = "2")]
+    pub threshold: ::core::option::Option<u32>,
+    /// As if nodes had these weights.
+    #[prost(message, repeated, tag = "3")]
+    pub weights: ::prost::alloc::vec::Vec<NodeWeight>,
+}
+/// A node's share of replicas beside others.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NodeWeight {
+    /// The node.
+    #[prost(uint64, tag = "1")]
+    pub node: u64,
+    /// In thousandths of an ordinary node's share: 1 to 65,535.
+    #[prost(uint32, tag = "2")]
+    pub weight: u32,
+}
+/// See AdminService.SetNodeWeight.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetNodeWeightRequest {
+    /// The node and its weight.
+    #[prost(message, optional, tag = "1")]
+    pub weight: ::core::option::Option<NodeWeight>,
+}
+/// See AdminService.SetNodeWeight.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetNodeWeightResponse {
+    /// The node as it is recorded now.
+    #[prost(message, optional, tag = "1")]
+    pub node: ::core::option::Option<Node>,
 }
 /// See AdminService.PlanRebalance.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -2954,6 +2999,9 @@ pub struct ClusterOperation {
     /// All its moves.
     #[prost(uint32, tag = "13")]
     pub moves_all: u32,
+    /// The same was tried so often before, and failed: each time it is waited longer.
+    #[prost(uint32, tag = "14")]
+    pub failures: u32,
 }
 /// See AdminService.ListOperations.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3007,6 +3055,12 @@ pub struct Balancing {
     /// How long a node may be silent before its replicas are made elsewhere, in milliseconds.
     #[prost(uint64, tag = "5")]
     pub down_after_ms: u64,
+    /// How full a disk may get by moves, in thousandths of it.
+    #[prost(uint32, tag = "6")]
+    pub disk_fill_max: u32,
+    /// As long as no node has more than its share by so many thousandths of it, nothing moves for balance.
+    #[prost(uint32, tag = "7")]
+    pub threshold: u32,
 }
 /// See AdminService.SetBalancing. What is not said stays.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3020,6 +3074,12 @@ pub struct SetBalancingRequest {
     /// See Balancing.
     #[prost(uint64, optional, tag = "3")]
     pub down_after_ms: ::core::option::Option<u64>,
+    /// See Balancing: 1 to 1,000.
+    #[prost(uint32, optional, tag = "4")]
+    pub disk_fill_max: ::core::option::Option<u32>,
+    /// See Balancing.
+    #[prost(uint32, optional, tag = "5")]
+    pub threshold: ::core::option::Option<u32>,
 }
 /// See AdminService.SetBalancing.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3528,6 +3588,31 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("coracle.v1.AdminService", "SetNodeState"));
             self.inner.unary(req, path, codec).await
         }
+        /// Gives a node more or fewer replicas than others.
+        pub async fn set_node_weight(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SetNodeWeightRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetNodeWeightResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/SetNodeWeight",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "SetNodeWeight"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Operations under way, then the last ones that ended, newest first.
         pub async fn list_operations(
             &mut self,
@@ -3713,6 +3798,14 @@ pub mod admin_service_server {
             request: tonic::Request<super::SetNodeStateRequest>,
         ) -> std::result::Result<
             tonic::Response<super::SetNodeStateResponse>,
+            tonic::Status,
+        >;
+        /// Gives a node more or fewer replicas than others.
+        async fn set_node_weight(
+            &self,
+            request: tonic::Request<super::SetNodeWeightRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SetNodeWeightResponse>,
             tonic::Status,
         >;
         /// Operations under way, then the last ones that ended, newest first.
@@ -4215,6 +4308,51 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetNodeStateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/SetNodeWeight" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetNodeWeightSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::SetNodeWeightRequest>
+                    for SetNodeWeightSvc<T> {
+                        type Response = super::SetNodeWeightResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SetNodeWeightRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::set_node_weight(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetNodeWeightSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

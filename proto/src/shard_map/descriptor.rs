@@ -149,6 +149,8 @@ pub struct Node {
     pub version: String,
     /// What it drew when it asked to join; 0 for a node of the first hour.
     pub join_nonce: u64,
+    /// Its share of replicas, in thousandths of an ordinary node's; 0 means 1,000.
+    pub weight: u32,
 }
 
 /// A map that would send somebody to a wrong place.
@@ -374,6 +376,7 @@ impl Node {
             state: node.state(),
             version: node.version.clone(),
             join_nonce: node.join_nonce,
+            weight: node.weight,
         })
     }
 
@@ -387,6 +390,7 @@ impl Node {
             state: self.state.into(),
             version: self.version.clone(),
             join_nonce: self.join_nonce,
+            weight: self.weight,
             http_address: self.http_address.clone(),
         }
     }

@@ -285,6 +285,7 @@ fn the_largest_map_fits_into_a_message() {
         version: address.clone(),
         http_address: address,
         join_nonce: MOST,
+        weight: u32::MAX,
     };
     let keyspace = v1::Keyspace {
         id: u32::MAX,

@@ -42,6 +42,7 @@ fn map(shards: u32) -> v1::ShardMap {
                 address: format!("n{id}:7400"),
                 state: v1::NodeState::Active.into(),
                 join_nonce: id + 70,
+                weight: 1_500,
                 ..Default::default()
             })
             .collect(),

@@ -14,12 +14,13 @@ use prost::Message;
 use tokio::time::Instant;
 use v1::{NodeState, OperationControl, OperationKind, OperationState};
 
-use super::balance::{SILENT, act, balancing, planned, settings, told, view};
+use super::balance::{self, act, balancing, plan_within, planned, settings, told, view};
+use super::knowledge::SILENT;
 use super::operations::{self, Work};
 use super::points::Point;
 use super::{Cluster, done, refused};
+use crate::placement::cut;
 use crate::placement::model::{Goal, Stall};
-use crate::placement::plan;
 use crate::records::operations::is_active;
 use crate::records::{RecordsError, Snapshot};
 
@@ -52,6 +53,7 @@ impl Cluster {
             Asked::NodeState(bytes) => self.node_state_here(bytes).await,
             Asked::Control(bytes) => self.control_here(bytes).await,
             Asked::Balancing(bytes) => self.balancing_here(bytes).await,
+            Asked::NodeWeight(bytes) => self.node_weight_here(bytes).await,
         };
         match answered {
             Ok(body) => peer::CommandDone { body, ..Default::default() },
@@ -63,9 +65,20 @@ impl Cluster {
         let request: v1::PlanRebalanceRequest = decode(bytes)?;
         let snapshot = self.records.load().await.map_err(|error| done(Err(error), self))?;
         let (known, now) = (self.knowledge.lock().clone(), Instant::now());
-        let view = view(&snapshot, &known, now);
-        let plan = plan(&view, &settings(&snapshot, Goal::Balance));
-        let plan = Some(told(&snapshot, &view, &plan, request.moves_max));
+        let mut view = view(&snapshot, &known, now, false);
+        for asked in &request.weights {
+            check_weight(asked)?;
+            let node = view.nodes.iter_mut().find(|node| node.id.0 == asked.node);
+            let node = node.ok_or_else(|| unknown_node(asked.node))?;
+            node.weight = balance::weight(asked.weight);
+        }
+        let threshold = request.threshold.unwrap_or(snapshot.operations.threshold);
+        let settings = settings(&snapshot, &known, Goal::Balance);
+        let mut plan = plan_within(&view, &settings, u64::from(threshold));
+        if request.moves_max > 0 {
+            plan = cut(&view, &plan, &settings, request.moves_max as usize);
+        }
+        let plan = Some(told(&snapshot, &view, &plan));
         encode(&v1::PlanRebalanceResponse { plan })
     }
 
@@ -198,18 +211,41 @@ impl Cluster {
             let why = "at least one move at a time, and 10 s before a node counts as lost";
             return Err(refused_for(Reason::InvalidArgument, why));
         }
+        if request.disk_fill_max.is_some_and(|fill| !(1..=1_000).contains(&fill)) {
+            let why = "a disk may get full up to something between 0 and 100 %";
+            return Err(refused_for(Reason::InvalidArgument, why));
+        }
         let changed = self.records.change_all(|snapshot| {
             let operations = &mut snapshot.operations;
             operations.manual = request.automatic.map_or(operations.manual, |on| !on);
             operations.moves_at_a_time =
                 request.moves_at_a_time.unwrap_or(operations.moves_at_a_time);
             operations.down_after_ms = request.down_after_ms.unwrap_or(operations.down_after_ms);
+            operations.disk_fill_max = request.disk_fill_max.unwrap_or(operations.disk_fill_max);
+            operations.threshold = request.threshold.unwrap_or(operations.threshold);
             Ok(true)
         });
         let snapshot = changed.await.map_err(|error| self.unpacked(error))?;
         let known = self.knowledge.lock().clone();
         let balancing = Some(balancing(&snapshot, &known, Instant::now()));
         encode(&v1::SetBalancingResponse { balancing })
+    }
+
+    async fn node_weight_here(&self, bytes: Bytes) -> Result<Bytes, peer::CommandDone> {
+        let request: v1::SetNodeWeightRequest = decode(bytes)?;
+        let asked = request.weight.unwrap_or_default();
+        check_weight(&asked)?;
+        let changed = self.records.change_all(|snapshot| {
+            let node = snapshot.map.nodes.iter_mut().find(|node| node.id == asked.node);
+            let node = node.ok_or_else(|| {
+                packed((Reason::UnknownNode, format!("there is no n{}", asked.node)))
+            })?;
+            Ok(std::mem::replace(&mut node.weight, asked.weight) != asked.weight)
+        });
+        let snapshot = changed.await.map_err(|error| self.unpacked(error))?;
+        self.publish(&snapshot.map).await;
+        let node = find_node(&snapshot, asked.node).cloned();
+        encode(&v1::SetNodeWeightResponse { node })
     }
 
     /// Changes the records; returns the operation that the change names.
@@ -248,6 +284,18 @@ fn packed((reason, why): Refusal) -> String {
 fn refused_for(reason: Reason, why: &str) -> peer::CommandDone {
     let (reason, error) = (reason.as_str().to_owned(), why.to_owned());
     peer::CommandDone { error, reason, ..Default::default() }
+}
+
+fn unknown_node(id: u64) -> peer::CommandDone {
+    refused_for(Reason::UnknownNode, &format!("there is no n{id}"))
+}
+
+/// Shares of two nodes are compared without rounding: weights have 16 bits.
+fn check_weight(asked: &v1::NodeWeight) -> Result<(), peer::CommandDone> {
+    match asked.weight {
+        1..=0xffff => Ok(()),
+        _ => Err(refused_for(Reason::InvalidArgument, "a weight is between 0.001 and 65.535")),
+    }
 }
 
 fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, peer::CommandDone> {
@@ -368,3 +416,6 @@ fn control(
     operation.cancelling |= request.control() == OperationControl::Cancel;
     Ok(found.id)
 }
+
+#[cfg(test)]
+mod tests;

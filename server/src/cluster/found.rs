@@ -339,6 +339,7 @@ fn first_node(known: peer::KnownNode, id: u64) -> v1::Node {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         http_address: known.http_address,
         join_nonce: 0,
+        weight: 0,
     }
 }
 

@@ -9,13 +9,16 @@ use std::time::Duration;
 use coracle_proto::shard_map::{META_SHARD, NodeId};
 use coracle_proto::{peer, v1};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use v1::NodeState;
 
 use super::Cluster;
-use super::balance::Knowledge;
+use super::knowledge::Knowledge;
 use super::operations;
 use crate::records::Snapshot;
 
+/// Between two looks at who shall hand over.
+const SPREAD_INTERVAL: Duration = Duration::from_millis(200);
 /// Groups that hand over at a time: each of them serves nobody for the length of an election.
 const AT_A_TIME: usize = 4;
 /// A leader that could not hand over is asked again no sooner.
@@ -33,9 +36,28 @@ pub(super) struct Asked {
 }
 
 impl Cluster {
+    /// Has leaders hand over again and again, where this node leads the meta group.
+    pub(super) async fn spread_leaders(&self, stop: &CancellationToken) {
+        let mut asked = Asked::default();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(SPREAD_INTERVAL) => {}
+            }
+            if !self.leads_meta() {
+                asked = Asked::default();
+                continue;
+            }
+            let Ok(snapshot) = self.records.load().await else { continue };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.spread_once(&snapshot, &mut asked) => {}
+            }
+        }
+    }
+
     /// Asks those leaders that shall lead no more, and those that an operation names.
-    /// Returns the shards that were asked: who leads them is to be learnt anew.
-    pub(super) async fn spread_leaders(&self, snapshot: &Snapshot, asked: &mut Asked) -> Vec<u64> {
+    async fn spread_once(&self, snapshot: &Snapshot, asked: &mut Asked) {
         let known = self.knowledge.lock().clone();
         let now = Instant::now();
         asked.lately.retain(|_, at| now.duration_since(*at) < AGAIN_AFTER);
@@ -73,16 +95,16 @@ impl Cluster {
         asked.tries.retain(|(shard, to), _| {
             over.iter().all(|due| (due.shard, due.to_node) != (*shard, *to))
         });
-        let shards = wanted.iter().map(|(shard, _, _)| *shard).collect();
+        let shards = wanted.iter().map(|(shard, _, _)| *shard);
+        self.knowledge.lock().handed_over.extend(shards);
         if over.is_empty() {
-            return shards;
+            return;
         }
         let recorded =
             self.records.change_all(|snapshot| Ok(operations::forget_transfers(snapshot, &over)));
         if let Err(error) = recorded.await {
             tracing::info!(%error, "transfers could not be recorded");
         }
-        shards
     }
 }
 

@@ -19,12 +19,12 @@ use tokio::time::Instant;
 use super::{COMMAND_TIMEOUT, Cluster, Target, refused};
 
 /// How a node calls a replica that is there and does not run.
-pub const DAMAGED: &str = "recovering";
+pub(super) const DAMAGED: &str = "recovering";
 /// How it calls one that is not there.
 pub(super) const ABSENT: &str = "absent";
 
 /// The members of a group, as its leader on this node sees them; none where another leads.
-pub fn member_statuses(group: &Group) -> Vec<v1::MemberStatus> {
+pub(super) fn member_statuses(group: &Group) -> Vec<v1::MemberStatus> {
     let (status, lags) = (group.status(), group.lags());
     let one = |(id, lag): (u64, coracle_raft::lag::Lag)| {
         let member = status.members.get(&id)?;
@@ -154,8 +154,12 @@ impl Cluster {
         }
     }
 
-    /// Says how a replica of this node is, where one is asked for.
+    /// Says how a replica of this node is, or the node, where that is asked for.
     pub(super) fn answer_probe(&self, probe: peer::Probe) -> peer::CommandDone {
+        if probe.node {
+            let body = self.report().encode_to_vec().into();
+            return peer::CommandDone { body, ..Default::default() };
+        }
         if probe.replica == 0 {
             return peer::CommandDone::default();
         }

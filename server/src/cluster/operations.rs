@@ -37,6 +37,8 @@ pub(super) struct Work {
     pub(super) kind: OperationKind,
     pub(super) node: u64,
     pub(super) undoes: u64,
+    /// How often the same has failed, one after the other.
+    pub(super) failures: u32,
     pub(super) moves: Vec<v1::PlannedMove>,
     pub(super) transfers: Vec<v1::PlannedTransfer>,
 }
@@ -97,6 +99,7 @@ pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<
         began_ms: now_ms,
         node: work.node,
         undoes: work.undoes,
+        failures: work.failures,
         ..Default::default()
     });
     Ok(id)
@@ -168,6 +171,10 @@ fn entered(map: &v1::ShardMap, planned: &v1::PlannedMove) -> Result<v1::Operatio
 /// Takes operations as far as the map says they are, and begins what has room, though nothing towards
 /// nodes that are given up. True when anything changed.
 pub(super) fn advance(snapshot: &mut Snapshot, given_up: &BTreeSet<u64>, now_ms: u64) -> bool {
+    // Most of the time there is nothing: it is looked at several times a second.
+    if snapshot.operations.active().next().is_none() {
+        return false;
+    }
     let before = (snapshot.operations.clone(), snapshot.ids);
     let mut list = std::mem::take(&mut snapshot.operations.list);
     let mut map_changed = false;
@@ -343,20 +350,32 @@ fn start_one(
         if !node_is_there {
             return Err(format!("n{} takes no replicas", step.to_node));
         }
-        if shard.replicas.iter().any(|replica| replica.node == step.to_node) {
-            return Err(format!("n{} holds a replica of s{} already", step.to_node, step.shard));
-        }
-        step.to_replica = snapshot.ids.next_replica;
-        snapshot.ids.next_replica += 1;
-        shard.replicas.push(v1::Replica {
-            id: step.to_replica,
+        let here = shard.replicas.iter_mut().find(|replica| replica.node == step.to_node);
+        let id = here.as_ref().map_or(snapshot.ids.next_replica, |replica| replica.id);
+        let comes = v1::Replica {
+            id,
             node: step.to_node,
             role: v1::ReplicaRole::Learner.into(),
             joining: true,
             becomes_voter: true,
             replaces: step.from_replica,
             goes: false,
-        });
+        };
+        match here {
+            // A read replica holds all that it takes: it is raised, and another read replica may come.
+            Some(replica) if replica.role() == v1::ReplicaRole::Learner && !replica.joining => {
+                *replica = comes;
+            }
+            Some(_) => {
+                let (node, shard) = (step.to_node, step.shard);
+                return Err(format!("n{node} holds a replica of s{shard} already"));
+            }
+            None => {
+                shard.replicas.push(comes);
+                snapshot.ids.next_replica += 1;
+            }
+        }
+        step.to_replica = id;
     }
     step.attempts += 1;
     step.message.clear();

@@ -32,9 +32,8 @@ mod hold;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use coracle_proto::shard_map::{META_SHARD, NodeId, ShardId};
+use coracle_proto::shard_map::{NodeId, ShardId};
 use coracle_proto::{peer, v1};
-use coracle_raft::leadership::Standing;
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
 use peer::MemberChange;
@@ -46,8 +45,7 @@ use tokio_util::sync::CancellationToken;
 use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter};
 use self::patience::Patience;
 use self::step::{Home, Membership, Recorded, Seen, Step, next};
-use super::balance::SILENT;
-use super::leaders::Asked;
+use super::knowledge::{Knowledge, SILENT};
 use super::members::{ABSENT, DAMAGED};
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
 use super::{balance, operations};
@@ -79,13 +77,9 @@ struct Tending {
     worked: BTreeMap<u64, Instant>,
     /// By node: since when it is silent.
     silent: BTreeMap<u64, Instant>,
-    /// By shard: what a copy takes, in bytes.
-    bytes: BTreeMap<u64, u64>,
     /// By shard: how often it was asked in vain, and nobody named its leader.
     failed: BTreeMap<u64, usize>,
     patience: Patience,
-    /// Leaders that were asked to hand over.
-    asked: Asked,
     /// When the records were last looked at for what is to be begun.
     acted: Option<Instant>,
 }
@@ -114,24 +108,27 @@ struct Outcome {
     /// Nodes on which a replica of the shard was given up, and whether it had been there.
     gave_up: Vec<(u64, bool)>,
     leader: Option<NodeId>,
-    /// What a copy of the shard takes.
-    bytes: Option<u64>,
     changes: Vec<Change>,
 }
 
 impl Cluster {
-    /// Makes the setting of read replicas come true, where this node leads the meta group.
+    /// Has replicas and leaders come and go, where this node leads the meta group.
     pub async fn tend_replicas(&self, stop: CancellationToken) {
+        let (survey, spread) = (self.survey(&stop), self.spread_leaders(&stop));
+        // Each at its own pace: a node that hangs, or an election, holds up nothing else.
+        futures_util::future::join3(self.tend_all(&stop), survey, spread).await;
+    }
+
+    async fn tend_all(&self, stop: &CancellationToken) {
         let mut tending = Tending::default();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(TEND_INTERVAL) => {}
             }
-            let group = self.host.group(META_SHARD);
-            if group.is_none_or(|group| group.status().state != Standing::Leader) {
+            if !self.leads_meta() {
                 tending = Tending::default();
-                *self.knowledge.lock() = balance::Knowledge::default();
+                *self.knowledge.lock() = Knowledge::default();
                 continue;
             }
             tokio::select! {
@@ -156,10 +153,6 @@ impl Cluster {
                 return;
             }
         };
-        for shard in self.spread_leaders(&snapshot, &mut tending.asked).await {
-            tending.worked.remove(&shard);
-            tending.leaders.remove(&shard);
-        }
         let jobs = self.jobs(&snapshot, tending);
         let mut working: FuturesUnordered<_> =
             jobs.into_iter().map(|job| self.work_on(job)).collect();
@@ -197,7 +190,12 @@ impl Cluster {
         if known.nodes.as_ref().is_none_or(|(before, _)| *before != nodes) {
             known.nodes = Some((nodes, Instant::now()));
         }
-        known.bytes.extend(tending.bytes.iter());
+        known.follow(map);
+        // Their leaders are learnt anew.
+        for shard in std::mem::take(&mut known.handed_over) {
+            tending.worked.remove(&shard);
+            tending.leaders.remove(&shard);
+        }
         let leaders = self.map.current();
         let leaders = leaders.iter().flat_map(|map| map.all_shards());
         let leaders = leaders.filter_map(|shard| Some((shard.id.0, shard.leader?.0)));
@@ -228,7 +226,8 @@ impl Cluster {
             let begun = acts && balance::act(snapshot, &known, now, now_ms);
             operations::advance(snapshot, &given_up, now_ms) | begun | learners
         };
-        if !enter(&mut snapshot.clone()) {
+        let mut snapshot = snapshot;
+        if !enter(&mut snapshot) {
             return Ok(snapshot);
         }
         let before = snapshot.operations;
@@ -300,7 +299,7 @@ impl Cluster {
                 return outcome;
             }
         };
-        (outcome.leader, outcome.bytes) = (Some(job.ask), Some(group.state_bytes));
+        outcome.leader = Some(job.ask);
         if group.joint {
             match self.finish_held(job.ask, shard.id).await {
                 Ok(told) => group = told,
@@ -433,7 +432,7 @@ impl Cluster {
         if !expected || !unheard || job.silent.contains(&member.node) {
             return false;
         }
-        let probe = peer::Probe { shard: job.shard.id, replica: member.replica };
+        let probe = peer::Probe { shard: job.shard.id, replica: member.replica, node: false };
         let own = self.membership.identity().is_some_and(|(_, own)| own.0 == member.node);
         let answer = match own {
             true => Ok(self.answer_probe(probe)),
@@ -546,7 +545,6 @@ impl Tending {
             self.patience.gave_up(now, shard, node, lost);
         }
         self.made.extend(outcome.made);
-        self.bytes.extend(outcome.bytes.map(|bytes| (shard, bytes)));
         match outcome.leader {
             Some(leader) => {
                 self.leaders.insert(shard, leader);

@@ -28,6 +28,7 @@ use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Holding, Target};
 use crate::home::Own;
+use crate::load::Loads;
 use crate::memory::Shares;
 use crate::metrics::{Metrics, ReadServed, Reads, Stage, Stages};
 use crate::peers::StampClock;
@@ -79,6 +80,11 @@ impl Member {
             told: Mutex::default(),
             knowledge: Mutex::default(),
             holding: Holding(parts.config.test.hold_steps),
+            loads: Loads::new(),
+            space: {
+                let neighbours = shared.neighbours.clone();
+                Arc::new(move || neighbours.space())
+            },
         });
         let router = new_router(shared, own.node, &cluster, clock);
         let (reconciled, stop) = (cluster.clone(), shared.stop.clone());
@@ -142,6 +148,7 @@ fn new_router(
             shared.draining.clone(),
         ),
         metrics: shared.metrics.clone(),
+        loads: cluster.loads.clone(),
         slow: config.observability.slow_request.unwrap_or(std::time::Duration::MAX),
     })
 }

@@ -76,6 +76,8 @@ pub(super) struct Item {
     pub(super) may: Vec<bool>,
     /// What a seat takes.
     pub(super) bytes: u64,
+    /// What it gives to do.
+    pub(super) load: u64,
     /// Where it has seats, beside the pinned ones.
     pub(super) on: Vec<usize>,
 }
@@ -88,6 +90,8 @@ pub(super) struct Assignment {
     pub(super) count: Vec<u64>,
     /// Bytes on each node, of items.
     pub(super) bytes: Vec<u64>,
+    /// Load of each node, of items.
+    pub(super) load: Vec<u64>,
     /// Each node's share of all seats, rounded down and up.
     share: Vec<(u64, u64)>,
     goal: Goal,
@@ -111,6 +115,7 @@ impl Assignment {
         let mut made = Assignment {
             count: nodes.iter().map(|node| node.base).collect(),
             bytes: vec![0; nodes.len()],
+            load: vec![0; nodes.len()],
             share: nodes.iter().map(share).collect(),
             nodes,
             items,
@@ -123,6 +128,7 @@ impl Assignment {
                 made.items[item].on.push(node);
                 made.count[node] += 1;
                 made.bytes[node] += made.items[item].bytes;
+                made.load[node] += made.items[item].load;
             }
             while made.items[item].on.len() > made.items[item].want {
                 let on = made.items[item].on.clone();
@@ -290,6 +296,7 @@ impl Assignment {
         self.items[item].on.push(node);
         self.count[node] += 1;
         self.bytes[node] += bytes;
+        self.load[node] += self.items[item].load;
         self.nodes[node].disk.iter_mut().for_each(|disk| disk.add(bytes));
     }
 
@@ -299,6 +306,7 @@ impl Assignment {
         self.items[item].on.retain(|on| *on != node);
         self.count[node] -= 1;
         self.bytes[node] -= bytes;
+        self.load[node] -= self.items[item].load;
         self.nodes[node].disk.iter_mut().for_each(|disk| disk.remove(bytes));
     }
 

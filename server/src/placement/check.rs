@@ -167,8 +167,7 @@ impl<'a> Checker<'a> {
             }
             if let (Some(disk), Some(used)) = (self.nodes[&to].disk, used.get_mut(&to)) {
                 *used = used.saturating_add(state.shard.bytes);
-                let limit = u128::from(disk.capacity) * u128::from(self.settings.fill_max);
-                if u128::from(*used) * 1_000 > limit {
+                if *used > self.settings.limit(disk) {
                     return Err("its target's disk is too full");
                 }
             }

@@ -105,6 +105,7 @@ fn by_count(candidates: &[Candidate], nodes: &Nodes, goal: Goal) -> Vec<Option<u
         pinned: Vec::new(),
         may: (0..nodes.views.len()).map(|node| candidate.may.contains(&node)).collect(),
         bytes: 0,
+        load: 0,
         on: Vec::new(),
     };
     let items = candidates.iter().map(item).collect();

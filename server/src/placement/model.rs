@@ -122,6 +122,8 @@ pub struct Settings {
     pub leader_zones: Vec<String>,
     /// How full a disk may get by moves, in thousandths.
     pub fill_max: u32,
+    /// Of a large disk that rest is more than anybody needs: so much free is always enough.
+    pub free_enough: u64,
     /// How far above its share of bytes a node may be, in thousandths of that share, before replicas
     /// move for nothing else.
     pub bytes_slack: u32,
@@ -144,6 +146,13 @@ impl Settings {
     pub fn voters(&self) -> usize {
         self.replicas.max(1)
     }
+
+    /// How many bytes a disk may hold.
+    pub fn limit(&self, disk: Disk) -> u64 {
+        let part = u128::from(disk.capacity) * u128::from(self.fill_max) / 1_000;
+        let part = u64::try_from(part).unwrap_or(u64::MAX);
+        part.max(disk.capacity.saturating_sub(self.free_enough))
+    }
 }
 
 impl Default for Settings {
@@ -154,6 +163,7 @@ impl Default for Settings {
             leader_zones: Vec::new(),
             // Compaction and checkpoints need the rest.
             fill_max: 850,
+            free_enough: u64::MAX,
             bytes_slack: 200,
             bytes_gap: 1 << 30,
             load_slack: 200,
@@ -299,7 +309,7 @@ pub struct Plan {
     pub after: Spread,
     /// No plan to a placement as good by zones and counts copies fewer replicas.
     pub lower_bound: usize,
-    /// Replicas copied beyond that for an even share of bytes.
+    /// Replicas copied beyond that for an even share of bytes or load.
     pub for_bytes: usize,
     /// What remains undone.
     pub stalls: Vec<Stall>,

@@ -75,6 +75,26 @@ pub fn plan_towards(view: &View, wanted: &BTreeMap<ShardId, Placed>, settings: &
     plan
 }
 
+/// A plan with only its first moves: with what comes of them, and the leaders that are best then.
+pub fn cut(view: &View, plan: &Plan, settings: &Settings, moves_max: usize) -> Plan {
+    if plan.moves().count() <= moves_max {
+        return plan.clone();
+    }
+    let steps = plan.steps.iter().filter(|step| matches!(step, Step::Move(_))).take(moves_max);
+    let first = Plan { steps: steps.cloned().collect(), ..plan.clone() };
+    let after = view.after(&first).shards.into_iter().map(|shard| {
+        let voters = shard.voters.iter().map(|seat| seat.node).collect();
+        (shard.id, Placed { voters, leader: None })
+    });
+    let made = plan_towards(view, &after.collect(), settings);
+    Plan {
+        lower_bound: plan.lower_bound.min(made.copies()),
+        for_bytes: plan.for_bytes.min(made.copies()),
+        stalls: plan.stalls.clone(),
+        ..made
+    }
+}
+
 fn put_together(
     view: &View,
     ordered: &Ordered,

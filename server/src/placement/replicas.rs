@@ -79,8 +79,7 @@ impl<'a> Nodes<'a> {
 /// How full a node's disk is, and may get.
 pub(super) fn fill(node: &NodeView, settings: &Settings) -> Option<Fill> {
     let disk = node.disk?;
-    let limit = u128::from(disk.capacity) * u128::from(settings.fill_max) / 1_000;
-    Some(Fill { used: disk.used, limit: u64::try_from(limit).unwrap_or(u64::MAX) })
+    Some(Fill { used: disk.used, limit: settings.limit(disk) })
 }
 
 /// Chooses the voters of every shard. What frozen shards have stays where it may.
@@ -180,7 +179,8 @@ fn item(shard: &ShardView, sorted: &Sorted, nodes: &Nodes, replicas: usize) -> I
     let may: Vec<bool> = nodes.views.iter().enumerate().map(may).collect();
     if sorted.quorum_lost {
         let bytes = shard.bytes;
-        return Item { want: 0, home: vec![], pinned: vec![], may, bytes, on: vec![] };
+        let load = shard.load;
+        return Item { want: 0, home: vec![], pinned: vec![], may, bytes, load, on: vec![] };
     }
     let possible = may.iter().filter(|may| **may).count();
     let pinned = [&sorted.frozen[..], &sorted.kept[..]].concat();
@@ -190,6 +190,7 @@ fn item(shard: &ShardView, sorted: &Sorted, nodes: &Nodes, replicas: usize) -> I
         pinned,
         may,
         bytes: shard.bytes,
+        load: shard.load,
         on: Vec::new(),
     }
 }

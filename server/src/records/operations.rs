@@ -15,6 +15,9 @@ const MOVES_AT_A_TIME: u32 = 4;
 /// is set: a restart, even a slow one, takes less.
 const DOWN_AFTER_MS: u64 = 5 * 60 * 1_000;
 
+/// How full a disk may get by moves, in thousandths, unless it is set.
+const DISK_FILL_MAX: u32 = 850;
+
 /// The record of operations.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Operations {
@@ -28,6 +31,10 @@ pub struct Operations {
     pub moves_at_a_time: u32,
     /// 0 means the default.
     pub down_after_ms: u64,
+    /// 0 means the default.
+    pub disk_fill_max: u32,
+    /// As long as no node is above its share by so many thousandths of it, nothing moves for balance.
+    pub threshold: u32,
 }
 
 impl Operations {
@@ -39,6 +46,8 @@ impl Operations {
             manual: self.manual,
             moves_at_a_time: self.moves_at_a_time,
             down_after_ms: self.down_after_ms,
+            disk_fill_max: self.disk_fill_max,
+            threshold: self.threshold,
         }
     }
 
@@ -50,6 +59,8 @@ impl Operations {
             manual: record.manual,
             moves_at_a_time: record.moves_at_a_time,
             down_after_ms: record.down_after_ms,
+            disk_fill_max: record.disk_fill_max,
+            threshold: record.threshold,
         })
     }
 
@@ -61,6 +72,11 @@ impl Operations {
     /// How long a node may be silent before its replicas are made elsewhere.
     pub fn down_after_ms(&self) -> u64 {
         if self.down_after_ms == 0 { DOWN_AFTER_MS } else { self.down_after_ms }
+    }
+
+    /// How full a disk may get by moves, in thousandths: compaction and checkpoints need the rest.
+    pub fn disk_fill_max(&self) -> u32 {
+        if self.disk_fill_max == 0 { DISK_FILL_MAX } else { self.disk_fill_max }
     }
 
     /// Those that have not ended.

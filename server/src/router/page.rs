@@ -151,6 +151,11 @@ impl PageSpec {
         self.rest.is_empty() || self.token.remaining == Some(0)
     }
 
+    /// What reading a page was worth, in keys.
+    pub(crate) fn keys(page: &Page) -> u64 {
+        1 + page.entries.len() as u64
+    }
+
     /// A page as its answer.
     pub(crate) fn response(&self, page: Page, served: v1::Served) -> v1::ScanResponse {
         let last = if page.last.is_empty() { self.token.last_key.clone() } else { page.last };

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::admission::Call;
 use crate::fault::Refusal;
 use crate::metrics::{ReadServed, Stage};
+use crate::router::page::PageSpec;
 use crate::router::plan::{Freshness, Lookup, Plan, Task};
 use crate::router::steps::{Step, Steps};
 use crate::router::whom::leader_in;
@@ -37,6 +38,7 @@ impl Router {
             Task::Get(lookup) => {
                 let found = self.look_up(group, plan.shard, plan.keyspace, &lookup, deadline);
                 let (mut entries, served) = found.await.map_err(told)?;
+                self.parts.loads.count(plan.shard, 1, 0);
                 steps.add(Step::Read, began.elapsed());
                 let (entry, served) = (entries.pop().flatten(), Some(served));
                 Ok(Answer::Get(v1::GetResponse { entry, served }))
@@ -44,6 +46,7 @@ impl Router {
             Task::BatchGet(lookup) => {
                 let found = self.look_up(group, plan.shard, plan.keyspace, &lookup, deadline);
                 let (entries, served) = found.await.map_err(told)?;
+                self.parts.loads.count(plan.shard, entries.len() as u64, 0);
                 steps.add(Step::Read, began.elapsed());
                 let item = |entry| v1::BatchGetItem { entry, served: Some(served) };
                 let items = entries.into_iter().map(item).collect();
@@ -51,6 +54,7 @@ impl Router {
             }
             Task::Write { request, answer } => {
                 self.parts.gate.check(plan.shard, only_deletes(&request))?;
+                self.parts.loads.count(plan.shard, 0, request.operations.len() as u64);
                 let written = group.write(request, deadline).await;
                 let written = written.map_err(|error| told(error.into()))?;
                 steps.add(Step::Queue, written.queued);
@@ -60,6 +64,7 @@ impl Router {
             }
             Task::DeleteRange(spec) => {
                 self.parts.gate.check(plan.shard, true)?;
+                self.parts.loads.count(plan.shard, 0, 1);
                 let next = range::step(group, &spec, plan.epoch, deadline).await.map_err(told)?;
                 steps.add(Step::Read, began.elapsed());
                 let reply = match next {
@@ -78,6 +83,7 @@ impl Router {
             Task::Page(spec) => {
                 let page = page::read_page(group, &spec, plan.epoch, plan.position, deadline).await;
                 let (page, at) = page.map_err(told)?;
+                self.parts.loads.count(plan.shard, PageSpec::keys(&page), 0);
                 self.stages.observe(Stage::Read, began.elapsed());
                 steps.add(Step::Read, began.elapsed());
                 Ok(Answer::Scan(spec.response(page, self.served(plan.shard, at, group.leads()))))

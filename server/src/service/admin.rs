@@ -175,6 +175,13 @@ impl AdminService for Admin {
         self.ask(elastic::Kind::NodeState, request).await
     }
 
+    async fn set_node_weight(
+        &self,
+        request: Request<v1::SetNodeWeightRequest>,
+    ) -> Result<Response<v1::SetNodeWeightResponse>, Status> {
+        self.ask(elastic::Kind::NodeWeight, request).await
+    }
+
     async fn list_operations(
         &self,
         request: Request<v1::ListOperationsRequest>,

@@ -23,6 +23,7 @@ use coracle_raft::lease::Timing;
 use coracle_raft::observer::{Observer, Stage};
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
 use coracle_server::admission::{Admission, Call};
+use coracle_server::load::Loads;
 use coracle_server::map::{MapCache, MapSource};
 use coracle_server::metrics::{Build, Metrics};
 use coracle_server::router::{ForwardError, Forwarder, Parts, RequestIds, Router, WriteGate};
@@ -303,6 +304,7 @@ async fn start(id: u64, dir: &Path, wires: &Arc<Wires>, clock: &Arc<TestClock>) 
         ids: RequestIds::new(1000 + id, clock),
         admission: Admission::new(4_000, 64 << 20, draining.clone()),
         metrics: metrics.clone(),
+        loads: Loads::new(),
         slow: Duration::from_secs(60),
     });
     wires.routers.lock().insert(node, router.clone());

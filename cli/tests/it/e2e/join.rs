@@ -2,6 +2,7 @@
 //! its id over a restart, and makes no cluster of its own.
 
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::time::Duration;
 
 use coracle_cli::demo::ports::Ports;
@@ -17,21 +18,27 @@ fn free() -> SocketAddr {
     listener.local_addr().expect("it is bound")
 }
 
+impl Bench {
+    /// A node that is not there yet, and knows the address of one that is.
+    pub(super) fn newcomer(&mut self, data_dir: &Path) -> NodeProcess {
+        let other = self.cluster.process(1).plan().clone();
+        NodeProcess::new(NodePlan {
+            data_dir: data_dir.to_owned(),
+            ports: Ports { client: free(), peer: free(), http: free() },
+            // One address is enough: it tells of the others.
+            join: vec![other.ports.peer.to_string()],
+            ..other
+        })
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_joins_a_running_cluster() {
     let mut bench = Bench::start(3).await;
     bench.expect(&["put", "early", "1"], 0).await;
     let dir = tempfile::tempdir().expect("a scratch directory");
-    let other = bench.cluster.process(1).plan().clone();
-    let plan = NodePlan {
-        data_dir: dir.path().join("n4"),
-        ports: Ports { client: free(), peer: free(), http: free() },
-        // One address is enough: it tells of the others.
-        join: vec![other.ports.peer.to_string()],
-        ..other
-    };
-    let endpoint = plan.ports.client.to_string();
-    let mut node = NodeProcess::new(plan);
+    let mut node = bench.newcomer(&dir.path().join("n4"));
+    let endpoint = node.plan().ports.client.to_string();
     for round in 0..2 {
         node.start().unwrap_or_else(|failure| panic!("{failure:?}"));
         until("it is listed, once", JOINS, async || {

@@ -1,4 +1,4 @@
-//! Voters of real processes move: by one command, off a node that is decommissioned while the node that
+//! Voters of real processes move: by themselves to a node that is new, by one command, off a node that is decommissioned while the node that
 //! sees to it is killed, back by a plan, and away from a node that is lost for good. Nothing that was
 //! acknowledged is lost meanwhile, and nothing is left of what went.
 
@@ -104,5 +104,37 @@ async fn voters_move_and_nodes_leave_without_a_loss() {
 
     nothing_is_lost(load, &client, &ledger).await;
     client.close().await;
+    bench.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_added_fills_by_itself() {
+    let mut bench = Bench::start(3).await;
+    let ledger = Arc::new(Ledger::new("fills"));
+    let seeds: Vec<String> = bench.cluster.nodes().iter().map(|node| node.address()).collect();
+    let client = Client::builder().seeds(seeds).connect_lazy().unwrap();
+    let load = Load::start(vec![client.keyspace("default")], ledger.clone(), 100);
+    let dir = tempfile::tempdir().expect("a scratch directory");
+    let mut node = bench.newcomer(&dir.path().join("n4"));
+    node.start().unwrap_or_else(|failure| panic!("{failure:?}"));
+    // 51 voters on four nodes; nobody asks for anything.
+    until("it has its share", COMES_TRUE, async || holds(&client, 4).await >= 12).await;
+    until("all is done", COMES_TRUE, async || {
+        let list = client.admin().operations().await.expect("somebody knows them");
+        list.operations.iter().all(|operation| operation.has_ended())
+    })
+    .await;
+    let (operations, _) = bench.expect(&["operation", "ls"], 0).await;
+    assert!(operations.contains("balance") && operations.contains("done"), "{operations}");
+    assert!(voters(&client).await.iter().all(|voters| voters.len() == 3));
+    let (plan, _) = bench.expect(&["rebalance", "plan"], 0).await;
+    assert!(plan.contains("Nothing to move") || plan.contains(": 0 replica moves"), "{plan}");
+    // Half a node gives half of it back.
+    bench.expect(&["node", "weight", "n4", "0.5"], 0).await;
+    until("it has less", COMES_TRUE, async || holds(&client, 4).await <= 8).await;
+    nothing_is_lost(load, &client, &ledger).await;
+    client.close().await;
+    let ended = node.stop(COMES_TRUE).await;
+    assert!(ended.is_some(), "{}", node.log_tail());
     bench.stop().await;
 }

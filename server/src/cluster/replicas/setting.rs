@@ -13,7 +13,7 @@ use prost::Message;
 use tokio::time::Instant;
 
 use super::enter::{Outlook, planned, told};
-use crate::cluster::balance::SILENT;
+use crate::cluster::knowledge::SILENT;
 use crate::cluster::{Cluster, done, refused};
 use crate::records::{RecordsError, Snapshot};
 

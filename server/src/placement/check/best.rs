@@ -42,10 +42,11 @@ struct Network<'a> {
 
 pub(super) fn prove(checker: &Checker, states: &BTreeMap<ShardId, State>) -> Result<(), Wrong> {
     let bytes: u128 = checker.view.shards.iter().map(|shard| u128::from(shard.bytes)).sum();
-    let tight = checker.nodes.values().filter_map(|node| node.disk).any(|disk| {
-        let limit = u128::from(disk.capacity) * u128::from(checker.settings.fill_max) / 1_000;
-        u128::from(disk.used) + bytes > limit
-    });
+    let tight = checker
+        .nodes
+        .values()
+        .filter_map(|node| node.disk)
+        .any(|disk| u128::from(disk.used) + bytes > u128::from(checker.settings.limit(disk)));
     // What disks have no room for is no choice, and whether it was one depends on the way.
     if !tight {
         let replicas = replicas(checker, states);

@@ -228,6 +228,62 @@ fn bytes_far_from_even_are_swapped_and_those_nearly_even_are_not() {
 }
 
 #[test]
+fn replicas_of_hot_shards_are_spread_where_bytes_stay_even() {
+    // The hot ones are all on the first three of six nodes.
+    let on = |id: u64| if id.is_multiple_of(2) { [1, 2, 3] } else { [4, 5, 6] };
+    let mut view = view(
+        (1..=6).map(|id| node(id, "z")).collect(),
+        (0..16).map(|id| shard(id, &on(id))).collect(),
+    );
+    for (at, shard) in view.shards.iter_mut().enumerate() {
+        shard.load = if at % 2 == 0 { 1_000 } else { 10 };
+    }
+    let load = |view: &View, id: u64| -> u64 {
+        let here = |shard: &&ShardView| shard.voters.iter().any(|seat| seat.node.0 == id);
+        view.shards.iter().filter(here).map(|shard| shard.load).sum()
+    };
+    let most = |view: &View| (1..=6).map(|id| load(view, id)).max();
+    let made = checked(&view, &settings(3));
+    let after = view.after(&made);
+    assert!(made.for_bytes > 0 && made.lower_bound == 0);
+    assert!(most(&view) == Some(8_000) && most(&after) < Some(7_000), "{:?}", most(&after));
+    assert!(plan(&after, &settings(3)).is_empty());
+    // Not where bytes would be uneven then.
+    for (at, shard) in view.shards.iter_mut().enumerate() {
+        shard.bytes = if at % 2 == 0 { 10 << 30 } else { 30 << 30 };
+    }
+    let made = checked(&view, &settings(3));
+    assert!(made.after.bytes <= 1_200, "{:?}", made.after);
+    for shard in &mut view.shards {
+        shard.load = 0;
+    }
+    assert!(!plan(&view, &settings(3)).is_empty(), "bytes alone would move some");
+}
+
+#[test]
+fn a_plan_that_is_cut_tells_what_comes_of_what_is_left() {
+    let mut view = cluster(&["a", "b", "c", "a", "b"], 16, 3);
+    view.nodes.push(node(6, "c"));
+    view.shards.iter_mut().for_each(|shard| shard.bytes = 1 << 30);
+    let whole = checked(&view, &settings(3));
+    assert!(whole.moves().count() > 3 && whole.bytes == (whole.copies() as u64) << 30);
+    let three = cut(&view, &whole, &settings(3), 3);
+    assert_eq!((three.moves().count(), three.bytes, three.lower_bound), (3, 3 << 30, 3));
+    assert!(three.estimate < whole.estimate && three.estimate > std::time::Duration::ZERO);
+    let after = view.after(&three);
+    for shard in &after.shards {
+        let mut voters: Vec<NodeId> = shard.voters.iter().map(|seat| seat.node).collect();
+        voters.sort_unstable();
+        let placed = &three.wanted[&shard.id];
+        assert_eq!((&voters, shard.leader), (&placed.voters, placed.leader), "as it will be");
+        assert!(placed.leader.is_some_and(|leader| voters.contains(&leader)));
+    }
+    let held = after.shards.iter().flat_map(|shard| &shard.voters);
+    assert_eq!(held.filter(|seat| seat.node.0 == 6).count(), 3);
+    assert_eq!(cut(&view, &whole, &settings(3), 99), whole);
+}
+
+#[test]
 fn plan_is_undone_by_a_plan_towards_what_was() {
     let mut view = cluster(&["a", "b", "c", "a", "b"], 16, 3);
     view.nodes.push(node(6, "c"));

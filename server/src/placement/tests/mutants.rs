@@ -208,7 +208,11 @@ fn plans_that_could_be_better_are_rejected() {
         worse.lower_bound = worse.lower_bound.min(best.lower_bound);
         worse.for_bytes = best.for_bytes.min(worse.copies() - worse.lower_bound);
         worse.stalls = best.stalls.clone();
-        let after = |plan: &Plan| super::exhaustive::score(&view, &settings, plan);
+        // Whether a copy for bytes or load alone is worth it, nobody can tell.
+        let parts = if worse.for_bytes > 0 { 4 } else { 5 };
+        let after = |plan: &Plan| {
+            super::exhaustive::score(&view, &settings, plan).map(|score| score[..parts].to_vec())
+        };
         match check(&view, &settings, &worse) {
             Ok(()) => assert_eq!(after(&worse), after(&best), "seed {seed}: it is worse"),
             Err(Wrong::NotBest { .. }) => *rejected.entry("better").or_insert(0) += 1,

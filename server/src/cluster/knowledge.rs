@@ -1,0 +1,153 @@
+//! What a leader of the meta group knows beside the records: who is silent, how full disks are, how large
+//! and how busy shards are, which replicas are lost.
+//!
+//! Owns its keeping. Asks nobody (see `super::survey`), decides nothing (see `super::balance`).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use coracle_proto::{peer, v1};
+use prost::Message;
+use tokio::time::Instant;
+use v1::NodeState;
+
+use super::members::{ABSENT, DAMAGED};
+use crate::placement::model::{Disk, Duty};
+use crate::records::Operations;
+
+/// How long the nodes of a cluster must have been the same, and all heard, before replicas move for
+/// balance: nodes join one after the other, and restart.
+const SETTLED_AFTER: Duration = Duration::from_secs(10);
+/// A node that was not heard for so long is asked for nothing: it takes no replicas, and leads nothing.
+pub(super) const SILENT: Duration = Duration::from_secs(5);
+/// A voter that its node says is damaged or not there is replaced after so long: nodes and this one may
+/// have different maps for a moment.
+const LOST_AFTER: Duration = Duration::from_secs(10);
+
+/// See the module. Forgotten by one that leads no more.
+#[derive(Debug, Clone, Default)]
+pub struct Knowledge {
+    /// By node: since when it is silent.
+    pub(super) silent: BTreeMap<u64, Instant>,
+    /// By node: its disk, as it last said.
+    pub(super) disks: BTreeMap<u64, Disk>,
+    /// By shard: what its leader says a copy takes, in bytes.
+    pub(super) bytes: BTreeMap<u64, u64>,
+    /// By shard and node: keys read and written a second by the replica there.
+    pub(super) loads: BTreeMap<(u64, u64), u64>,
+    /// By shard: who leads it.
+    pub(super) leaders: BTreeMap<u64, u64>,
+    /// Shards whose leaders were asked to hand over, until that is heeded.
+    pub(super) handed_over: BTreeSet<u64>,
+    /// By replica: since when its node says that it is damaged, or not there.
+    pub(super) damaged: BTreeMap<u64, Instant>,
+    /// Where no replica comes for now: nodes, and shards with nodes.
+    pub(super) avoided_nodes: BTreeSet<u64>,
+    pub(super) avoided_places: BTreeSet<(u64, u64)>,
+    /// The nodes, and since when they are the same.
+    pub(super) nodes: Option<(Vec<u64>, Instant)>,
+    /// By node: when it last said how it is.
+    pub(super) reported: BTreeMap<u64, Instant>,
+}
+
+impl Knowledge {
+    /// What a node says of itself. Returns who leads which of its shards, where it is that node.
+    pub(super) fn learn(
+        &mut self,
+        node: u64,
+        report: &peer::NodeReport,
+        now: Instant,
+    ) -> BTreeMap<u64, u64> {
+        self.reported.insert(node, now);
+        if report.disk_total_bytes > 0 {
+            let capacity = report.disk_total_bytes;
+            let used = capacity.saturating_sub(report.disk_free_bytes);
+            self.disks.insert(node, Disk { capacity, used });
+        }
+        let mut leads = BTreeMap::new();
+        self.loads.retain(|(_, at), _| *at != node);
+        for replica in &report.replicas {
+            let Ok(replica) = v1::GroupStatus::decode(replica.clone()) else { continue };
+            if [DAMAGED, ABSENT].contains(&&*replica.role) {
+                self.damaged.entry(replica.replica).or_insert(now);
+                continue;
+            }
+            self.damaged.remove(&replica.replica);
+            let load = replica.reads_per_second.saturating_add(replica.writes_per_second);
+            self.loads.insert((replica.shard, node), load);
+            if replica.role == "leader" {
+                leads.insert(replica.shard, replica.term);
+                self.bytes.insert(replica.shard, replica.state_bytes);
+            }
+        }
+        leads
+    }
+
+    /// What is known of nodes and shards that are there no more goes.
+    pub(super) fn follow(&mut self, map: &v1::ShardMap) {
+        let is_node = |id: &u64| map.nodes.iter().any(|node| node.id == *id);
+        let is_shard = |id: &u64| map.shards.iter().any(|shard| shard.id == *id);
+        let replicas: BTreeSet<u64> =
+            map.shards.iter().flat_map(|s| &s.replicas).map(|r| r.id).collect();
+        self.disks.retain(|node, _| is_node(node));
+        self.reported.retain(|node, _| is_node(node));
+        self.bytes.retain(|shard, _| is_shard(shard));
+        self.loads.retain(|(shard, node), _| is_shard(shard) && is_node(node));
+        self.damaged.retain(|replica, _| replicas.contains(replica));
+    }
+
+    /// What a shard has to do, whoever of its replicas does it: so it stays the same when leaders change.
+    pub(super) fn load(&self, shard: u64) -> u64 {
+        let its = self.loads.range((shard, 0)..=(shard, u64::MAX));
+        its.fold(0, |sum, (_, load)| sum.saturating_add(*load))
+    }
+
+    /// Whether a node has given up, itself, on a replica that it should hold.
+    pub(super) fn is_lost(&self, replica: u64, now: Instant) -> bool {
+        let since = self.damaged.get(&replica);
+        since.is_some_and(|since| now.duration_since(*since) >= LOST_AFTER)
+    }
+
+    /// Whether a node will not come back.
+    pub(super) fn lost(&self, node: &v1::Node, operations: &Operations, now: Instant) -> bool {
+        let down_after = Duration::from_millis(operations.down_after_ms());
+        let silent = self.silent.get(&node.id);
+        node.state() == NodeState::Gone
+            || silent.is_some_and(|since| now.duration_since(*since) >= down_after)
+    }
+
+    pub(super) fn duty(&self, node: &v1::Node, operations: &Operations, now: Instant) -> Duty {
+        match node.state() {
+            _ if self.lost(node, operations, now) => Duty::Lost,
+            NodeState::Decommissioning | NodeState::Decommissioned => Duty::Leaves,
+            _ if self.silent.contains_key(&node.id) => Duty::Absent,
+            NodeState::Active if self.avoided_nodes.contains(&node.id) => Duty::Keeps,
+            state => Duty::of(state),
+        }
+    }
+
+    /// Nodes that are not heard, though they should be.
+    pub(super) fn missed<'a>(&'a self, map: &'a v1::ShardMap) -> impl Iterator<Item = u64> + 'a {
+        let expected = map
+            .nodes
+            .iter()
+            .filter(|node| !matches!(node.state(), NodeState::Gone | NodeState::Decommissioned));
+        expected.map(|node| node.id).filter(|node| self.silent.contains_key(node))
+    }
+
+    /// The nodes are what they were for a while, all of them are heard and have said how they are, none
+    /// has lost a replica, and the size of every shard is known: else what is known last would look large.
+    pub(super) fn has_settled(&self, map: &v1::ShardMap, now: Instant) -> bool {
+        let since = self.nodes.as_ref().map(|(_, since)| *since);
+        let sized = |shard: &v1::Shard| shard.forming || self.bytes.contains_key(&shard.id);
+        let said = |node: &v1::Node| {
+            matches!(node.state(), NodeState::Gone | NodeState::Decommissioned)
+                || self.reported.contains_key(&node.id)
+        };
+        since.is_some_and(|at| now.duration_since(at) >= SETTLED_AFTER)
+            && self.missed(map).next().is_none()
+            && self.damaged.is_empty()
+            && map.shards.iter().all(sized)
+            && map.nodes.iter().all(said)
+    }
+}
