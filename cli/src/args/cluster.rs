@@ -327,7 +327,7 @@ fn parse_node_weight(text: &str) -> Result<(NodeId, u32), String> {
 }
 
 /// An operation as people write it: `7`.
-pub(super) fn parse_operation(text: &str) -> Result<OperationId, String> {
+pub fn parse_operation(text: &str) -> Result<OperationId, String> {
     let number = text.parse().ok().filter(|id| *id > 0);
     number.map(OperationId).ok_or_else(|| format!("{text:?} is no operation: write its number"))
 }
