@@ -101,7 +101,9 @@ fn the_image_runs_the_program_as_nobody_special() {
     assert!(matches!(parsed.command, Command::Server(_)), "{command:?}");
     // The settings of its environment are known ones, and fit to each other.
     let home = tempfile::tempdir().unwrap();
-    let mut show = coracle(home.path(), &["config", "show", "--set", "listen.insecure=true"]);
+    let asked = ["--insecure", "--advertise", "n1:7400", "--peer-advertise", "n1:7500"];
+    let mut show = coracle(home.path(), &["config", "show"]);
+    show.args(asked);
     for setting in line("ENV").split_whitespace() {
         let (name, value) = setting.split_once('=').unwrap();
         show.env(name, value);

@@ -27,7 +27,8 @@ const LISTEN: Duration = Duration::from_millis(10);
 /// A point is reached within this, or not at all.
 const REACH: Duration = Duration::from_secs(45);
 /// A replica is given up when its node has been silent for a minute.
-const REACH_LATE: Duration = Duration::from_secs(150);
+/// Whoever leads the meta group next counts anew.
+const REACH_LATE: Duration = Duration::from_secs(240);
 /// Whoever was killed comes back so much later: the others have noticed by then.
 const AWAY: Duration = Duration::from_secs(1);
 /// Nothing may be left over so long after the work has ended.
@@ -214,8 +215,9 @@ impl Rig {
             Victim::Source => cast.source,
             Victim::Target => cast.target,
         };
-        if hit {
-            self.strike(at).await?;
+        match hit {
+            true => self.strike(at).await?,
+            false => self.revive().await?,
         }
         let (ended, mut wrong) = self.aftermath(work, cast, &before, id).await?;
         if !hit {
@@ -365,6 +367,11 @@ impl Rig {
     async fn strike(&mut self, at: usize) -> Result<(), String> {
         self.cluster.kill(at)?;
         tokio::time::sleep(AWAY).await;
+        self.revive().await
+    }
+
+    /// Starts whoever is away.
+    async fn revive(&mut self) -> Result<(), String> {
         let away = (0..self.cluster.len()).filter(|at| !self.cluster.is_running(*at));
         for at in away.collect::<Vec<_>>() {
             self.cluster.restart(at)?;
