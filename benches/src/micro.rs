@@ -12,9 +12,8 @@ use coracle_proto::shard_map::ShardMap;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response;
-use coracle_storage::state::key as state_key;
 use coracle_storage::state::{
-    Batch, Engines, KeyRange, OpenState, ReplicaState, RocksEngines, StateOptions,
+    Engines, KeyRange, OpenState, ReplicaState, RocksEngines, StateOptions,
 };
 use coracle_storage::{Log, LogEntry, LogOptions, RealExec, RealFs, ReplicaId};
 use prost::Message;
@@ -197,13 +196,17 @@ fn state(dir: &Path, workload: &Workload) -> Result<Vec<(&'static str, f64)>, Fa
     let store = store.map_err(Failure::of("open a store"))?;
     let (mut choices, mut failed) = (workload.choices(0), None);
     let mut version = 0;
-    let mut write = |number: u64, batch: &mut Batch, choices: &mut Choices| {
-        version += 1;
-        batch.put(state_key::data(1, &key(number), version), choices.value(&[]));
+    let mut batch_of = |numbers: &[u64], choices: &mut Choices| {
+        let mut batch = store.overlay();
+        for number in numbers {
+            version += 1;
+            batch.put(1, &key(*number), version, &choices.value(&[]), 0);
+        }
+        batch.into_batch()
     };
-    for first in (0..workload.keys).step_by(TOGETHER) {
-        let mut batch = Batch::new();
-        (first..first + TOGETHER as u64).for_each(|n| write(n, &mut batch, &mut choices));
+    let numbers: Vec<u64> = (0..workload.keys).collect();
+    for numbers in numbers.chunks(TOGETHER) {
+        let batch = batch_of(numbers, &mut choices);
         store.write(batch).map_err(Failure::of("load a store"))?;
     }
     store.flush().map_err(Failure::of("flush"))?;
@@ -240,12 +243,8 @@ fn state(dir: &Path, workload: &Workload) -> Result<Vec<(&'static str, f64)>, Fa
         count.max(1)
     });
     let batches = nanos(|| {
-        let mut batch = Batch::new();
-        for _ in 0..TOGETHER {
-            let number = choices.number();
-            write(number, &mut batch, &mut choices);
-        }
-        note(store.write(batch));
+        let numbers: Vec<u64> = (0..TOGETHER).map(|_| choices.number()).collect();
+        note(store.write(batch_of(&numbers, &mut choices)));
         TOGETHER as u64
     });
     match failed {
