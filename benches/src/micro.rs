@@ -12,9 +12,7 @@ use coracle_proto::shard_map::ShardMap;
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_proto::v1::pipeline_response;
-use coracle_storage::state::{
-    Engines, KeyRange, OpenState, ReplicaState, RocksEngines, StateOptions,
-};
+use coracle_storage::state::{KeyRange, OpenState, ReplicaState, RocksEngines, StateOptions};
 use coracle_storage::{Log, LogEntry, LogOptions, RealExec, RealFs, ReplicaId};
 use prost::Message;
 
@@ -185,15 +183,19 @@ fn frames(workload: &Workload) -> Vec<(&'static str, f64)> {
     ]
 }
 
-fn state(dir: &Path, workload: &Workload) -> Result<Vec<(&'static str, f64)>, Failure> {
-    let dir = tempfile::Builder::new().prefix("coracle-bench-").tempdir_in(dir);
-    let dir = dir.map_err(Failure::of("make a directory"))?;
+/// A store with a node's options.
+fn open_store(dir: &Path) -> Result<ReplicaState, Failure> {
     let on_fatal = |error: &coracle_storage::Error| eprintln!("the store failed: {error}");
     let engines = RocksEngines::on_disk(&StateOptions::default(), Arc::new(on_fatal));
     let engines = engines.map_err(Failure::of("prepare RocksDB"))?;
-    let engines: &dyn Engines = &engines;
-    let store = ReplicaState::open(engines, &dir.path().join("state"), OpenState { create: true });
-    let store = store.map_err(Failure::of("open a store"))?;
+    let store = ReplicaState::open(&engines, &dir.join("state"), OpenState { create: true });
+    store.map_err(Failure::of("open a store"))
+}
+
+fn state(dir: &Path, workload: &Workload) -> Result<Vec<(&'static str, f64)>, Failure> {
+    let dir = tempfile::Builder::new().prefix("coracle-bench-").tempdir_in(dir);
+    let dir = dir.map_err(Failure::of("make a directory"))?;
+    let store = open_store(dir.path())?;
     let (mut choices, mut failed) = (workload.choices(0), None);
     let mut version = 0;
     let mut batch_of = |numbers: &[u64], choices: &mut Choices| {

@@ -123,7 +123,8 @@ pub fn kernel() -> String {
 
 /// How to get the same figures again.
 pub fn command() -> String {
-    std::env::args().collect::<Vec<_>>().join(" ")
+    let args = std::env::args().skip(1);
+    std::iter::once("./x bench".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
 }
 
 /// Columns: the first to the left, figures to the right.
