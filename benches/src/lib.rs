@@ -3,11 +3,24 @@
 
 pub mod failure;
 pub mod metrics;
+pub mod process;
 pub mod cluster;
 pub mod schedule;
 pub mod tally;
 pub mod report;
+pub mod chart;
 pub mod workload;
-pub mod limit;
+pub mod witness;
+pub mod peer;
+pub mod port;
 pub mod load;
-pub mod compare;
+pub mod limit;
+pub mod stages;
+pub mod micro;
+pub mod rig;
+pub mod results;
+pub mod suite;
+pub mod grow;
+pub mod aims;
+pub mod page;
+pub mod baseline;

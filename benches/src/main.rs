@@ -1,18 +1,32 @@
 //! The program `coracle-bench`: reads the command line, runs what it names, prints, and ends with 0, or
-//! with 1 when there are no figures. Owns the flags and their defaults.
+//! with 1 when there are no figures or an answer was wrong. Owns the flags and their defaults.
 
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use clap::{Args, Parser, Subcommand};
-use coracle_benches::cluster::ClusterPlan;
-use coracle_benches::compare;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use coracle_benches::aims::{self, Aim};
+use coracle_benches::baseline::Baseline;
+use coracle_benches::cluster::{ClusterPlan, connect};
 use coracle_benches::failure::Failure;
-use coracle_benches::limit::{disk, rocksdb};
-use coracle_benches::load::{self, Plan, Tallies};
+use coracle_benches::grow::{self, Axis};
+use coracle_benches::limit::{disk, echo, rocksdb};
+use coracle_benches::load::{self, Plan};
+use coracle_benches::page::{self, Page};
+use coracle_benches::peer::etcd::Etcd;
+use coracle_benches::peer::redis::Redis;
+use coracle_benches::port::System;
 use coracle_benches::report::{self, Row};
-use coracle_benches::workload::Workload;
+use coracle_benches::results::Results;
+use coracle_benches::rig::{Rig, RigPlan};
+use coracle_benches::suite::{self, Pace, Suite};
+use coracle_benches::witness::Witness;
+use coracle_benches::workload::{self, Distribution, Mix, Workload};
+use coracle_benches::{micro, stages};
 
 /// How fast a cluster is, and how fast it could be on this machine.
 #[derive(Debug, Parser)]
@@ -36,11 +50,46 @@ enum Command {
         #[command(flatten)]
         load: Load,
     },
+    /// One of YCSB's core workloads
+    Ycsb {
+        /// a to f
+        workload: char,
+        #[command(flatten)]
+        load: Load,
+    },
     /// What the disk, or RocksDB, allows on this machine
     #[command(subcommand)]
     Limit(Limit),
-    /// Starts servers here and compares their puts with the syncs of the disk
+    /// Starts servers here and shows where the time of their puts goes, beside the syncs of the disk
+    Stages(StagesArgs),
+    /// Measures everything beside etcd, Redis, RocksDB and an echo, and writes docs/performance.md
+    Report(Report),
+    /// Measures what the baseline holds, and shows what changed
     Compare(Compare),
+    /// Single parts, each alone
+    Micro {
+        /// The directory on the disk concerned
+        #[arg(long, default_value = ".", value_name = "D")]
+        dir: PathBuf,
+    },
+    /// Prints the versions of the peers, or what is missing
+    Peers,
+    /// A server that answers everything with nothing: what `report` measures gRPC with
+    #[command(hide = true)]
+    Echo {
+        /// ip:port
+        address: SocketAddr,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Skew {
+    /// All keys are equally likely
+    Uniform,
+    /// A few are hot
+    Zipfian,
+    /// The newest are hot
+    Latest,
 }
 
 #[derive(Debug, Args)]
@@ -65,6 +114,9 @@ struct Load {
     rate: u64,
     #[command(flatten)]
     data: Data,
+    /// Which keys are hot [default: none, or as the workload has it]
+    #[arg(long, value_enum, value_name = "HOW")]
+    skew: Option<Skew>,
     /// The keyspace, which must exist
     #[arg(long, default_value = "default", value_name = "NAME")]
     keyspace: String,
@@ -126,7 +178,7 @@ enum Limit {
 }
 
 #[derive(Debug, Args)]
-struct Compare {
+struct StagesArgs {
     /// The directory on the disk concerned
     #[arg(long, default_value = ".", value_name = "D")]
     dir: PathBuf,
@@ -158,15 +210,71 @@ struct Compare {
     json: Option<PathBuf>,
 }
 
+#[derive(Debug, Args)]
+struct Report {
+    /// One round of short cells over fewer keys, without the axes of growth: at most 8 minutes
+    #[arg(long)]
+    quick: bool,
+    /// Keys that are loaded [default: 1,000,000, quick: 100,000]
+    #[arg(long, value_name = "K")]
+    keys: Option<u64>,
+    /// The directory on the disk concerned
+    #[arg(long, default_value = ".", value_name = "D")]
+    dir: PathBuf,
+    /// Where performance.md is written
+    #[arg(long, default_value = "docs", value_name = "D")]
+    docs: PathBuf,
+    /// Every row that was measured, as lines of JSON
+    #[arg(long, default_value = "bench-rows.ndjson", value_name = "FILE")]
+    rows: PathBuf,
+    /// The servers' program; without it `coracle` beside this one
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+    /// Only the axes of growth named
+    #[arg(long, value_delimiter = ',', value_name = "shards,keys,clients,values")]
+    only_growth: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct Compare {
+    /// The baseline
+    #[arg(long, default_value = "benches/baselines/quick.json", value_name = "FILE")]
+    baseline: PathBuf,
+    /// Writes what is measured as the new baseline
+    #[arg(long)]
+    save: bool,
+    /// Only the parts that are measured alone: half a minute
+    #[arg(long)]
+    micro: bool,
+    /// The directory on the disk concerned
+    #[arg(long, default_value = ".", value_name = "D")]
+    dir: PathBuf,
+    /// The servers' program; without it `coracle` beside this one
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let result = runtime.map_err(Failure::of("start")).and_then(|runtime| match cli.command {
-        Command::Put(load) => runtime.block_on(put_load(load, 0)),
-        Command::Get(load) => runtime.block_on(put_load(load, 100)),
-        Command::Mixed { reads, load } => runtime.block_on(put_load(load, reads)),
+        Command::Put(load) => runtime.block_on(put_load(load, Mix::reads(0), None)),
+        Command::Get(load) => runtime.block_on(put_load(load, Mix::reads(100), None)),
+        Command::Mixed { reads, load } => runtime.block_on(put_load(load, Mix::reads(reads), None)),
+        Command::Ycsb { workload, load } => match workload::ycsb(workload) {
+            Some((mix, skew)) => runtime.block_on(put_load(load, mix, Some(skew))),
+            None => Err(Failure::new("YCSB's workloads are a to f")),
+        },
         Command::Limit(limit) => measure_limit(limit),
-        Command::Compare(compare) => runtime.block_on(run_compare(compare)),
+        Command::Stages(plan) => runtime.block_on(run_stages(plan)),
+        Command::Report(plan) => runtime.block_on(run_report(plan)),
+        Command::Compare(plan) => runtime.block_on(run_compare(plan)),
+        Command::Micro { dir } => runtime.block_on(run_micro(&dir)).map(|_| ()),
+        Command::Peers => {
+            println!("etcd:  {}\nRedis: {}", Etcd::version(), Redis::version());
+            Ok(())
+        }
+        Command::Echo { address } => runtime.block_on(echo::serve(address)),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -178,33 +286,45 @@ fn main() -> ExitCode {
 }
 
 impl Data {
-    fn workload(&self, reads_percent: u32) -> Result<Workload, Failure> {
-        Workload::new(reads_percent, self.keys, self.value, self.seed)
+    fn workload(&self, mix: Mix, skew: Distribution) -> Result<Workload, Failure> {
+        Workload::new(mix, skew, self.keys, self.value, self.seed)
+    }
+
+    fn of_puts(&self) -> Result<Workload, Failure> {
+        self.workload(Mix::reads(0), Distribution::Uniform)
     }
 }
 
-async fn put_load(load: Load, reads_percent: u32) -> Result<(), Failure> {
-    let workload = load.data.workload(reads_percent)?;
-    let clients = compare::connect(&load.endpoints, load.connections)?;
-    let Some(first) = clients.first() else {
-        return Err(Failure::new("there must be a connection at least"));
-    };
-    if reads_percent > 0 {
-        load::fill(first, &load.keyspace, &workload).await?;
+fn said(what: &str) {
+    eprintln!("coracle-bench: {what}");
+}
+
+async fn put_load(load: Load, mix: Mix, skew: Option<Distribution>) -> Result<(), Failure> {
+    let asked = load.skew.map(|skew| match skew {
+        Skew::Uniform => Distribution::Uniform,
+        Skew::Zipfian => Distribution::Zipfian,
+        Skew::Latest => Distribution::Latest,
+    });
+    let workload = load.data.workload(mix, asked.or(skew).unwrap_or(Distribution::Uniform))?;
+    let clients = connect(&load.endpoints, load.connections)?;
+    let witness = Arc::new(Witness::new(workload.keys));
+    let system = System::of_clients(&clients, &load.keyspace, witness);
+    if mix != Mix::reads(0) {
+        load::fill(&system, &workload).await?;
     }
     let plan = Plan {
         callers: load.clients,
         rate: load.rate,
         warmup: Duration::from_secs(load.warmup),
         window: Duration::from_secs(load.seconds),
+        batch: 1,
     };
-    let Tallies { puts, gets } = load::run(&clients, &load.keyspace, &workload, plan).await?;
+    let tallies = load::run(&system, &workload, plan).await?;
     for client in clients {
         client.close().await;
     }
-    let rows = [("put", puts), ("get", gets)].into_iter();
-    let rows = rows.filter(|(_, tally)| tally.operations() > 0);
-    let rows: Vec<Row> = rows.map(|(name, tally)| Row::new(name, &tally, plan.window)).collect();
+    let rows: Vec<Row> =
+        tallies.each().map(|(kind, tally)| Row::new(kind.name(), tally, plan.window)).collect();
     let how = match load.rate {
         0 => "closed loop".to_owned(),
         rate => format!("open loop, {rate} due per second"),
@@ -214,6 +334,10 @@ async fn put_load(load: Load, reads_percent: u32) -> Result<(), Failure> {
         load.clients, load.connections, load.seconds, load.data.value, load.data.keys
     );
     show(&title, &rows, load.json.as_deref())?;
+    let mut errors = rows.iter().flat_map(|row| row.errors.keys());
+    if let Some(wrong) = errors.find(|error| error.starts_with("wrong")) {
+        return Err(Failure::new(format!("an answer was {wrong}")));
+    }
     match rows.iter().any(|row| row.per_second > 0.0) {
         true => Ok(()),
         false => Err(Failure::new("not one operation succeeded")),
@@ -236,7 +360,7 @@ fn measure_limit(limit: Limit) -> Result<(), Failure> {
         }
         Limit::Rocksdb { dir, batch, seconds, data, json } => {
             let window = Duration::from_secs(seconds);
-            let written = rocksdb::run(&dir, &data.workload(0)?, batch, window)?;
+            let written = rocksdb::run(&dir, &data.of_puts()?, batch, window)?;
             let title = format!(
                 "batches of {batch} puts, values of {} bytes, in {}; the last flush took {}",
                 data.value,
@@ -251,29 +375,112 @@ fn measure_limit(limit: Limit) -> Result<(), Failure> {
     }
 }
 
-async fn run_compare(compare: Compare) -> Result<(), Failure> {
-    let program = match compare.program {
-        Some(program) => program,
-        None => beside_this_one()?,
-    };
-    let plan = compare::ComparePlan {
+async fn run_stages(args: StagesArgs) -> Result<(), Failure> {
+    let plan = stages::StagesPlan {
         cluster: ClusterPlan {
-            program,
-            nodes: compare.nodes,
-            shards: compare.shards,
-            dir: compare.dir,
-            settings: compare.set,
+            program: program(args.program)?,
+            nodes: args.nodes,
+            shards: args.shards,
+            dir: args.dir,
+            settings: args.set,
         },
-        callers: compare.clients,
-        connections: compare.connections,
-        window: Duration::from_secs(compare.seconds),
+        callers: args.clients,
+        connections: args.connections,
+        window: Duration::from_secs(args.seconds),
     };
-    let workload = compare.data.workload(0)?;
-    let said = |what: &str| eprintln!("coracle-bench: {what}");
-    let comparison = compare::run(&plan, &workload, said).await?;
-    print!("{}", comparison.text());
-    let json = compare.json.as_deref();
-    json.map_or(Ok(()), |path| report::write_json(path, &comparison.json()))
+    let found = stages::run(&plan, &args.data.of_puts()?, said).await?;
+    print!("{}", found.text());
+    let json = args.json.as_deref();
+    json.map_or(Ok(()), |path| report::write_json(path, &found.json()))
+}
+
+async fn run_report(args: Report) -> Result<(), Failure> {
+    let began = Instant::now();
+    let pace = if args.quick { Pace::QUICK } else { Pace::FULL };
+    let keys = args.keys.unwrap_or(if args.quick { 100_000 } else { 1_000_000 });
+    let workload = Workload::new(Mix::reads(0), Distribution::Uniform, keys, 256, 1)?;
+    let plan = RigPlan { program: program(args.program)?, dir: args.dir.clone(), workload };
+    let mut results = Results::to_file(&args.rows)?;
+    let mut parts = Vec::new();
+    if args.only_growth.is_empty() {
+        measure(&plan, pace, &mut results).await?;
+        suite::idle(&plan, pace.idle, &mut results, &said).await?;
+        parts = run_micro(&args.dir).await?;
+    }
+    for axis in Axis::ALL {
+        let is_named = args.only_growth.iter().any(|name| axis.name().starts_with(name.as_str()));
+        if is_named || (!args.quick && args.only_growth.is_empty()) {
+            grow::run(axis, &plan, pace.window / 2, &mut results, &said).await?;
+        }
+    }
+    let page = Page {
+        results: &results,
+        workload: &plan.workload,
+        rounds: pace.rounds,
+        window: pace.window,
+        took: began.elapsed(),
+        micro: &parts,
+    };
+    page.write(&args.docs)?;
+    print!("{}", page::aims_table(&aims::all(&results)));
+    let page = args.docs.join("performance.md");
+    said(&format!("{} after {:.0} s", page.display(), began.elapsed().as_secs_f64()));
+    verdict(&results)
+}
+
+async fn measure(plan: &RigPlan, pace: Pace, results: &mut Results) -> Result<(), Failure> {
+    let rig = Rig::start(plan, &said).await?;
+    let mut suite = Suite { rig: &rig, pace, results, said: &said };
+    suite.run().await?;
+    suite.overload().await
+}
+
+/// Slow answers are figures, wrong ones are not.
+fn verdict(results: &Results) -> Result<(), Failure> {
+    match results.wrong() {
+        wrong if wrong.is_empty() => Ok(()),
+        wrong => Err(Failure::new(format!("answers were wrong:\n{}", wrong.join("\n")))),
+    }
+}
+
+async fn run_micro(dir: &Path) -> Result<Vec<(String, f64)>, Failure> {
+    let parts = micro::run(dir).await?;
+    let cells = |(name, nanos): &(String, f64)| vec![name.clone(), format!("{nanos:.0}")];
+    let rows: Vec<Vec<String>> = parts.iter().map(cells).collect();
+    eprint!("{}", report::table(&["part, alone", "ns"], &rows));
+    Ok(parts)
+}
+
+async fn run_compare(args: Compare) -> Result<(), Failure> {
+    let mut results = Results::default();
+    if !args.micro {
+        let workload = Workload::new(Mix::reads(0), Distribution::Uniform, 100_000, 256, 1)?;
+        let program = program(args.program)?;
+        let plan = RigPlan { program, dir: args.dir.clone(), workload };
+        measure(&plan, Pace::QUICK, &mut results).await?;
+    }
+    let parts: BTreeMap<String, f64> = run_micro(&args.dir).await?.into_iter().collect();
+    let ratio = |aim: Aim| {
+        // What is better when it is lower is turned round.
+        let reached = aim.reached.filter(|reached| *reached > 0.0)?;
+        Some((aim.work, if aim.at_least { reached } else { 1.0 / reached }))
+    };
+    let ratios = aims::all(&results).into_iter().filter_map(ratio).collect();
+    let now = Baseline::now(ratios, parts);
+    if args.save {
+        now.write(&args.baseline)?;
+    } else {
+        let (text, worse) = now.since(&Baseline::read(&args.baseline)?);
+        print!("{text}");
+        if worse > 0 {
+            said(&format!("{worse} figures are worse by more than 15 %"));
+        }
+    }
+    verdict(&results)
+}
+
+fn program(given: Option<PathBuf>) -> Result<PathBuf, Failure> {
+    given.map_or_else(beside_this_one, Ok)
 }
 
 fn beside_this_one() -> Result<PathBuf, Failure> {

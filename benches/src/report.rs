@@ -38,6 +38,11 @@ impl Row {
         }
     }
 
+    /// One figure without latencies.
+    pub fn figure(name: impl Into<String>, per_second: f64) -> Row {
+        Row { per_second, ..Row::new(name, &Tally::default(), Duration::from_secs(1)) }
+    }
+
     /// Headings of [`Row::cells`].
     pub fn heading() -> Vec<&'static str> {
         let mut heading = vec!["", "ops/s"];
@@ -103,9 +108,23 @@ pub fn machine() -> String {
     format!("{cores} cores, load average {load}, {memory} GiB, {profile}")
 }
 
+/// The processor, as the kernel names it.
+pub fn processor() -> String {
+    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = cpus.lines().find_map(|line| line.strip_prefix("model name"));
+    name.and_then(|name| name.split_once(": ")).map_or("unknown", |(_, name)| name).to_owned()
+}
+
+/// The kernel's version.
+pub fn kernel() -> String {
+    let version = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    version.trim().to_owned()
+}
+
 /// How to get the same figures again.
 pub fn command() -> String {
-    std::env::args().collect::<Vec<_>>().join(" ")
+    let args = std::env::args().skip(1);
+    std::iter::once("./x bench".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
 }
 
 /// Columns: the first to the left, figures to the right.

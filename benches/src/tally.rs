@@ -34,12 +34,27 @@ impl Default for Tally {
 impl Tally {
     /// Counts an operation.
     pub fn note(&mut self, latency: Duration, error: Option<String>) {
+        self.note_many(latency, 1, error);
+    }
+
+    /// Counts operations that went in one call.
+    pub fn note_many(&mut self, latency: Duration, count: u64, error: Option<String>) {
         let us = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX);
-        self.latencies.saturating_record(us);
+        self.latencies.saturating_record_n(us, count);
         match error {
-            None => self.ok += 1,
-            Some(error) => *self.errors.entry(error).or_default() += 1,
+            None => self.ok += count,
+            Some(error) => *self.errors.entry(error).or_default() += count,
         }
+    }
+
+    /// Adds what was counted elsewhere.
+    pub fn add(&mut self, other: &Tally) {
+        self.ok += other.ok;
+        for (error, count) in &other.errors {
+            *self.errors.entry(error.clone()).or_default() += count;
+        }
+        let added = self.latencies.add(&other.latencies);
+        added.expect("both have the same bounds");
     }
 
     /// Operations, failed ones included.
@@ -74,6 +89,20 @@ mod tests {
         }
         assert!(tally.max().as_micros().abs_diff(10_000) <= 10);
         assert_eq!((tally.ok, tally.operations()), (10_000, 10_000));
+    }
+
+    #[test]
+    fn tallies_add_up() {
+        let mut all = Tally::default();
+        for ms in [1, 3] {
+            let mut one = Tally::default();
+            one.note_many(Duration::from_millis(ms), 10, None);
+            one.note(Duration::from_millis(ms), Some("x".to_owned()));
+            all.add(&one);
+        }
+        assert_eq!((all.ok, all.operations(), all.errors["x"]), (20, 22, 2));
+        assert!(all.quantile(0.4) < Duration::from_millis(2));
+        assert!(all.quantile(0.6) > Duration::from_millis(2));
     }
 
     #[test]

@@ -168,12 +168,17 @@ impl Router {
     }
 
     /// Serves one operation, here or elsewhere.
+    ///
+    /// What seldom happens is boxed, here and below: an operation's future has room for all that may
+    /// happen to it, and is made, moved and freed once for each operation.
     pub async fn execute(&self, mut operation: Operation, call: &Call) -> Result<Answer, Fault> {
         let (began, name) = (Instant::now(), name_of(&operation));
         let mut steps = Steps::default();
         let key_bytes = key_bytes(&operation);
         let result = match &mut operation {
-            Operation::BatchGet(request) => self.batch_get(request, call, &mut steps).await,
+            Operation::BatchGet(request) => {
+                Box::pin(self.batch_get(request, call, &mut steps)).await
+            }
             _ => {
                 let empty = plan::request_id(&mut operation).filter(|id| id.is_none());
                 // Held until the write is answered: the mark of later ones stays below it.
@@ -347,10 +352,13 @@ impl Router {
                 Next::Fail(fault) => return Err(self.told(fault, retries)),
                 Next::Again { pause } => {
                     let began = Instant::now();
-                    if stale {
-                        self.refresh(call.deadline).await;
-                    }
-                    self.pause(shard, pause).await;
+                    Box::pin(async {
+                        if stale {
+                            self.refresh(call.deadline).await;
+                        }
+                        self.pause(shard, pause).await;
+                    })
+                    .await;
                     steps.add(Step::Pause, began.elapsed());
                 }
             }
@@ -421,6 +429,10 @@ impl Router {
         }
         let (map, plan) = self.plan(operation, call).await?;
         let group = self.parts.host.group(plan.shard);
+        // Most requests come to the leader: no more is asked of the group than that it leads.
+        if let Some(group) = group.as_deref().filter(|group| trail.term == 0 && group.leads()) {
+            return self.serve_here(&map, group, plan, call, steps).await;
+        }
         let status = group.as_deref().map(Group::status);
         let runs = status.as_ref().is_some_and(|status| status.state != Standing::Stopped);
         let whom = match map.shard(plan.shard) {
@@ -432,15 +444,11 @@ impl Router {
         let began = Instant::now();
         match (whom, group) {
             (Whom::Here, Some(group)) => {
-                let served = self.serve(&map, &group, plan, call, steps).await;
-                if served.is_err() {
-                    steps.add(Step::Tried, began.elapsed());
-                }
-                served
+                Box::pin(self.serve_here(&map, &group, plan, call, steps)).await
             }
             (Whom::Node(node), _) if call.may_forward => {
                 let operation = plan::named(operation, &plan);
-                let answer = self.forward(node, operation, plan.shard, call).await;
+                let answer = Box::pin(self.forward(node, operation, plan.shard, call)).await;
                 steps.add(Step::Forward(node), began.elapsed());
                 answer
             }
@@ -454,6 +462,22 @@ impl Router {
                 Err(fault::not_leader(Some(&map), plan.shard, leader))
             }
         }
+    }
+
+    async fn serve_here(
+        &self,
+        map: &ShardMap,
+        group: &Group,
+        plan: Plan,
+        call: &Call,
+        steps: &mut Steps,
+    ) -> Result<Answer, Fault> {
+        let began = Instant::now();
+        let served = self.serve(map, group, plan, call, steps).await;
+        if served.is_err() {
+            steps.add(Step::Tried, began.elapsed());
+        }
+        served
     }
 
     /// Plans by the cached map; where that does not know the keyspace or the named shard, or the two
@@ -484,7 +508,7 @@ impl Router {
                 if fault.reason == Reason::UnknownKeyspace
                     || fault.reason == Reason::StaleRoute =>
             {
-                self.refresh(call.deadline).await;
+                Box::pin(self.refresh(call.deadline)).await;
                 planned(self.current_map()?)
             }
             result => result,

@@ -1,15 +1,16 @@
 //! Owns the seam for threads, blocking work and tasks, and its real side. Does not decide what
 //! runs.
 
+use std::collections::VecDeque;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 /// A piece of blocking work.
@@ -61,7 +62,7 @@ impl std::fmt::Debug for Wake {
 /// Everything that it starts is kept, so that [`RealExec::shutdown`] can end and join it.
 pub struct RealExec {
     runtime: Handle,
-    blocking_slots: Arc<Semaphore>,
+    pool: Arc<Pool>,
     tasks: Mutex<JoinSet<()>>,
     workers: Mutex<Vec<thread::JoinHandle<()>>>,
 }
@@ -71,21 +72,23 @@ impl RealExec {
     /// wait.
     pub fn new(runtime: Handle, blocking_max: usize) -> RealExec {
         assert!(blocking_max > 0, "a pool without a thread would never run a job");
+        let pool = Pool { max: blocking_max, state: Mutex::default(), came: Condvar::new() };
         RealExec {
             runtime,
-            blocking_slots: Arc::new(Semaphore::new(blocking_max)),
+            pool: Arc::new(pool),
             tasks: Mutex::new(JoinSet::new()),
             workers: Mutex::new(Vec::new()),
         }
     }
 
     /// Aborts all tasks, waits until they and the running blocking jobs are gone, then joins the
-    /// workers. Workers end when the last `Wake` is dropped, so close what holds one (for instance
+    /// workers. Jobs that no thread has taken are dropped. Workers end when the last `Wake` is dropped, so close what holds one (for instance
     /// the log) before.
     pub async fn shutdown(&self) {
         let mut tasks = std::mem::take(&mut *self.tasks.lock());
         tasks.shutdown().await;
-        let workers = std::mem::take(&mut *self.workers.lock());
+        let mut workers = self.pool.close();
+        workers.extend(std::mem::take(&mut *self.workers.lock()));
         #[allow(clippy::disallowed_methods, reason = "this is the seam")]
         let joined = self.runtime.spawn_blocking(move || {
             for worker in workers {
@@ -132,22 +135,7 @@ impl Exec for RealExec {
     }
 
     fn blocking(&self, job: Job) {
-        let slots = self.blocking_slots.clone();
-        let runtime = self.runtime.clone();
-        self.keep(
-            "blocking",
-            Box::pin(async move {
-                let slot = slots.acquire_owned().await.expect("the semaphore is never closed");
-                #[allow(clippy::disallowed_methods, reason = "this is the seam")]
-                let done = runtime.spawn_blocking(move || {
-                    job();
-                    drop(slot);
-                });
-                if done.await.is_err_and(|error| error.is_panic()) {
-                    tracing::error!("a blocking job had panicked");
-                }
-            }),
-        );
+        self.pool.push(job, &self.runtime);
     }
 
     fn spawn(&self, name: &'static str, task: Task) {
@@ -155,10 +143,117 @@ impl Exec for RealExec {
     }
 }
 
+/// Threads for blocking jobs, of our own: a job is often a few reads of some microseconds, and tokio's
+/// pool wakes a thread for every one of them, besides a task to wait for it.
+///
+/// While one thread is on its way, further jobs wake nobody: it takes the first, and wakes the next
+/// thread if it leaves any. So a burst of short jobs is done by a thread or two, and a job that takes
+/// long holds up no other for longer than a thread needs to wake.
+struct Pool {
+    max: usize,
+    state: Mutex<Jobs>,
+    came: Condvar,
+}
+
+/// Invariant: while there are jobs, a thread is on its way, or all of them are at work.
+#[derive(Default)]
+struct Jobs {
+    waiting: VecDeque<Job>,
+    threads: Vec<thread::JoinHandle<()>>,
+    /// Threads that sleep and that nobody has woken.
+    asleep: usize,
+    /// A thread was woken or started, and is not there yet.
+    coming: bool,
+    closed: bool,
+}
+
+impl Pool {
+    fn push(self: &Arc<Self>, job: Job, runtime: &Handle) {
+        let mut state = self.state.lock();
+        if state.closed {
+            drop(state);
+            // What it holds may wait for it: it hears so.
+            return drop(job);
+        }
+        state.waiting.push_back(job);
+        self.call(&mut state, runtime);
+    }
+
+    /// Has one thread come, unless one is on its way.
+    fn call(self: &Arc<Self>, state: &mut Jobs, runtime: &Handle) {
+        if state.coming {
+            return;
+        }
+        if state.asleep > 0 {
+            (state.asleep, state.coming) = (state.asleep - 1, true);
+            self.came.notify_one();
+        } else if state.threads.len() < self.max {
+            state.coming = true;
+            let (pool, runtime) = (self.clone(), runtime.clone());
+            #[allow(clippy::disallowed_methods, reason = "this is the seam")]
+            let thread = thread::Builder::new()
+                .name("blocking".to_owned())
+                .spawn(move || pool.work(&runtime))
+                .expect("the system refuses one of a few dozen threads: nothing can go on");
+            state.threads.push(thread);
+        }
+    }
+
+    /// A thread's life.
+    fn work(self: &Arc<Self>, runtime: &Handle) {
+        let _entered = runtime.enter();
+        let mut state = self.state.lock();
+        state.coming = false;
+        loop {
+            while let Some(job) = state.waiting.pop_front() {
+                if !state.waiting.is_empty() {
+                    self.call(&mut state, runtime);
+                }
+                drop(state);
+                // A job of which the process may not live on aborts it itself.
+                if catch_unwind(AssertUnwindSafe(job)).is_err() {
+                    tracing::error!("a blocking job had panicked");
+                }
+                state = self.state.lock();
+            }
+            if state.closed {
+                return;
+            }
+            state.asleep += 1;
+            self.came.wait(&mut state);
+            if state.closed {
+                return;
+            }
+            state.coming = false;
+        }
+    }
+
+    /// Takes no more jobs, drops those that wait, and hands out the threads, which end.
+    fn close(&self) -> Vec<thread::JoinHandle<()>> {
+        let (waiting, threads) = {
+            let mut state = self.state.lock();
+            state.closed = true;
+            (std::mem::take(&mut state.waiting), std::mem::take(&mut state.threads))
+        };
+        self.came.notify_all();
+        // Outside the lock: what a job holds may ask for another.
+        drop(waiting);
+        threads
+    }
+}
+
+impl Drop for RealExec {
+    fn drop(&mut self) {
+        // Without a shutdown nobody waits for the threads; they end when their jobs do.
+        drop(self.pool.close());
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::disallowed_methods, reason = "tests of the seam itself")]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use super::*;
 
@@ -208,6 +303,37 @@ mod tests {
         drop(wake);
         runtime.block_on(exec.shutdown());
         assert_eq!(steps.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_long_job_holds_up_no_other() {
+        let runtime = runtime();
+        let exec = RealExec::new(runtime.handle().clone(), 3);
+        let (release, released) = mpsc::channel::<()>();
+        let released = Arc::new(Mutex::new(released));
+        let (report, reports) = mpsc::channel();
+        // Two hang; all others pass them, in bursts and one by one, also after one that panics.
+        for _ in 0..2 {
+            let released = released.clone();
+            exec.blocking(Box::new(move || {
+                let _ = released.lock().recv();
+            }));
+        }
+        exec.blocking(Box::new(|| panic!("of the test")));
+        for burst in [1, 1, 20, 1] {
+            for _ in 0..burst {
+                let report = report.clone();
+                exec.blocking(Box::new(move || report.send(()).expect("the test listens")));
+            }
+            for _ in 0..burst {
+                reports.recv_timeout(Duration::from_secs(30)).expect("it is not held up");
+            }
+        }
+        drop(release);
+        runtime.block_on(exec.shutdown());
+        let (late, lost) = mpsc::channel::<()>();
+        exec.blocking(Box::new(move || drop(late)));
+        assert!(lost.recv().is_err(), "after the end jobs are dropped");
     }
 
     #[test]

@@ -46,8 +46,9 @@ pub fn run(
     loop {
         let mut batch = Batch::new();
         for _ in 0..batch_puts {
-            version += 1;
-            batch.put(key::data(1, &choices.key(), version), choices.value());
+            version += 1_u64;
+            let (number, head) = (choices.number(), version.to_be_bytes());
+            batch.put(key::data(1, &workload.key(number), version), choices.value(&head));
         }
         // Only the store's part counts, not the making of what it is given.
         let handed_over = Instant::now();
@@ -68,11 +69,12 @@ pub fn run(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workload::{Distribution, Mix};
 
     #[test]
     fn batches_are_written_and_nothing_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let workload = Workload::new(0, 1_000, 100, 1).unwrap();
+        let workload = Workload::new(Mix::reads(0), Distribution::Uniform, 1_000, 100, 1).unwrap();
         let window = Duration::from_millis(50);
         let written = run(dir.path(), &workload, 10, window).unwrap();
         assert!(written.batches.ok > 1 && written.puts_per_second > 10.0, "{written:?}");

@@ -75,6 +75,22 @@ async fn look_up_once(
 ) -> Result<Found, Refusal> {
     let question = Question { keyspace, keys: Arc::new(lookup.keys.clone()) };
     match lookup.freshness {
+        Freshness::Newest { judged_from } => newest(group, question, judged_from, deadline).await,
+        other => Box::pin(look_up_otherwise(group, question, other, now_ms, deadline)).await,
+    }
+}
+
+/// Reads that need not be the newest, or must be older. Boxed: see [`Router::execute`].
+///
+/// [`Router::execute`]: crate::router::Router::execute
+async fn look_up_otherwise(
+    group: &Group,
+    question: Question,
+    freshness: Freshness,
+    now_ms: u64,
+    deadline: Instant,
+) -> Result<Found, Refusal> {
+    match freshness {
         Freshness::Any => {
             let look = move |state: &ReadState| question.look(state, u64::MAX);
             let mut found = group.read_local(0, deadline, look).await??;
@@ -108,7 +124,7 @@ async fn look_up_once(
             let mut found = question.read_at(group, Some(version), deadline).await?;
             found.judge(version);
             found.judged_at = version;
-            still_there(group, keyspace, version, deadline).await?;
+            still_there(group, question.keyspace, version, deadline).await?;
             Ok(found)
         }
         Freshness::Newest { judged_from } => newest(group, question, judged_from, deadline).await,
@@ -126,10 +142,26 @@ async fn newest(
     let look = move |state: &ReadState| newest.look(state, u64::MAX);
     let mut found = group.read(deadline, look).await??;
     found.age = Some(Duration::ZERO);
-    let Some(expiry) = found.first_expiry_after(0) else {
-        found.judge(0);
-        return Ok(found);
-    };
+    match found.first_expiry_after(0) {
+        None => {
+            found.judge(0);
+            Ok(found)
+        }
+        Some(expiry) => {
+            Box::pin(newest_judged(group, question, found, expiry, judged_from, deadline)).await
+        }
+    }
+}
+
+/// Judges what was found, of which something expires at a version.
+async fn newest_judged(
+    group: &Group,
+    question: Question,
+    mut found: Found,
+    expiry: u64,
+    judged_from: u64,
+    deadline: Instant,
+) -> Result<Found, Refusal> {
     let mut fixed = fix(group, None, deadline).await?;
     if fixed.version < judged_from {
         fixed = fix(group, Some(judged_from), deadline).await?;

@@ -62,6 +62,26 @@ impl Router {
                 let served = self.served(plan.shard, Position::default(), true);
                 answer::written(written.reply, answer, served, map)
             }
+            _ => Box::pin(self.serve_rarer(map, group, plan, call, steps)).await,
+        }
+    }
+
+    /// The same for what is asked for less often. A future of its own, which is boxed: see
+    /// [`Router::execute`].
+    async fn serve_rarer(
+        &self,
+        map: &ShardMap,
+        group: &Group,
+        plan: Plan,
+        call: &Call,
+        steps: &mut Steps,
+    ) -> Result<Answer, Fault> {
+        let (began, deadline) = (Instant::now(), call.deadline);
+        let told = |refusal: Refusal| self.refused(map, plan.shard, group, refusal);
+        match plan.task {
+            Task::Get(_) | Task::BatchGet(_) | Task::Write { .. } => {
+                unreachable!("they are served by the caller")
+            }
             Task::DeleteRange(spec) => {
                 self.parts.gate.check(plan.shard, true)?;
                 self.parts.loads.count(plan.shard, 0, 1);

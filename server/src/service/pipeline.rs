@@ -77,7 +77,8 @@ async fn carry(
             let slot = slots.clone().acquire_owned();
             async move { (waiting, slot.await.expect("it is never closed")) }
         })
-        .map(move |(waiting, slot)| answer(kv.clone(), waiting, slot, call))
+        // Boxed: on its way among those under way a future is moved three times.
+        .map(move |(waiting, slot)| Box::pin(answer(kv.clone(), waiting, slot, call)))
         .buffer_unordered(PIPELINE_IN_FLIGHT_MAX)
         .for_each(|finished| {
             into.lock().push(finished);

@@ -73,39 +73,75 @@ impl Deref for OpenDb {
 /// A snapshot that owns its database.
 ///
 /// The binding's snapshot borrows the database, and a struct cannot hold both. A future can: the
-/// database and the snapshot that borrows it are locals of one `async` block, which hands out read
-/// options each time it is polled and is never finished. Dropping it releases the snapshot, then
-/// the database.
+/// database and the snapshot that borrows it are locals of one `async` block, which answers a question
+/// each time it is polled and is never finished. Dropping it releases the snapshot, then the database.
+///
+/// The block also keeps the iterator of its point reads: to make one costs as much as to seek with it,
+/// and a view often serves dozens.
 pub(crate) struct RocksView {
     holder: Mutex<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    handed_out: Arc<Mutex<Option<ReadOptions>>>,
+    desk: Arc<Mutex<Desk>>,
     /// For gets, which may share one set of options.
     options: ReadOptions,
     db: Arc<OpenDb>,
 }
 
+/// Where a question and its answer lie, between two polls of the holder.
+#[derive(Default)]
+struct Desk {
+    /// Of a point read: the first key, and the prefix that it must have. Kept for their memory.
+    from: Vec<u8>,
+    prefix: usize,
+    asks_first: bool,
+    options: Option<ReadOptions>,
+    first: Option<Result<Option<(Bytes, Bytes)>, rocksdb::Error>>,
+}
+
 impl RocksView {
     pub(crate) fn new(db: Arc<OpenDb>) -> RocksView {
-        let handed_out = Arc::new(Mutex::new(None));
+        let desk: Arc<Mutex<Desk>> = Arc::default();
         let mut holder: Pin<Box<dyn Future<Output = ()> + Send>> =
-            Box::pin(hold(db.clone(), handed_out.clone()));
-        let options = next_options(&mut holder, &handed_out);
-        RocksView { holder: Mutex::new(holder), handed_out, options, db }
+            Box::pin(hold(db.clone(), desk.clone()));
+        let options = next_options(&mut holder, &desk);
+        RocksView { holder: Mutex::new(holder), desk, options, db }
     }
 
     /// Read options bound to the snapshot. Whoever uses them borrows the view, so that the snapshot
     /// outlives them.
     fn options(&self) -> ReadOptions {
-        next_options(&mut self.holder.lock(), &self.handed_out)
+        next_options(&mut self.holder.lock(), &self.desk)
     }
 }
 
-async fn hold(db: Arc<OpenDb>, handed_out: Arc<Mutex<Option<ReadOptions>>>) {
+async fn hold(db: Arc<OpenDb>, desk: Arc<Mutex<Desk>>) {
     let snapshot = db.snapshot();
+    let mut points: Option<DBRawIterator<'_>> = None;
     loop {
-        let mut options = ReadOptions::default();
-        options.set_snapshot(&snapshot);
-        *handed_out.lock() = Some(options);
+        {
+            let mut desk = desk.lock();
+            let desk = &mut *desk;
+            let snapshot_options = || {
+                let mut options = ReadOptions::default();
+                options.set_snapshot(&snapshot);
+                options
+            };
+            if std::mem::take(&mut desk.asks_first) {
+                let points = points.get_or_insert_with(|| {
+                    let mut options = snapshot_options();
+                    options.set_prefix_same_as_start(true);
+                    db.raw_iterator_opt(options)
+                });
+                points.seek(&desk.from);
+                let prefix = &desk.from[..desk.prefix];
+                let found = match points.item() {
+                    Some((key, value)) => Ok(key.starts_with(prefix).then(|| copy(key, value))),
+                    None => points.status().map(|()| None),
+                };
+                desk.first = Some(found);
+            } else {
+                desk.options = Some(snapshot_options());
+            }
+        }
         let mut resumed = false;
         poll_fn(|_| {
             if std::mem::replace(&mut resumed, true) { Poll::Ready(()) } else { Poll::Pending }
@@ -114,13 +150,17 @@ async fn hold(db: Arc<OpenDb>, handed_out: Arc<Mutex<Option<ReadOptions>>>) {
     }
 }
 
-fn next_options(
-    holder: &mut Pin<Box<dyn Future<Output = ()> + Send>>,
-    handed_out: &Mutex<Option<ReadOptions>>,
-) -> ReadOptions {
+fn ask(holder: &mut Pin<Box<dyn Future<Output = ()> + Send>>) {
     let polled = holder.as_mut().poll(&mut Context::from_waker(Waker::noop()));
     assert!(polled.is_pending(), "the holder of a snapshot never finishes");
-    handed_out.lock().take().expect("the holder hands out options at every poll")
+}
+
+fn next_options(
+    holder: &mut Pin<Box<dyn Future<Output = ()> + Send>>,
+    desk: &Mutex<Desk>,
+) -> ReadOptions {
+    ask(holder);
+    desk.lock().options.take().expect("the holder answers at every poll")
 }
 
 impl View for RocksView {
@@ -129,7 +169,17 @@ impl View for RocksView {
     }
 
     fn first(&self, from: &[u8], prefix: &[u8]) -> Result<Option<(Bytes, Bytes)>, Error> {
-        first(&self.db, self.options(), from, prefix)
+        assert!(from.starts_with(prefix), "the bloom filter of `prefix` knows no other keys");
+        let mut holder = self.holder.lock();
+        {
+            let mut desk = self.desk.lock();
+            desk.from.clear();
+            desk.from.extend_from_slice(from);
+            (desk.prefix, desk.asks_first) = (prefix.len(), true);
+        }
+        ask(&mut holder);
+        let found = self.desk.lock().first.take().expect("the holder answers at every poll");
+        found.map_err(|error| map_error(self.db.path(), &error))
     }
 
     fn seek(&self, range: Range<Vec<u8>>, reverse: bool) -> Result<Box<dyn Cursor + '_>, Error> {

@@ -18,12 +18,13 @@ const EDGES: &[(&str, &[&str])] = &[
     ("benches", &["client", "proto", "server", "storage"]),
 ];
 
-/// Package → the only crate that may name it, so that replacing it touches one crate.
-const CONTAINED: &[(&str, &str)] = &[
-    ("openraft", "raft"),
-    ("openraft-rt", "raft"),
-    ("openraft-rt-tokio", "raft"),
-    ("rust-rocksdb", "storage"),
+/// Package → the only crates that may name it, so that replacing it touches one crate. `benches`
+/// measures RocksDB itself, as the limit of what stands on it.
+const CONTAINED: &[(&str, &[&str])] = &[
+    ("openraft", &["raft"]),
+    ("openraft-rt", &["raft"]),
+    ("openraft-rt-tokio", &["raft"]),
+    ("rust-rocksdb", &["storage", "benches"]),
 ];
 
 #[test]
@@ -38,7 +39,7 @@ fn crates_know_only_what_they_are_built_on() {
 #[test]
 fn openraft_and_rocksdb_stay_in_one_crate() {
     expect_none(
-        "only raft names openraft, only storage names RocksDB",
+        "only raft names openraft, only storage (and benches, to measure it) names RocksDB",
         &escaped(&graph::packages()),
     );
 }
@@ -77,6 +78,7 @@ fn the_rules_can_fail() {
     }
     expect_one(&escaped(&[package("raft").needs("rust-rocksdb", Kind::Normal)]), "rust-rocksdb");
     assert!(escaped(&[package("raft").needs("openraft", Kind::Normal)]).is_empty());
+    assert!(escaped(&[package("benches").needs("rust-rocksdb", Kind::Normal)]).is_empty());
 
     let mut scripted = package("proto");
     scripted.build_script = true;
@@ -118,9 +120,9 @@ fn wrong_edges(packages: &[Package], edges: &[(&str, &[&str])]) -> Vec<String> {
 fn escaped(packages: &[Package]) -> Vec<String> {
     let mut problems = Vec::new();
     for package in packages {
-        for (contained, home) in CONTAINED {
+        for (contained, homes) in CONTAINED {
             let names = package.dependencies.iter().any(|(name, _)| name == contained);
-            if names && package.folder().is_some_and(|folder| folder != *home) {
+            if names && package.folder().is_some_and(|folder| !homes.contains(&folder)) {
                 problems.push(format!("{} depends on {contained}", package.name));
             }
         }

@@ -1,18 +1,21 @@
-//! Owns the comparison: the disk's limit, and a cluster on the same disk under more and more callers.
-//! Shows what group commit earns, and where the time goes. Judges nothing.
+//! Owns the view into a cluster under load: what its nodes count meanwhile, and the disk's limit beside a
+//! cluster on the same disk under more and more callers. Shows what group commit earns, and where the
+//! time goes. Judges nothing.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use coracle_client::Client;
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, ClusterPlan};
+use crate::cluster::{Cluster, ClusterPlan, connect};
 use crate::failure::Failure;
 use crate::limit::disk;
 use crate::load::{self, Plan};
 use crate::metrics::{Page, processor_time};
+use crate::port::System;
 use crate::report::{self, Row};
-use crate::workload::Workload;
+use crate::witness::Witness;
+use crate::workload::{Kind, Workload};
 
 /// Of the disk: what one short command appends to the log.
 const BLOCK_BYTES: usize = 4 << 10;
@@ -21,12 +24,16 @@ const BLOCK_BYTES: usize = 4 << 10;
 const SYNCS: &str = "coracle_log_fsync_duration_seconds_count";
 const SYNC_SECONDS: &str = "coracle_log_fsync_duration_seconds_sum";
 
-/// Stages of a request, in its order.
-const STAGES: [&str; 6] = ["queue", "propose", "log_sync", "replicate", "apply", "read"];
+/// Requests of all nodes, and their time.
+const REQUESTS: &str = "coracle_request_duration_seconds_count";
+const REQUEST_SECONDS: &str = "coracle_request_duration_seconds_sum";
 
-/// What shall be compared.
+/// Stages of a request, in its order.
+pub const STAGES: [&str; 6] = ["queue", "propose", "log_sync", "replicate", "apply", "read"];
+
+/// What shall be looked at.
 #[derive(Clone, Debug)]
-pub struct ComparePlan {
+pub struct StagesPlan {
     /// The servers, and the directory on the disk concerned.
     pub cluster: ClusterPlan,
     /// One step for each: so many callers.
@@ -68,12 +75,21 @@ pub struct Step {
     pub callers: usize,
     /// Their puts.
     pub puts: Row,
+    /// What the nodes counted.
+    pub seen: Seen,
+}
+
+/// What the nodes of a cluster counted while something was done to them.
+#[derive(Clone, Debug)]
+pub struct Seen {
     /// Syncs per second of one node's log, on average; `None` where the nodes counted none.
     pub syncs_per_second: Option<f64>,
     /// How long one took, on average.
     pub sync_mean: Duration,
     /// Cores that all servers, and that the load kept busy.
     pub cores: [f64; 2],
+    /// How long a request took on average, from its arrival to its answer.
+    pub request: Duration,
     /// How long each stage took on average, where the nodes measured it.
     pub stages: Vec<(&'static str, Duration)>,
 }
@@ -89,7 +105,7 @@ pub struct Comparison {
 
 /// Measures the disk, then the cluster. `said` hears what is going on.
 pub async fn run(
-    plan: &ComparePlan,
+    plan: &StagesPlan,
     workload: &Workload,
     said: impl Fn(&str),
 ) -> Result<Comparison, Failure> {
@@ -100,14 +116,13 @@ pub async fn run(
     said(&format!("starting {nodes} servers"));
     let cluster = Cluster::start(&plan.cluster).await?;
     let clients = connect(&cluster.addresses(), plan.connections)?;
-    let Some(first) = clients.first() else {
-        return Err(Failure::new("there must be a connection at least"));
-    };
-    load::fill(first, "default", workload).await?;
+    let witness = Arc::new(Witness::new(workload.keys));
+    let system = System::of_clients(&clients, "default", witness);
+    load::fill(&system, workload).await?;
     let mut steps = Vec::new();
     for callers in plan.callers.iter().copied() {
         said(&format!("{callers} callers"));
-        steps.push(step(plan, &cluster, &clients, workload, callers).await?);
+        steps.push(step(plan, &cluster, &system, workload, callers).await?);
     }
     for client in clients {
         client.close().await;
@@ -116,14 +131,7 @@ pub async fn run(
     Ok(Comparison { disk, steps })
 }
 
-/// Clients of a cluster, each with connections of its own.
-pub fn connect(seeds: &[String], connections: usize) -> Result<Vec<Client>, Failure> {
-    let client = |_| Client::builder().seeds(seeds).name("coracle-bench").connect_lazy();
-    let clients = (0..connections).map(client).collect::<Result<_, _>>();
-    clients.map_err(Failure::of("make a client"))
-}
-
-async fn disk_row(plan: &ComparePlan, writers: usize) -> Result<Row, Failure> {
+async fn disk_row(plan: &StagesPlan, writers: usize) -> Result<Row, Failure> {
     let (dir, window) = (plan.cluster.dir.clone(), plan.window / 2);
     let measured =
         tokio::task::spawn_blocking(move || disk::run(&dir, writers, BLOCK_BYTES, window));
@@ -136,32 +144,44 @@ async fn disk_row(plan: &ComparePlan, writers: usize) -> Result<Row, Failure> {
 }
 
 async fn step(
-    plan: &ComparePlan,
+    plan: &StagesPlan,
     cluster: &Cluster,
-    clients: &[Client],
+    system: &System,
     workload: &Workload,
     callers: usize,
 ) -> Result<Step, Failure> {
     let window = plan.window;
     // A run of its own, so that the servers' counts are of what is counted here, too.
-    let warmup = Plan { callers, rate: 0, warmup: Duration::ZERO, window: window / 2 };
-    load::run(clients, "default", workload, warmup).await?;
+    let warmup = Plan { callers, rate: 0, warmup: Duration::ZERO, window: window / 2, batch: 1 };
+    load::run(system, workload, warmup).await?;
+    let counted = load::run(system, workload, Plan { window, ..warmup });
+    let (counted, seen) = watch(cluster, counted).await?;
+    let puts = Row::new(format!("put, {callers} clients"), &counted.of(Kind::Put), window);
+    Ok(Step { callers, puts, seen })
+}
+
+/// Does something, and tells what the nodes counted meanwhile.
+pub async fn watch<T>(
+    cluster: &Cluster,
+    doing: impl Future<Output = Result<T, Failure>>,
+) -> Result<(T, Seen), Failure> {
     let before = (cluster.metrics().await?, cluster.processor_time(), processor_time(None));
     let began = Instant::now();
-    let counted = load::run(clients, "default", workload, Plan { window, ..warmup }).await?;
+    let done = doing.await?;
     let seconds = began.elapsed().as_secs_f64();
     let used = cluster.processor_time().saturating_sub(before.1);
     let used_here = processor_time(None).saturating_sub(before.2);
     let metrics = cluster.metrics().await?.since(&before.0);
     let syncs = metrics.sum(SYNCS);
-    Ok(Step {
-        callers,
-        puts: Row::new(format!("put, {callers} clients"), &counted.puts, window),
-        syncs_per_second: (syncs > 0.0).then(|| syncs / plan.cluster.nodes as f64 / seconds),
+    let request = mean(metrics.sum(REQUEST_SECONDS), metrics.sum(REQUESTS));
+    let seen = Seen {
+        syncs_per_second: (syncs > 0.0).then(|| syncs / cluster.nodes() as f64 / seconds),
         sync_mean: mean(metrics.sum(SYNC_SECONDS), syncs),
         cores: [used, used_here].map(|used| used.as_secs_f64() / seconds),
+        request,
         stages: stages(&metrics),
-    })
+    };
+    Ok((done, seen))
 }
 
 fn stages(metrics: &Page) -> Vec<(&'static str, Duration)> {
@@ -184,7 +204,7 @@ fn mean(sum_seconds: f64, count: f64) -> Duration {
 impl Step {
     /// How many acknowledged puts shared one sync of a node's log.
     pub fn puts_per_sync(&self) -> Option<f64> {
-        self.syncs_per_second.map(|syncs| self.puts.per_second / syncs)
+        self.seen.syncs_per_second.map(|syncs| self.puts.per_second / syncs)
     }
 
     /// Acknowledged puts, against what one writer gets done that syncs every one of them; `None`
@@ -205,26 +225,27 @@ impl Step {
             p50,
             p99,
             self.puts.errors.values().sum::<u64>().to_string(),
-            or_unknown(self.syncs_per_second),
-            report::duration(self.sync_mean),
+            or_unknown(self.seen.syncs_per_second),
+            report::duration(self.seen.sync_mean),
             or_unknown(self.puts_per_sync()),
             or_unknown(self.times_disk(disk)),
-            report::rate(self.cores[0]),
-            report::rate(self.cores[1]),
+            report::rate(self.seen.cores[0]),
+            report::rate(self.seen.cores[1]),
         ]
     }
 
     fn json(&self, disk: &DiskLimit) -> Value {
         let micros = |stage: &(&str, Duration)| (stage.0.to_owned(), stage.1.as_micros() as u64);
-        let stages: std::collections::BTreeMap<_, _> = self.stages.iter().map(micros).collect();
+        let stages: std::collections::BTreeMap<_, _> =
+            self.seen.stages.iter().map(micros).collect();
         json!({
             "clients": self.callers,
             "puts": self.puts.json(),
-            "syncs_per_second_per_node": self.syncs_per_second,
-            "sync_mean_us": self.sync_mean.as_micros() as u64,
+            "syncs_per_second_per_node": self.seen.syncs_per_second,
+            "sync_mean_us": self.seen.sync_mean.as_micros() as u64,
             "puts_per_sync": self.puts_per_sync(),
             "puts_per_disk_sync": self.times_disk(disk),
-            "cores": { "servers": self.cores[0], "load": self.cores[1] },
+            "cores": { "servers": self.seen.cores[0], "load": self.seen.cores[1] },
             "stage_mean_us": stages,
         })
     }
@@ -262,7 +283,7 @@ impl Comparison {
                 text.push_str(&format!("{} clients: {error}: {count}\n", step.callers));
             }
         }
-        let measured = self.steps.iter().filter(|step| !step.stages.is_empty());
+        let measured = self.steps.iter().filter(|step| !step.seen.stages.is_empty());
         let stages: Vec<_> = measured.map(|step| self.stage_cells(step)).collect();
         if !stages.is_empty() {
             let heading = [&["clients"], &STAGES[..]].concat();
@@ -274,7 +295,7 @@ impl Comparison {
 
     fn stage_cells(&self, step: &Step) -> Vec<String> {
         let of = |wanted: &&str| {
-            let found = step.stages.iter().find(|(stage, _)| stage == wanted);
+            let found = step.seen.stages.iter().find(|(stage, _)| stage == wanted);
             found.map_or("-".to_owned(), |(_, mean)| report::duration(*mean))
         };
         std::iter::once(step.callers.to_string()).chain(STAGES.iter().map(of)).collect()
@@ -308,10 +329,13 @@ mod tests {
         Step {
             callers,
             puts: row(puts_per_second),
-            syncs_per_second: Some(500.0),
-            sync_mean: Duration::from_millis(1),
-            cores: [1.5, 0.5],
-            stages: vec![("queue", Duration::from_millis(2))],
+            seen: Seen {
+                syncs_per_second: Some(500.0),
+                sync_mean: Duration::from_millis(1),
+                cores: [1.5, 0.5],
+                request: Duration::from_millis(4),
+                stages: vec![("queue", Duration::from_millis(2))],
+            },
         }
     }
 
@@ -336,7 +360,7 @@ mod tests {
         let disk = DiskLimit { writers: 3, one: row(1_000), all: row(2_000) };
         assert_eq!((step.puts_per_sync(), step.times_disk(&disk)), (Some(6.0), Some(3.0)));
         assert_eq!(step.cells(&disk).len(), HEADING.len());
-        step.syncs_per_second = None;
+        step.seen.syncs_per_second = None;
         let comparison = Comparison { disk, steps: vec![step] };
         let text = comparison.text();
         let row = text.lines().find(|line| line.starts_with("8  ")).unwrap_or_default();
