@@ -173,6 +173,7 @@ pub(super) mod tests {
     /// Five nodes in zones a, b, c, a, b; one shard on the first three, led by the first.
     pub(crate) fn map() -> ClusterMap {
         let nodes = (1..=5).map(|id| Node {
+            weight: 1_000,
             id: NodeId(id),
             address: format!("x:{id}"),
             peer_address: String::new(),
