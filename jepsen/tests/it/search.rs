@@ -66,7 +66,7 @@ fn perform(one: &Operation, value: u64) -> Option<u64> {
 /// Whether some order explains all, by trying every one.
 fn explained(left: &[&Operation], value: u64) -> bool {
     let open = |one: &&Operation| one.outcome == Outcome::Unknown;
-    if left.iter().all(|one| open(one)) {
+    if left.iter().all(open) {
         return true;
     }
     (0..left.len()).any(|at| {

@@ -118,6 +118,7 @@ impl Holding {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tokio::test expands to Runtime::block_on")]
 mod tests {
     use std::collections::BTreeSet;
 
