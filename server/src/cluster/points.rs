@@ -118,6 +118,7 @@ impl Holding {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test is outside of every seam")]
 mod tests {
     use std::collections::BTreeSet;
 
