@@ -420,9 +420,8 @@ impl Group {
             tokio::time::sleep(wait).await;
             let now = group.status();
             let unchanged = now.leader == Some(node) && now.term == status.term;
-            if unchanged && !group.embargo.holds() && group.environment.healthy() {
-                // A stopped group needs no leader.
-                let _ = group.raft.trigger().elect(true).await;
+            if unchanged {
+                group.campaign().await;
             }
         };
         let stop = self.stop.clone();
@@ -432,6 +431,14 @@ impl Group {
                 tokio::select! { () = stop.cancelled() => {}, () = campaign => {} }
             }),
         );
+    }
+
+    /// Campaigns now, unless it gives no votes yet.
+    pub(crate) async fn campaign(&self) {
+        if !self.embargo.holds() && self.environment.healthy() {
+            // A stopped group needs no leader.
+            let _ = self.raft.trigger().elect(true).await;
+        }
     }
 
     /// What this replica may do at the moment: looked at and set in one step, because those who call
@@ -599,6 +606,7 @@ async fn start_core(
         start.live.clone(),
         serving.clone(),
         environment.observer.clone(),
+        (start.replica, environment.births.clone()),
     );
     let log = LogStore::new(environment.log.clone(), start.replica, environment.exec.clone());
     let raft = Raft::new(start.replica.0, Arc::new(config), networks, log, machine).await;

@@ -6,11 +6,14 @@ use std::collections::BTreeMap;
 use coracle_storage::ReplicaId;
 use tokio::time::Instant;
 
+use super::members::unchanged;
+use crate::apply::{NotReshaped, Outcome, Reshaped};
+use crate::command::{Command, Planned, SplitShard};
 use crate::descriptor::Descriptor;
 use crate::error::{ChangeError, GroupError};
 use crate::group::Group;
 use crate::rules::Rules;
-use crate::types::ShardId;
+use crate::types::{ShardId, position};
 
 /// A split as it was planned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,12 +70,68 @@ impl Group {
     /// same nodes. On the leader, on the epoch and the very membership that it was planned on, else
     /// nothing changes. An unknown outcome shows in the group's epoch.
     pub async fn split(&self, plan: SplitPlan, deadline: Instant) -> Result<Split, ChangeError> {
-        let _ = (plan, deadline);
-        Err(ChangeError::Unavailable("splits are not built yet".to_owned()))
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(plan.epoch, deadline).await?;
+        let replicas = plan.replicas.iter().map(|(parent, child)| (parent.0, child.0)).collect();
+        let SplitPlan { at, child, rules, .. } = plan;
+        let command = SplitShard { planned, at, child: child.0, replicas, rules };
+        let reshaped = self.reshape(Command::Split(command), deadline).await?;
+        let child = reshaped.child.expect("a split has a child");
+        Ok(Split { parent: reshaped.descriptor, child, version: reshaped.version })
+    }
+
+    /// The membership of the epoch that a command was planned on, confirmed by a majority. On the leader,
+    /// which changes no members meanwhile.
+    pub(super) async fn planned(
+        &self,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<Planned, ChangeError> {
+        let (known, stored) = self.confirmed(deadline).await?;
+        if known != epoch {
+            return Err(ChangeError::EpochPassed { epoch: known });
+        }
+        let membership = stored.log_id().as_ref().map(position);
+        let membership = membership.ok_or(ChangeError::UnderWay)?;
+        Ok(Planned { epoch, membership })
+    }
+
+    /// Proposes a command that changes what the group holds, and waits for its end.
+    pub(super) async fn reshape(
+        &self,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<Reshaped, ChangeError> {
+        let unknown = || ChangeError::Unknown("it was proposed, and is not applied yet".to_owned());
+        let replies = match tokio::time::timeout_at(deadline, self.proposer.own(command)).await {
+            Ok(Ok(replies)) => replies,
+            Ok(Err(GroupError::Unknown(why))) => return Err(ChangeError::Unknown(why)),
+            Ok(Err(error)) => return Err(unchanged(error)),
+            Err(_) => return Err(unknown()),
+        };
+        match replies.0.into_iter().next().map(|reply| reply.outcome) {
+            Some(Outcome::Reshaped(Ok(reshaped))) => Ok(reshaped),
+            Some(Outcome::Reshaped(Err(refused))) => Err(refusal(refused)),
+            other => panic!("apply answers a split with what became of it, not {other:?}"),
+        }
     }
 
     /// Where this group's arc might be split, as far as this replica knows.
     pub async fn split_points(&self) -> Result<SplitPoints, GroupError> {
         Ok(SplitPoints::default())
     }
+}
+
+/// Why the group would not do it.
+fn refusal(refused: NotReshaped) -> ChangeError {
+    let why = match refused {
+        NotReshaped::Epoch { epoch } => return ChangeError::EpochPassed { epoch },
+        NotReshaped::Members => return ChangeError::UnderWay,
+        NotReshaped::Replicas => "the plan does not name one new replica for each of the group's",
+        NotReshaped::Position => "the position is not inside the group's arc, or is its first",
+        NotReshaped::Child => "the child's shard is the group's own, or the meta group's",
+    };
+    ChangeError::Refused(why.to_owned())
 }

@@ -17,3 +17,5 @@ mod reads;
 mod reclaim;
 mod voters;
 mod removal;
+mod ring_rig;
+mod split;

@@ -59,6 +59,10 @@ impl MetaName {
     pub const FOREIGN_FREE: MetaName = MetaName(0x0b);
     /// The cluster format version that the group may write.
     pub const ACTIVE_VERSION: MetaName = MetaName(0x0c);
+    /// The groups that this one comes from.
+    pub const LINEAGE: MetaName = MetaName(0x0d);
+    /// How keys are told apart: the keyspaces' entity rules.
+    pub const RULES: MetaName = MetaName(0x0e);
 }
 
 /// A physical key, taken apart.
