@@ -40,6 +40,7 @@ use crate::wire::Reader;
 
 mod birth;
 mod removal;
+mod tidy;
 
 use removal::Destroying;
 
@@ -154,6 +155,7 @@ impl Host {
         let exec = host.environment.exec.clone();
         exec.spawn("health", Box::pin(host.clone().watch_health()));
         exec.spawn("compact", Box::pin(host.clone().bound_log()));
+        exec.spawn("tidy", Box::pin(host.clone().tidy()));
         exec.spawn("growth", Box::pin(host.clone().sample_growth()));
         host
     }
@@ -511,6 +513,7 @@ impl Host {
             for group in &groups {
                 group.check_store();
                 group.forget_idle_transfer();
+                group.fade_load();
             }
             // One at a time: what its purge frees is seen at the next look.
             for pin in self.environment.log.pinners() {

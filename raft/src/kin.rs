@@ -127,3 +127,50 @@ impl Lineage {
         Ok(Lineage { ancestors, until, place })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hex(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let mut kin = Kin::default();
+        kin.learn(&Rules { hash_seed: 9, keyspaces: [].into() });
+        kin.take_over(3, &Lineage::default(), 7, Position { term: 0, index: 1 });
+        let (lineage, rules) = kin.take_changed().expect("it has changed");
+        let wanted = "01".to_owned()
+            + "0000000000000007"
+            + "00000000000000000000000000000001"
+            + "00000001"
+            + "0000000000000003";
+        assert_eq!(hex(&lineage), wanted);
+        assert_eq!(hex(&rules), "01000000000000000000000000", "no rules say nothing of the seed");
+        let read = Lineage::get(&mut Reader::new(lineage.freeze())).expect("our own bytes");
+        assert_eq!(read, **kin.lineage());
+        assert!(kin.take_changed().is_none());
+    }
+
+    #[test]
+    fn the_oldest_ancestors_are_forgotten_first() {
+        let mut kin = Kin::default();
+        for shard in 0..ANCESTORS_MAX as u64 + 3 {
+            kin.take_over(shard, &Lineage::default(), shard, Position::default());
+        }
+        let descends = |shard| kin.lineage().descends_from(shard);
+        assert_eq!([2, 3, ANCESTORS_MAX as u64 + 2].map(descends), [false, true, true]);
+    }
+
+    #[test]
+    fn only_what_came_along_is_told_with_the_place_of_the_change() {
+        let mut kin = Kin::default();
+        let (stored, place) = (Position { term: 4, index: 44 }, Position { term: 0, index: 1 });
+        assert_eq!(kin.lineage().place_of(7, stored), stored);
+        kin.take_over(3, &Lineage::default(), 7, place);
+        assert_eq!(kin.lineage().place_of(7, stored), place);
+        assert_eq!(kin.lineage().place_of(8, stored), stored);
+    }
+}

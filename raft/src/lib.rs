@@ -24,6 +24,7 @@ pub mod state_machine;
 mod network;
 pub mod leadership;
 pub mod lag;
+pub mod load;
 pub mod lease;
 pub mod clock;
 pub mod health;

@@ -1,10 +1,12 @@
 //! Owns a group's replicated state beside its records, and its bytes (FORMAT.md). Does not change
 //! it, but for the epoch (see `apply`).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
-use coracle_storage::state::{ArcFilter, MetaName, Overlay};
+use coracle_proto::entity::EntityRule;
+use coracle_storage::state::{ArcFilter, MetaName, Overlay, Sample};
 
 use crate::apply::{ApplyError, Membership};
 use crate::dedup::Dedup;
@@ -105,6 +107,48 @@ impl GroupState {
             let position = rules.position(keyspace, key);
             position.is_none_or(|position| descriptor.owns(keyspace, position))
         }))
+    }
+
+    /// Whether it can tell keys apart at all: it has taken part in a split or a merge.
+    pub(crate) fn can_tell_keys(&self) -> bool {
+        !self.kin.rules().keyspaces.is_empty()
+    }
+
+    /// The keyspaces whose keys it can tell apart.
+    pub(crate) fn known_keyspaces(&self) -> &BTreeMap<u32, EntityRule> {
+        &self.kin.rules().keyspaces
+    }
+
+    pub(crate) fn has_the_arc_of(&self, other: &GroupState) -> bool {
+        let arc = |state: &GroupState| state.descriptor.as_ref().map(|descriptor| descriptor.arc);
+        arc(self) == arc(other)
+    }
+
+    /// Of the samples that are the group's own: the position that halves their bytes best, where they are
+    /// of several entities, and the bytes.
+    pub(crate) fn median(&self, samples: &[Sample], rules: &Rules) -> (Option<u64>, u64) {
+        let mut by_position: BTreeMap<u64, u64> = BTreeMap::new();
+        for sample in samples {
+            let position = rules.position(sample.keyspace, &sample.key);
+            let owns = |position: &u64| {
+                self.descriptor.as_ref().is_some_and(|known| known.owns(sample.keyspace, *position))
+            };
+            if let Some(position) = position.filter(owns) {
+                *by_position.entry(position).or_default() += sample.bytes;
+            }
+        }
+        let bytes: u64 = by_position.values().sum();
+        let mut below = 0_u64;
+        let mut best: Option<(u64, u64)> = None;
+        for (position, here) in by_position {
+            let distance = (2 * below).abs_diff(bytes);
+            // With nothing below, the position would leave the parent empty.
+            if below > 0 && best.is_none_or(|(least, _)| distance < least) {
+                best = Some((distance, position));
+            }
+            below += here;
+        }
+        (best.map(|(_, position)| position), bytes)
     }
 
     /// Writes all of the state into the batch, whatever the store below holds.

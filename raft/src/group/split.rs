@@ -12,7 +12,9 @@ use crate::command::{Command, Planned, SplitShard};
 use crate::descriptor::Descriptor;
 use crate::error::{ChangeError, GroupError};
 use crate::group::Group;
+use crate::load::LoadBucket;
 use crate::rules::Rules;
+use crate::snapshot::blocking;
 use crate::types::{ShardId, position};
 
 /// A split as it was planned.
@@ -42,17 +44,6 @@ pub struct Split {
     pub version: u64,
 }
 
-/// How often each part of the arc was met, for choosing where to split by load.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LoadBucket {
-    /// Its first position; it ends where the next one begins, the last with the arc.
-    pub start: u64,
-    /// Reads, as counted on this replica.
-    pub reads: u64,
-    /// Writes.
-    pub writes: u64,
-}
-
 /// Where an arc might be split.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SplitPoints {
@@ -61,7 +52,7 @@ pub struct SplitPoints {
     pub by_size: Option<u64>,
     /// What the arc's own keys take, about.
     pub bytes: u64,
-    /// Counts of operations since the replica was started, decaying.
+    /// How often each part of the arc was met lately, on this replica; in order.
     pub load: Vec<LoadBucket>,
 }
 
@@ -118,9 +109,41 @@ impl Group {
         }
     }
 
-    /// Where this group's arc might be split, as far as this replica knows.
-    pub async fn split_points(&self) -> Result<SplitPoints, GroupError> {
-        Ok(SplitPoints::default())
+    /// Where this group's arc might be split, as far as this replica knows. By the rules of all keyspaces:
+    /// of one that is lacking no key counts.
+    pub async fn split_points(&self, rules: Rules) -> Result<SplitPoints, GroupError> {
+        let state = self.state.clone();
+        let sampled = blocking(&*self.environment.exec, move || state.median(&rules));
+        let sampled = sampled.await.map_err(|_| GroupError::Stopped)?;
+        let (by_size, bytes) = sampled.map_err(|error| GroupError::Storage(error.to_string()))?;
+        let arc = self.descriptor().and_then(|descriptor| descriptor.arc);
+        let load = arc.map_or_else(Vec::new, |arc| self.load.buckets(arc));
+        Ok(SplitPoints { by_size, bytes, load })
+    }
+
+    /// Reads at these positions were served here.
+    pub fn count_reads(&self, positions: impl IntoIterator<Item = u64>) {
+        if let Some(arc) = self.descriptor().and_then(|descriptor| descriptor.arc) {
+            positions.into_iter().for_each(|position| self.load.read(arc, position));
+        }
+    }
+
+    /// Lets what was counted long ago weigh less.
+    pub(crate) fn fade_load(&self) {
+        self.load.fade();
+    }
+
+    /// Whether this replica may hold keys outside its arc, which a split has left behind.
+    pub(crate) fn is_untidy(&self) -> bool {
+        self.state.is_untidy()
+    }
+
+    /// Drops keys outside the arc. Blocks a thread for as long as rewriting the store takes.
+    pub(crate) async fn drop_foreign(&self) -> Result<bool, GroupError> {
+        let state = self.state.clone();
+        let dropped = blocking(&*self.environment.exec, move || state.drop_foreign());
+        let dropped = dropped.await.map_err(|_| GroupError::Stopped)?;
+        dropped.map_err(|error| GroupError::Storage(error.to_string()))
     }
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 use coracle_storage::state::{Batch, Engine, Filter, FilterState, MetaName, Reader, ReplicaState};
 use openraft::EntryPayload;
 use parking_lot::{Mutex, RwLock};
@@ -22,7 +22,12 @@ use crate::entry::{decode_stored_membership, encode_stored_membership, get_log_i
 use crate::error::GroupError;
 use crate::history::History;
 use crate::kin::Lineage;
+use crate::rules::Rules;
 use crate::types::{Entry, LogId, Position, Replies, StoredMembership, position};
+use crate::wire::Malformed;
+
+/// Entries that are looked at for the median: a percent of error, and some milliseconds.
+const SAMPLES_MAX: usize = 20_000;
 
 /// What reads, writes and the host see of a replica's state.
 #[derive(Clone)]
@@ -48,6 +53,8 @@ struct Seen {
     engine: Weak<dyn Engine>,
     /// Cannot be upgraded any more once that store is closed.
     open: Weak<()>,
+    foreign_free: Option<u64>,
+    can_tell: bool,
 }
 
 pub(super) struct Current {
@@ -56,6 +63,8 @@ pub(super) struct Current {
     group: GroupState,
     pub(super) last_applied: Option<LogId>,
     pub(super) membership: Arc<StoredMembership>,
+    /// Of this store, not of the group: the epoch at which no key outside the arc was left.
+    foreign_free: Option<u64>,
 }
 
 /// A consistent look at a replica's state.
@@ -90,9 +99,12 @@ impl ReadState {
     /// Whether the view still shows all that it did when it was taken. A compaction goes by what is
     /// flushed meanwhile, not by views: of a keyspace with a short history it may drop what was the
     /// newest version here. To be asked after the newest state was looked at; a look at a fixed
-    /// version compares that with the threshold instead.
+    /// version compares that with the threshold instead. And once a split is flushed, what went to the
+    /// child is dropped, also from under a view of before.
     pub fn is_whole(&self, keyspace: u32) -> bool {
-        self.filter.state().threshold(keyspace) <= self.clock
+        let filter = self.filter.state();
+        let arc = self.descriptor.as_ref().and_then(|descriptor| descriptor.arc);
+        filter.threshold(keyspace) <= self.clock && (filter.arc.is_none() || filter.extent == arc)
     }
 }
 
@@ -155,6 +167,53 @@ impl SharedState {
         let before = store.engine().approximate_bytes();
         store.compact(None).map_err(io::Error::other)?;
         Ok((before, store.engine().approximate_bytes()))
+    }
+
+    /// Whether keys outside the arc may be here, and can be told apart.
+    pub(crate) fn is_untidy(&self) -> bool {
+        let seen = self.0.seen.read();
+        seen.foreign_free.is_none() && seen.can_tell
+    }
+
+    /// Drops keys outside the arc, and remembers that none is left. False where keys of a keyspace are here
+    /// whose rule the group does not know. Blocks for as long as rewriting all of the store takes.
+    pub(crate) fn drop_foreign(&self) -> io::Result<bool> {
+        let (store, filter, group) = {
+            let current = self.0.current.read();
+            let store = current.store.clone().ok_or_else(no_store)?;
+            (store, current.filter(), current.group.clone())
+        };
+        flush(&store, filter).map_err(io::Error::other)?;
+        store.compact(None).map_err(io::Error::other)?;
+        let known = group.known_keyspaces();
+        let keyspaces = store.keyspaces().map_err(io::Error::other)?;
+        if !keyspaces.iter().all(|keyspace| known.contains_key(keyspace)) {
+            return Ok(false);
+        }
+        // Under the lock: no batch changes the arc meanwhile.
+        let mut current = self.0.current.write();
+        if current.store.is_none() || !current.group.has_the_arc_of(&group) {
+            return Ok(false);
+        }
+        let epoch = group.descriptor.as_ref().map_or(0, |descriptor| descriptor.epoch);
+        let mut overlay = store.overlay();
+        overlay.put_meta(MetaName::FOREIGN_FREE, foreign_free_bytes(epoch));
+        store.write(overlay.into_batch()).map_err(io::Error::other)?;
+        current.foreign_free = Some(epoch);
+        *self.0.seen.write() = current.seen();
+        Ok(true)
+    }
+
+    /// The position with half of the bytes on each side, and the bytes, by a look at some keys. Blocks.
+    pub(crate) fn median(&self, rules: &Rules) -> io::Result<(Option<u64>, u64)> {
+        let (store, group) = {
+            let current = self.0.current.read();
+            (current.store.clone().ok_or_else(no_store)?, current.group.clone())
+        };
+        // What was written since the last flush counts too.
+        store.flush().map_err(io::Error::other)?;
+        let samples = store.sample(SAMPLES_MAX).map_err(io::Error::other)?;
+        Ok(group.median(&samples, rules))
     }
 
     /// What a crash would have to replay; 0 when everything is durable.
@@ -335,6 +394,9 @@ impl SharedState {
                 return Err(no_store());
             }
             store.write(batch).map_err(io::Error::other)?;
+            if !group.has_the_arc_of(&current.group) {
+                current.foreign_free = None;
+            }
             current.group = group;
             current.membership = membership;
             current.last_applied = Some(last);
@@ -384,6 +446,8 @@ impl Current {
             history: self.group.history.clone(),
             engine: Arc::downgrade(store.engine()),
             open: store.engine().open_marker(),
+            foreign_free: self.foreign_free,
+            can_tell: self.group.can_tell_keys(),
         }
     }
 
@@ -395,6 +459,7 @@ impl Current {
             threshold: self.group.history.default_threshold(),
             thresholds: self.group.history.thresholds(),
             arc: self.group.arc_filter(),
+            extent: self.group.descriptor.as_ref().and_then(|descriptor| descriptor.arc),
             ..FilterState::default()
         }
     }
@@ -411,8 +476,29 @@ impl Current {
             None => StoredMembership::default(),
         };
         group.membership = members(&membership);
-        Ok(Self { store: Some(store), group, last_applied, membership: Arc::new(membership) })
+        let foreign_free = match store.meta(MetaName::FOREIGN_FREE).map_err(io::Error::other)? {
+            Some(bytes) => Some(foreign_free_from(bytes)?),
+            None => None,
+        };
+        let membership = Arc::new(membership);
+        Ok(Self { store: Some(store), group, last_applied, membership, foreign_free })
     }
+}
+
+fn foreign_free_bytes(epoch: u64) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(9);
+    bytes.put_u8(1);
+    bytes.put_u64(epoch);
+    bytes.freeze()
+}
+
+fn foreign_free_from(bytes: Bytes) -> io::Result<u64> {
+    let mut reader = crate::wire::Reader::new(bytes);
+    let epoch = match reader.u8() {
+        Ok(1) => reader.u64(),
+        _ => Err(Malformed("a foreign-free record of an unknown format version")),
+    };
+    epoch.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 fn no_store() -> io::Error {

@@ -103,10 +103,12 @@ async fn dies_at_each_step(leads: bool) {
         let node = nodes.clone().find(|node| (led == Some(*node)) == leads).expect("three nodes");
         let (failpoint, reached) = stop_at(step);
         ring.cluster.nodes[&node].host.set_failpoint(Some(failpoint));
-        let (split, ()) = tokio::join!(ring.split(), async {
+        let group = ring.leading(SHARD).await;
+        let soon = Instant::now() + Duration::from_secs(1);
+        let (_, ()) = tokio::join!(group.split(Ring::plan(&group), soon), async {
             until(&format!("{step:?} is reached"), || reached.load(Ordering::SeqCst)).await;
         });
-        drop(split);
+        drop(group);
         ring.cluster.stop(node).await;
         ring.split().await;
         ring.fill(20..30).await;

@@ -233,6 +233,13 @@ pub fn data_range(keyspace: u32, start: &[u8], end: Option<&[u8]>) -> Range<Vec<
     start..end
 }
 
+/// The keyspace of a data key; `None` when it is not one.
+pub(crate) fn keyspace_of(bytes: &[u8]) -> Option<u32> {
+    let kind = *bytes.first()?;
+    let keyspace = bytes.get(1..DATA_KEY_AT)?.try_into().ok()?;
+    (kind == Kind::Data as u8).then(|| u32::from_be_bytes(keyspace))
+}
+
 /// Splits a data key into prefix and version; `None` when it is not a data key.
 pub fn split_data(bytes: &[u8]) -> Option<(&[u8], u64)> {
     let (prefix, rest) = bytes.split_at_checked(data_prefix_len(bytes)?)?;
