@@ -46,7 +46,8 @@ fn split(
     plan: SplitShard,
 ) -> (GroupState, Result<Reshaped, NotReshaped>, Option<Child>) {
     let mut overlay = group.store.overlay();
-    let mut state = GroupState { membership: members, ..group.store.state() };
+    let mut state = group.store.state();
+    state.membership = members;
     let stamp = group.now_ms << 16;
     let entry = Stamped { stamp, ceiling: stamp + 5, command: Command::Split(plan) }.encode();
     let applied = apply(&mut overlay, &mut state, group.term, group.index + 1, &entry);
