@@ -5,7 +5,8 @@
 //! chance. So all replicas come to the same bytes and the same replies, in one pass or replayed
 //! after a crash, whatever the cut of entries into batches.
 //!
-//! A delete-range is judged in `range`, a split in `reshape`.
+//! A delete-range is judged in `range`, a split in `reshape`, a merge in
+//! `merge`.
 //!
 //! # A request
 //!
@@ -30,7 +31,9 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use coracle_storage::state::{self, ArcFilter, MetaName, Overlay, Versioned, View, key};
 
-use crate::command::{Change, Command, Condition, DecodeError, Request, RequestId, Stamped};
+use crate::command::{
+    AbsorbShard, Change, Command, Condition, DecodeError, Request, RequestId, Stamped,
+};
 use crate::dedup::{Admission, SEQUENCE_OF_MARK};
 use crate::descriptor::Descriptor;
 use crate::history::{COUNTER_BITS, Pinned, physical_ms};
@@ -38,11 +41,13 @@ use crate::kin::Lineage;
 use crate::position::Position;
 use crate::wire::{Malformed, Reader};
 
+mod merge;
 mod range;
 mod reshape;
 mod result;
 mod state_record;
 
+pub use merge::{MergeState, Neighbour};
 pub use reshape::{BIRTH, Child, Membership, NotReshaped, Reshaped};
 pub use state_record::GroupState;
 
@@ -117,7 +122,7 @@ pub enum Outcome {
     },
     /// Of a pin, and never of a request.
     Pinned(Pinned),
-    /// Of a split, and never of a request.
+    /// Of a split, or of a step of a merge, and never of a request.
     Reshaped(Result<Reshaped, NotReshaped>),
 }
 
@@ -191,24 +196,33 @@ pub enum ApplyError {
 /// What an entry has done, beside its changes.
 #[derive(Debug, Default)]
 pub struct Applied {
-    /// One per request, in order, and one for a pin or a split; none for entries of other kinds.
+    /// One per request, in order, and one for a pin, a split or a step of a merge; none for entries of
+    /// other kinds.
     pub replies: Vec<Reply>,
     /// A group that begins with what this one holds: it must be there, durably, before the entry's
     /// batch is written.
     pub child: Option<Box<Child>>,
+    /// A neighbour that is to be taken in: nothing was done yet. Its keys must be in the store before the
+    /// entry is applied again, with the neighbour.
+    pub wants: Option<Box<AbsorbShard>>,
 }
 
-/// Applies one entry: changes go into the overlay's batch and into `state`.
+/// Applies one entry: changes go into the overlay's batch and into `state`. `neighbour`: what the entry
+/// takes in, once it is there.
 pub fn apply(
     overlay: &mut Overlay,
     state: &mut GroupState,
-    term: u64,
-    index: u64,
+    Position { term, index }: Position,
     entry: &Bytes,
+    neighbour: Option<&Neighbour<'_>>,
 ) -> Result<Applied, ApplyError> {
     let stamped = Stamped::decode(entry).map_err(|source| ApplyError::Decode { index, source })?;
     let at = Entry { stamp: stamped.stamp, term, index };
-    let Applied { mut replies, mut child } = Applied::default();
+    let Applied { mut replies, mut child, mut wants } = Applied::default();
+    if state.is_frozen() && !matches!(stamped.command, Command::Thaw(_)) {
+        replies = frozen(state, &at, &stamped.command);
+        return Ok(Applied { replies, child, wants });
+    }
     match stamped.command {
         Command::Requests(requests) => {
             replies.reserve(requests.len());
@@ -242,12 +256,35 @@ pub fn apply(
             });
             replies.push(at.own_reply(Outcome::Reshaped(done)));
         }
+        Command::Announce(plan) => {
+            let done = merge::announce(state, &plan);
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Freeze(plan) => {
+            let done = merge::freeze(state, &at, &plan);
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Thaw(plan) | Command::EndMerge(plan) => {
+            let done = merge::end(state, &plan);
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Absorb(plan) => {
+            let done = match (merge::may_absorb(state, &plan), neighbour) {
+                (Ok(_), None) => {
+                    wants = Some(Box::new(plan));
+                    return Ok(Applied { replies, child, wants });
+                }
+                (Ok(_), Some(neighbour)) => merge::absorb(overlay, state, &at, &plan, neighbour)?,
+                (Err(refused), _) => Err(refused),
+            };
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
     }
     for state in child.iter_mut().map(|child| &mut child.state).chain([state]) {
         state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);
         state.history.end_entry(state.clock);
     }
-    Ok(Applied { replies, child })
+    Ok(Applied { replies, child, wants })
 }
 
 /// A hash over what `reader` can show at the group clock; `group` must stand at the reader's
@@ -258,6 +295,27 @@ pub fn state_hash(
     arc: Option<&ArcFilter>,
 ) -> Result<u64, ApplyError> {
     Ok(reader.state_hash(arc, group.clock)?)
+}
+
+/// What an entry is answered by a frozen group, on which it does nothing.
+fn frozen(state: &mut GroupState, at: &Entry, command: &Command) -> Vec<Reply> {
+    let stale = Outcome::StaleRoute { descriptor: state.descriptor.clone() };
+    match command {
+        Command::Requests(requests) => {
+            requests.iter().map(|_| at.own_reply(stale.clone())).collect()
+        }
+        Command::Pin(_) => vec![at.own_reply(stale)],
+        Command::Advance | Command::Describe(_) | Command::Settings(_) => Vec::new(),
+        Command::Freeze(plan) => {
+            vec![at.own_reply(Outcome::Reshaped(merge::freeze(state, at, plan)))]
+        }
+        Command::Announce(plan) => {
+            vec![at.own_reply(Outcome::Reshaped(merge::announce(state, plan)))]
+        }
+        Command::Split(_) | Command::Absorb(_) | Command::EndMerge(_) | Command::Thaw(_) => {
+            vec![at.own_reply(Outcome::Reshaped(Err(NotReshaped::Merging)))]
+        }
+    }
 }
 
 /// The entry under way.

@@ -201,12 +201,14 @@ impl Host {
             }
         }
         // Now that what was cut short is gone: a parent makes its child anew as soon as it runs.
-        for replica in whole {
+        // All at once: one that applies what takes a neighbour in waits for the neighbour.
+        let opened = whole.into_iter().map(|replica| async move {
             // The node serves its other replicas.
             if let Err(error) = self.open(replica).await {
                 self.does_not_run(replica, &error.to_string());
             }
-        }
+        });
+        futures_util::future::join_all(opened).await;
         for replica in missing {
             self.does_not_run(replica, "its log is here, its state is not");
         }

@@ -10,6 +10,7 @@ pub mod history;
 pub mod command;
 pub mod dedup;
 mod kin;
+mod merge_status;
 pub mod apply;
 pub mod types;
 pub mod error;

@@ -113,6 +113,7 @@ impl Counts {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "a test's own runtime")]
 mod tests {
     use super::*;
 

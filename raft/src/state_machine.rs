@@ -19,12 +19,13 @@ use openraft::storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, Raf
 use openraft::{EntryPayload, OptionalSend};
 use tokio::time::Instant;
 
-use crate::apply::BIRTH;
-use crate::birth::{Birth, Births, SplitStep};
+use crate::apply::{BIRTH, Child};
+use crate::birth::{Birth, Births, MergeStep, SplitStep};
+use crate::command::AbsorbShard;
 use crate::observer::{Observer, Stage};
 use crate::snapshot::{CheckpointDir, SnapshotData, blocking};
 use crate::types::{
-    Entry, LogId, Membership, Replies, SnapshotMeta, StoredMembership, TypeConfig, log_id,
+    Entry, LogId, Membership, Replies, ShardId, SnapshotMeta, StoredMembership, TypeConfig, log_id,
 };
 
 type Responder = ApplyResponder<TypeConfig>;
@@ -41,7 +42,7 @@ const CHECKPOINT_FRESH: Duration = Duration::from_secs(10);
 mod shared;
 
 pub use shared::ReadState;
-use shared::{Current, Prepared};
+use shared::{Current, Prepared, Wait};
 pub(crate) use shared::{SharedState, applied_bytes};
 
 /// One replica's state machine.
@@ -156,7 +157,7 @@ impl StateMachine {
             applied += replies.len();
             answer(replies);
             if let Some(prepared) = waiting {
-                let replies = self.split(prepared).await?;
+                let replies = self.reshape(prepared, &entries[applied]).await?;
                 applied += replies.len();
                 answer(replies);
             }
@@ -164,11 +165,69 @@ impl StateMachine {
         Ok(())
     }
 
+    /// Sees to what the batch of an entry waits for, and writes it.
+    async fn reshape(&self, mut prepared: Prepared, entry: &Entry) -> io::Result<Vec<Replies>> {
+        match prepared.wait.take() {
+            Some(Wait::Child(child)) => self.split(prepared, *child).await,
+            Some(Wait::Neighbour(plan)) => {
+                drop(prepared);
+                self.absorb(&plan, entry.clone()).await
+            }
+            Some(Wait::Seal) | None => {
+                let shared = self.shared.clone();
+                let replies = self.run(move || shared.commit(prepared)).await?;
+                self.births.reach(self.replica, MergeStep::Frozen).await;
+                let shared = self.shared.clone();
+                self.run(move || shared.seal()).await?;
+                self.births.reach(self.replica, MergeStep::Sealed).await;
+                Ok(replies)
+            }
+        }
+    }
+
+    /// Takes a frozen neighbour in. Its keys come first: until the batch that makes them this group's is
+    /// durable, nothing here counts them as its own, so compaction is held back, and a crash takes all of
+    /// it again from the neighbour, which stays until every replica has it.
+    async fn absorb(&self, plan: &AbsorbShard, entry: Entry) -> io::Result<Vec<Replies>> {
+        let (births, own) = (&self.births, self.replica);
+        let other = plan.replicas.get(&own.0).copied().map(ReplicaId).ok_or_else(|| {
+            io::Error::other("this replica is no member of the group that takes another in")
+        })?;
+        let sealed = births.sealed(ShardId(plan.other.shard), other, plan.merge).await;
+        let sealed = Arc::new(sealed.map_err(io::Error::other)?);
+        births.reach(own, MergeStep::Found).await;
+        if self.shared.merge_status().foreign_free.is_none() {
+            // An older key of the neighbour's arc, of before a split, would be found again.
+            let shared = self.shared.clone();
+            if !self.run(move || shared.drop_foreign()).await? {
+                return Err(io::Error::other("keys outside the arc could not be dropped"));
+            }
+        }
+        births.reach(own, MergeStep::Tidied).await;
+        let (shared, from, ingested) = (self.shared.clone(), sealed.clone(), plan.clone());
+        let ingest = move || {
+            shared.hold_compaction(true)?;
+            shared.ingest(&from, &ingested)
+        };
+        self.run(ingest).await?;
+        births.reach(own, MergeStep::Ingested).await;
+        let shared = self.shared.clone();
+        let replies = self.run(move || shared.absorb(&entry, &sealed)).await?;
+        births.reach(own, MergeStep::Absorbed).await;
+        let shared = self.shared.clone();
+        let flush = move || {
+            shared.seal()?;
+            shared.hold_compaction(false)
+        };
+        self.run(flush).await?;
+        births.reach(own, MergeStep::Flushed).await;
+        Ok(replies)
+    }
+
     /// Writes the batch of a split, once the child of this replica is there.
-    async fn split(&self, mut prepared: Prepared) -> io::Result<Vec<Replies>> {
+    async fn split(&self, prepared: Prepared, child: Child) -> io::Result<Vec<Replies>> {
         let (births, own) = (self.births.clone(), self.replica);
         births.reach(own, SplitStep::Judged).await;
-        let child = prepared.child.take().expect("only a split waits for something");
         // One that is not a member any more has no child: none of its peers knows of one.
         let start = match child.replicas.get(&own.0) {
             Some(replica) => {

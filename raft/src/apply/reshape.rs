@@ -44,6 +44,8 @@ pub struct Reshaped {
     pub child: Option<Descriptor>,
     /// The version of the change.
     pub version: u64,
+    /// Of a freeze, and of what takes a neighbour in: the index in the log; else 0.
+    pub place: u64,
 }
 
 /// Why a command has changed nothing.
@@ -62,6 +64,8 @@ pub enum NotReshaped {
     Position,
     /// The child is the group itself, or the meta group.
     Child,
+    /// A merge is under way, and this is not part of it.
+    Merging,
 }
 
 /// A group that is born of another one.
@@ -80,6 +84,9 @@ pub(super) fn split(
     plan: &SplitShard,
 ) -> Result<(Reshaped, Child), NotReshaped> {
     let descriptor = planned(state, &plan.planned)?;
+    if state.merge.merging.is_some() || state.merge.frozen.is_some() {
+        return Err(NotReshaped::Merging);
+    }
     let (start, end) = descriptor.arc.ok_or(NotReshaped::Position)?;
     if plan.at <= start || end != 0 && plan.at >= end {
         return Err(NotReshaped::Position);
@@ -106,12 +113,12 @@ pub(super) fn split(
     child.descriptor = Some(born.clone());
     child.kin.take_over(parent.shard, &state.kin.lineage().clone(), version, BIRTH);
     child.history.end_entry(version);
-    let reshaped = Reshaped { descriptor: parent, child: Some(born), version };
+    let reshaped = Reshaped { descriptor: parent, child: Some(born), version, place: 0 };
     Ok((reshaped, Child { state: child, replicas: plan.replicas.clone() }))
 }
 
 /// Whether the group is still what a command was planned on.
-fn planned(state: &GroupState, planned: &Planned) -> Result<Descriptor, NotReshaped> {
+pub(super) fn planned(state: &GroupState, planned: &Planned) -> Result<Descriptor, NotReshaped> {
     let descriptor = state.descriptor.clone().ok_or(NotReshaped::Epoch { epoch: 0 })?;
     if descriptor.epoch != planned.epoch {
         return Err(NotReshaped::Epoch { epoch: descriptor.epoch });

@@ -8,7 +8,7 @@ use bytes::{BufMut, BytesMut};
 use coracle_proto::entity::EntityRule;
 use coracle_storage::state::{ArcFilter, MetaName, Overlay, Sample};
 
-use crate::apply::{ApplyError, Membership};
+use crate::apply::{ApplyError, Membership, MergeState};
 use crate::dedup::Dedup;
 use crate::descriptor::Descriptor;
 use crate::history::{History, Keyspaces, Pins};
@@ -38,6 +38,8 @@ pub struct GroupState {
     pub dedup: Dedup,
     /// The groups that it comes from.
     pub(crate) kin: Kin,
+    /// How far a merge is.
+    pub merge: MergeState,
     /// Who belongs to it, by the entry applied last. Set by whoever keeps that record.
     pub membership: Membership,
 }
@@ -62,8 +64,9 @@ impl GroupState {
         let lineage = record_of(overlay, MetaName::LINEAGE, "lineage", Lineage::get)?;
         let rules = record_of(overlay, MetaName::RULES, "rules", Rules::get)?;
         let kin = Kin::load(lineage.unwrap_or_default(), rules.unwrap_or_default());
-        let membership = Membership::default();
-        Ok(GroupState { clock, ceiling, history, descriptor, dedup, kin, membership })
+        let merge = record_of(overlay, MetaName::MERGE, "merge", MergeState::get)?;
+        let (merge, membership) = (merge.unwrap_or_default(), Membership::default());
+        Ok(GroupState { clock, ceiling, history, descriptor, dedup, kin, merge, membership })
     }
 
     /// Writes the state into the batch. Once per batch, after its last entry and before it is
@@ -84,6 +87,9 @@ impl GroupState {
         if let Some((lineage, rules)) = self.kin.take_changed() {
             overlay.put_meta(MetaName::LINEAGE, lineage.freeze());
             overlay.put_meta(MetaName::RULES, rules.freeze());
+        }
+        if let Some(merge) = self.merge.take_changed() {
+            overlay.put_meta(MetaName::MERGE, merge.freeze());
         }
         let mut out = BytesMut::new();
         self.dedup.put(&mut out);
@@ -107,6 +113,11 @@ impl GroupState {
             let position = rules.position(keyspace, key);
             position.is_none_or(|position| descriptor.owns(keyspace, position))
         }))
+    }
+
+    /// Whether it serves nothing: a neighbour is about to take it in.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.merge.frozen.is_some()
     }
 
     /// Whether it can tell keys apart at all: it has taken part in a split or a merge.
@@ -155,13 +166,15 @@ impl GroupState {
     pub(crate) fn store_whole(&mut self, overlay: &mut Overlay) {
         self.history.touch();
         self.kin.touch();
+        self.merge.touch();
         self.store(overlay);
     }
 
     /// A membership entry was applied: the epoch rises, so that whatever was planned on the old
     /// members fails.
     pub fn apply_membership(&mut self) {
-        if let Some(descriptor) = &mut self.descriptor {
+        // A frozen group stays as it was frozen.
+        if let Some(descriptor) = self.descriptor.as_mut().filter(|_| self.merge.frozen.is_none()) {
             descriptor.apply_membership();
         }
     }

@@ -18,9 +18,13 @@ use std::collections::BTreeMap;
 use coracle_storage::ReplicaId;
 use tokio::time::Instant;
 
+use super::members::unchanged;
+use crate::birth::Sealed;
+use crate::command::{AbsorbShard, AnnounceMerge, Command, EndMerge, FreezeShard};
 use crate::descriptor::Descriptor;
 use crate::error::ChangeError;
 use crate::group::Group;
+pub use crate::merge_status::{Absorbed, Frozen, MergeStatus};
 use crate::rules::Rules;
 use crate::types::ShardId;
 
@@ -56,41 +60,6 @@ pub struct MergePlan {
     pub rules: Rules,
 }
 
-/// That a group serves nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Frozen {
-    /// For which merge.
-    pub merge: u64,
-    /// The index of the freeze in R's log. It is durable here.
-    pub index: u64,
-}
-
-/// What a group has taken in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Absorbed {
-    /// By which merge.
-    pub merge: u64,
-    /// Whether this replica holds all of it durably: R's replica on its node is needed no more.
-    pub flushed: bool,
-}
-
-/// How far a merge is on one replica. Everything that it says survives a crash.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MergeStatus {
-    /// The merge under way, by [`Group::prepare_merge`].
-    pub merging: Option<u64>,
-    /// Of R.
-    pub frozen: Option<Frozen>,
-    /// The epoch at which this replica was found to hold no key outside its arc, where that is still so.
-    pub foreign_free: Option<u64>,
-    /// Of L: the last merge that took something in.
-    pub absorbed: Option<Absorbed>,
-}
-
-fn not_built<T>() -> Result<T, ChangeError> {
-    Err(ChangeError::Unavailable("merges are not built yet".to_owned()))
-}
-
 impl Group {
     /// Announces a merge: no split and no change of members from then on. Returns the epoch, which
     /// stays. Done already is no error.
@@ -99,8 +68,14 @@ impl Group {
         plan: PrepareMerge,
         deadline: Instant,
     ) -> Result<u64, ChangeError> {
-        let _ = (plan, deadline);
-        not_built()
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(plan.epoch, deadline).await?;
+        let PrepareMerge { merge, absorbs, rules, .. } = plan;
+        let announce = AnnounceMerge { planned, merge, absorbs, rules };
+        let reshaped = self.reshape(Command::Announce(announce), deadline).await?;
+        Ok(reshaped.descriptor.epoch)
     }
 
     /// Freezes the group (R). Fails where the epoch is another by the time that it is applied. Done
@@ -111,8 +86,13 @@ impl Group {
         epoch: u64,
         deadline: Instant,
     ) -> Result<Frozen, ChangeError> {
-        let _ = (merge, epoch, deadline);
-        not_built()
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(epoch, deadline).await?;
+        let freeze = Command::Freeze(FreezeShard { planned, merge });
+        let reshaped = self.reshape(freeze, deadline).await?;
+        Ok(Frozen { merge, index: reshaped.place })
     }
 
     /// Ends R's part of a merge that is cancelled: the epoch rises, frozen or not. Returns it.
@@ -122,18 +102,27 @@ impl Group {
         epoch: u64,
         deadline: Instant,
     ) -> Result<u64, ChangeError> {
-        let _ = (merge, epoch, deadline);
-        not_built()
+        self.leads_here()?;
+        let reshaped = self.reshape(Command::Thaw(EndMerge { merge, epoch }), deadline).await?;
+        Ok(reshaped.descriptor.epoch)
     }
 
-    /// Takes the frozen neighbour in (L). Returns what L holds from then on.
+    /// Takes the frozen neighbour in (L). Returns what L holds from then on. Nothing is decided here: the
+    /// records have said so before, and every replica of R is frozen.
     pub async fn absorb(
         &self,
         plan: MergePlan,
         deadline: Instant,
     ) -> Result<Descriptor, ChangeError> {
-        let _ = (plan, deadline);
-        not_built()
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(plan.epoch, deadline).await?;
+        let replicas = plan.replicas.iter().map(|(own, other)| (own.0, other.0)).collect();
+        let MergePlan { merge, other, frozen_at, rules, .. } = plan;
+        let absorb = AbsorbShard { planned, merge, other, frozen_at, replicas, rules };
+        let reshaped = self.reshape(Command::Absorb(absorb), deadline).await?;
+        Ok(reshaped.descriptor)
     }
 
     /// Ends L's part of a merge, cancelled or done: the epoch rises. Returns it.
@@ -143,12 +132,22 @@ impl Group {
         epoch: u64,
         deadline: Instant,
     ) -> Result<u64, ChangeError> {
-        let _ = (merge, epoch, deadline);
-        not_built()
+        self.leads_here()?;
+        let end = Command::EndMerge(EndMerge { merge, epoch });
+        Ok(self.reshape(end, deadline).await?.descriptor.epoch)
     }
 
     /// How far a merge is on this replica.
     pub fn merge_status(&self) -> MergeStatus {
-        MergeStatus::default()
+        self.state.merge_status()
+    }
+
+    /// See [`crate::birth::Nursery::sealed`].
+    pub(crate) fn sealed(&self, merge: u64) -> Option<Sealed> {
+        self.state.sealed(merge)
+    }
+
+    fn leads_here(&self) -> Result<(), ChangeError> {
+        self.leadership.leads().map(drop).map_err(unchanged)
     }
 }

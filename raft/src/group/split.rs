@@ -105,7 +105,7 @@ impl Group {
         match replies.0.into_iter().next().map(|reply| reply.outcome) {
             Some(Outcome::Reshaped(Ok(reshaped))) => Ok(reshaped),
             Some(Outcome::Reshaped(Err(refused))) => Err(refusal(refused)),
-            other => panic!("apply answers a split with what became of it, not {other:?}"),
+            other => panic!("apply answers such a command with what became of it, not {other:?}"),
         }
     }
 
@@ -151,7 +151,7 @@ impl Group {
 fn refusal(refused: NotReshaped) -> ChangeError {
     let why = match refused {
         NotReshaped::Epoch { epoch } => return ChangeError::EpochPassed { epoch },
-        NotReshaped::Members => return ChangeError::UnderWay,
+        NotReshaped::Members | NotReshaped::Merging => return ChangeError::UnderWay,
         NotReshaped::Replicas => "the plan does not name one new replica for each of the group's",
         NotReshaped::Position => "the position is not inside the group's arc, or is its first",
         NotReshaped::Child => "the child's shard is the group's own, or the meta group's",

@@ -16,9 +16,9 @@ use coracle_storage::{Error, ReplicaId};
 use futures_util::future::BoxFuture;
 use tokio::sync::oneshot;
 
-use super::{HOME, Host, Key, ended, home_bytes, never_took_part, told};
+use super::{Condition, HOME, Host, Key, ended, home_bytes, never_took_part, told};
 use crate::apply::{BIRTH, GroupState};
-use crate::birth::{Birth, Nursery, SplitStep, Start};
+use crate::birth::{Birth, Nursery, Sealed, SplitStep, Start};
 use crate::descriptor::Descriptor;
 use crate::entry::encode_stored_membership;
 use crate::group::Group;
@@ -55,9 +55,47 @@ impl Nursery for Host {
             }))
         })
     }
+
+    fn sealed(
+        self: Arc<Self>,
+        shard: ShardId,
+        replica: ReplicaId,
+        merge: u64,
+    ) -> BoxFuture<'static, Result<Sealed, Error>> {
+        Box::pin(async move { self.sealed_here(shard, replica, merge).await })
+    }
 }
 
+/// How often a neighbour is looked at that is not frozen here yet.
+const SEALED_POLL: Duration = Duration::from_millis(5);
+
 impl Host {
+    async fn sealed_here(
+        &self,
+        shard: ShardId,
+        replica: ReplicaId,
+        merge: u64,
+    ) -> Result<Sealed, Error> {
+        loop {
+            let group = self.group(shard).filter(|group| group.replica() == replica);
+            if let Some(sealed) = group.as_ref().and_then(|group| group.sealed(merge)) {
+                return Ok(sealed);
+            }
+            // Being opened, or still applying what comes before the freeze: it does not take long. Not
+            // there, or broken: this replica cannot go on, and is made anew elsewhere.
+            if self.condition(replica) != Condition::Runs {
+                let why = format!("replica {} of {shard}, to be taken in, is not here", replica.0);
+                return Err(Error::invalid(why));
+            }
+            tokio::select! {
+                () = self.environment.stop.cancelled() => {
+                    return Err(Error::invalid("the node is stopping"));
+                }
+                () = tokio::time::sleep(SEALED_POLL) => {}
+            }
+        }
+    }
+
     async fn bear_once(&self, birth: Birth) -> Result<Option<Newborn>, Error> {
         let Birth { descriptor, replica, of, .. } = &birth;
         let (replica, of, shard) = (*replica, *of, ShardId(descriptor.shard));

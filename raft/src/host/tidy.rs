@@ -9,32 +9,36 @@ use std::time::Duration;
 use coracle_storage::ReplicaId;
 
 use super::Host;
+use crate::group::Group;
 
 /// How often a replica is looked for that has something to clear away.
-const TIDY_INTERVAL: Duration = Duration::from_secs(5);
+const TIDY_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Host {
     /// One replica at a time, and none while somebody rewrites one for other reasons. A replica and epoch
     /// is tried once: one that cannot tell its keys apart waits for the next split or merge, which tells
     /// it how.
     pub(super) async fn tidy(self: Arc<Self>) {
-        let mut tried: BTreeSet<(ReplicaId, u64)> = BTreeSet::new();
+        let mut tried: BTreeSet<(ReplicaId, u64, Option<u64>)> = BTreeSet::new();
         loop {
             tokio::select! {
                 () = self.environment.stop.cancelled() => return,
                 () = tokio::time::sleep(TIDY_INTERVAL) => {}
             }
             let groups = self.groups();
-            let epoch = |group: &crate::group::Group| {
-                group.descriptor().map_or(0, |descriptor| descriptor.epoch)
+            let name = |group: &Group| {
+                let epoch = group.descriptor().map_or(0, |descriptor| descriptor.epoch);
+                (group.replica(), epoch, group.merge_status().merging)
             };
-            tried.retain(|(replica, _)| groups.iter().any(|group| group.replica() == *replica));
-            let untidy = groups.into_iter().find(|group| {
-                group.is_untidy() && !tried.contains(&(group.replica(), epoch(group)))
-            });
+            tried.retain(|(replica, ..)| groups.iter().any(|group| group.replica() == *replica));
+            let is_due = |group: &&Arc<Group>| group.is_untidy() && !tried.contains(&name(group));
+            // Somebody waits for those of a merge.
+            let merging = |group: &&Arc<Group>| group.merge_status().merging.is_some();
+            let first = groups.iter().filter(is_due).find(merging);
+            let untidy = first.or_else(|| groups.iter().find(is_due)).cloned();
             let Some(group) = untidy else { continue };
             let Ok(_turn) = self.reclaiming.clone().try_lock_owned() else { continue };
-            tried.insert((group.replica(), epoch(&group)));
+            tried.insert(name(&group));
             match group.drop_foreign().await {
                 Ok(all) => {
                     tracing::info!(shard = %group.shard(), all, "keys of other shards are dropped")

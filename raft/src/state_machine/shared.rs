@@ -9,25 +9,31 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use coracle_storage::state::{Batch, Engine, Filter, FilterState, MetaName, Reader, ReplicaState};
+use coracle_storage::state::{
+    Batch, Engine, Filter, FilterState, Kind, MetaName, Reader, ReplicaState, key,
+};
 use openraft::EntryPayload;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use super::{BATCH_BYTES_MAX, flush};
-use crate::apply::{Applied, Child, GroupState, Membership, apply};
-use crate::command;
+use crate::apply::{Applied, Child, GroupState, Membership, MergeState, Neighbour, apply};
+use crate::birth::Sealed;
+use crate::command::{self, AbsorbShard};
 use crate::descriptor::Descriptor;
 use crate::entry::{decode_stored_membership, encode_stored_membership, get_log_id, put_log_id};
 use crate::error::GroupError;
 use crate::history::History;
 use crate::kin::Lineage;
+use crate::merge_status::{Absorbed, Frozen, MergeStatus};
 use crate::rules::Rules;
 use crate::types::{Entry, LogId, Position, Replies, StoredMembership, position};
 use crate::wire::Malformed;
 
 /// Entries that are looked at for the median: a percent of error, and some milliseconds.
 const SAMPLES_MAX: usize = 20_000;
+/// Bytes of a neighbour's keys that are written at a time.
+const INGEST_BATCH_BYTES: u64 = 1 << 20;
 
 /// What reads, writes and the host see of a replica's state.
 #[derive(Clone)]
@@ -55,6 +61,15 @@ struct Seen {
     open: Weak<()>,
     foreign_free: Option<u64>,
     can_tell: bool,
+    merge: MergeState,
+    durable: Durable,
+}
+
+/// What of a merge survives a crash of this replica.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Durable {
+    frozen: Option<(u64, u64)>,
+    absorbed: Option<u64>,
 }
 
 pub(super) struct Current {
@@ -63,6 +78,7 @@ pub(super) struct Current {
     group: GroupState,
     pub(super) last_applied: Option<LogId>,
     pub(super) membership: Arc<StoredMembership>,
+    durable: Durable,
     /// Of this store, not of the group: the epoch at which no key outside the arc was left.
     foreign_free: Option<u64>,
 }
@@ -71,8 +87,11 @@ pub(super) struct Current {
 pub struct ReadState {
     /// Keys and versions.
     pub reader: Reader<'static>,
-    /// Which arc this very view holds; `None` before the group was described.
+    /// Which arc this very view holds; `None` before the group was described, and while it is frozen: then it
+    /// serves nothing.
     pub descriptor: Option<Descriptor>,
+    /// The same, frozen or not.
+    pub(crate) held: Option<Descriptor>,
     /// Up to which entry.
     pub position: Position,
     /// The group clock: the highest version that is in it.
@@ -169,6 +188,86 @@ impl SharedState {
         Ok((before, store.engine().approximate_bytes()))
     }
 
+    /// How far a merge is on this replica.
+    pub(crate) fn merge_status(&self) -> MergeStatus {
+        let seen = self.0.seen.read();
+        let durable = seen.durable;
+        let frozen = durable.frozen.filter(|_| durable.frozen == seen.merge.frozen);
+        let absorbed = seen
+            .merge
+            .absorbed
+            .map(|merge| Absorbed { merge, flushed: durable.absorbed == Some(merge) });
+        MergeStatus {
+            merging: seen.merge.merging.map(|(merge, _)| merge),
+            frozen: frozen.map(|(merge, index)| Frozen { merge, index }),
+            foreign_free: seen.foreign_free,
+            absorbed,
+        }
+    }
+
+    /// Makes all of it durable, and lets compaction and the merge's controller go by it.
+    pub(super) fn seal(&self) -> io::Result<()> {
+        let (store, filter, merge) = {
+            let current = self.0.current.read();
+            let store = current.store.clone().ok_or_else(no_store)?;
+            (store, current.filter(), current.group.merge)
+        };
+        flush(&store, filter).map_err(io::Error::other)?;
+        let mut current = self.0.current.write();
+        current.durable = Durable { frozen: merge.frozen, absorbed: merge.absorbed };
+        *self.0.seen.write() = current.seen();
+        Ok(())
+    }
+
+    /// This replica as whoever takes its group in needs it, once it is frozen for that merge.
+    pub(crate) fn sealed(&self, merge: u64) -> Option<Sealed> {
+        let current = self.0.current.read();
+        let frozen = current.group.merge.frozen.is_some_and(|(by, _)| by == merge);
+        let store = current.store.clone().filter(|_| frozen)?;
+        Some(Sealed { state: current.group.clone(), store })
+    }
+
+    /// Writes the keys of a neighbour's arc, and no others. What is written twice is the same.
+    pub(super) fn ingest(&self, sealed: &Sealed, plan: &AbsorbShard) -> io::Result<()> {
+        let store = self.store()?;
+        let view = sealed.store.engine().view().map_err(io::Error::other)?;
+        let mut cursor = view.seek(Kind::Data.range(), false).map_err(io::Error::other)?;
+        let (mut batch, mut prefix, mut own) = (Batch::new(), Vec::new(), false);
+        while let Some((physical, stored)) = cursor.next().map_err(io::Error::other)? {
+            let not_data = || io::Error::other("a neighbour's record of data has no such key");
+            let (now, _) = key::split_data(&physical).ok_or_else(not_data)?;
+            if prefix != now {
+                prefix = now.to_vec();
+                let (keyspace, user_key) = key::decode_prefix(now).ok_or_else(not_data)?;
+                let position = plan.rules.position(keyspace, &user_key).ok_or_else(|| {
+                    io::Error::other(format!("the rule of keyspace {keyspace} did not come along"))
+                })?;
+                own = plan.other.owns(keyspace, position);
+            }
+            if own {
+                batch.put(physical, stored);
+            }
+            if batch.bytes() >= INGEST_BATCH_BYTES {
+                store.write(std::mem::take(&mut batch)).map_err(io::Error::other)?;
+            }
+        }
+        store.write(batch).map_err(io::Error::other)
+    }
+
+    /// Holds compaction back, or lets it go on.
+    pub(super) fn hold_compaction(&self, holds: bool) -> io::Result<()> {
+        self.store()?.filter().hold(holds);
+        Ok(())
+    }
+
+    /// Applies the entry that takes a neighbour in, whose keys are in the store.
+    pub(super) fn absorb(&self, entry: &Entry, sealed: &Sealed) -> io::Result<Vec<Replies>> {
+        let view = sealed.store.engine().view().map_err(io::Error::other)?;
+        let neighbour = Neighbour { state: &sealed.state, view: &*view };
+        let prepared = self.prepare(std::slice::from_ref(entry), Some(&neighbour))?;
+        self.commit(prepared)
+    }
+
     /// Whether keys outside the arc may be here, and can be told apart.
     pub(crate) fn is_untidy(&self) -> bool {
         let seen = self.0.seen.read();
@@ -176,18 +275,20 @@ impl SharedState {
     }
 
     /// Drops keys outside the arc, and remembers that none is left. False where keys of a keyspace are here
-    /// whose rule the group does not know. Blocks for as long as rewriting all of the store takes.
+    /// whose rule the group does not know, unless a merge is under way: it has brought the rules of all that
+    /// there can be foreign keys of. Blocks for as long as rewriting all of the store takes.
     pub(crate) fn drop_foreign(&self) -> io::Result<bool> {
         let (store, filter, group) = {
             let current = self.0.current.read();
             let store = current.store.clone().ok_or_else(no_store)?;
             (store, current.filter(), current.group.clone())
         };
+        let all_known = group.merge.merging.is_some();
         flush(&store, filter).map_err(io::Error::other)?;
         store.compact(None).map_err(io::Error::other)?;
         let known = group.known_keyspaces();
         let keyspaces = store.keyspaces().map_err(io::Error::other)?;
-        if !keyspaces.iter().all(|keyspace| known.contains_key(keyspace)) {
+        if !all_known && !keyspaces.iter().all(|keyspace| known.contains_key(keyspace)) {
             return Ok(false);
         }
         // Under the lock: no batch changes the arc meanwhile.
@@ -288,7 +389,8 @@ impl SharedState {
         let reader = store.reader().map_err(|error| GroupError::Storage(error.to_string()))?;
         Ok(ReadState {
             reader,
-            descriptor: current.group.descriptor.clone(),
+            descriptor: current.group.descriptor.clone().filter(|_| !current.group.is_frozen()),
+            held: current.group.descriptor.clone(),
             position: current.last_applied.as_ref().map(position).unwrap_or_default(),
             clock: current.group.clock,
             history: current.group.history.clone(),
@@ -325,8 +427,8 @@ impl SharedState {
     ) -> io::Result<(Vec<Replies>, Option<Prepared>)> {
         let mut replies = Vec::with_capacity(entries.len());
         while !entries.is_empty() {
-            let prepared = self.prepare(entries)?;
-            if prepared.child.is_some() {
+            let prepared = self.prepare(entries, None)?;
+            if prepared.wait.is_some() {
                 return Ok((replies, Some(prepared)));
             }
             entries = &entries[prepared.replies.len()..];
@@ -337,16 +439,22 @@ impl SharedState {
 
     /// Judges the first of these entries, at least one, as one batch. An entry that changes what the
     /// group holds is a batch of its own.
-    fn prepare(&self, entries: &[Entry]) -> io::Result<Prepared> {
+    fn prepare(
+        &self,
+        entries: &[Entry],
+        neighbour: Option<&Neighbour<'_>>,
+    ) -> io::Result<Prepared> {
         // Only the state machine writes, one batch at a time, so what is read here stays true.
-        let (store, mut group, mut membership) = {
+        let (store, mut group, mut membership, foreign_free) = {
             let current = self.0.current.read();
             // The state machine swaps and applies in turn.
             let store = current.store.clone().ok_or_else(no_store)?;
-            (store, current.group.clone(), current.membership.clone())
+            let (group, membership) = (current.group.clone(), current.membership.clone());
+            (store, group, membership, current.foreign_free)
         };
+        let was_frozen = group.is_frozen();
         let mut overlay = store.overlay();
-        let (mut replies, mut child) = (Vec::with_capacity(entries.len()), None);
+        let (mut replies, mut wait) = (Vec::with_capacity(entries.len()), None);
         for entry in entries {
             let full = overlay.bytes() >= BATCH_BYTES_MAX as u64 || stands_alone(entry);
             if !replies.is_empty() && full {
@@ -356,9 +464,10 @@ impl SharedState {
             replies.push(match &entry.payload {
                 EntryPayload::Blank => Replies::default(),
                 EntryPayload::Normal(proposal) => {
-                    let applied = apply(&mut overlay, &mut group, at.term, at.index, &proposal.0);
+                    let applied = apply(&mut overlay, &mut group, at, &proposal.0, neighbour);
                     let applied: Applied = applied.map_err(io::Error::other)?;
-                    child = applied.child;
+                    let child = applied.child.map(Wait::Child);
+                    wait = child.or(applied.wants.map(Wait::Neighbour));
                     Replies(applied.replies)
                 }
                 EntryPayload::Membership(new) => {
@@ -375,17 +484,24 @@ impl SharedState {
         let entries = &entries[..replies.len()];
         let last = entries.last().expect("a batch holds at least one entry").log_id;
         self.check_order(entries);
+        if group.is_frozen() && !was_frozen {
+            wait = Some(Wait::Seal);
+        }
+        // A split leaves foreign keys behind; who takes a neighbour in takes only what is its own.
+        let splits = matches!(wait, Some(Wait::Child(_)));
+        let foreign_free = foreign_free.filter(|_| !splits);
         group.store(&mut overlay);
         overlay.put_meta(MetaName::APPLIED, applied_bytes(&last));
         overlay.put_meta(MetaName::MEMBERSHIP, encode_stored_membership(&membership));
         let batch = overlay.into_batch();
-        Ok(Prepared { store, group, membership, last, batch, replies, child })
+        Ok(Prepared { store, group, membership, last, batch, replies, foreign_free, wait })
     }
 
     /// Writes a batch; then it is visible.
     pub(super) fn commit(&self, prepared: Prepared) -> io::Result<Vec<Replies>> {
-        let Prepared { store, group, membership, last, batch, replies, child } = prepared;
-        assert!(child.is_none(), "a child is there before the batch that names it is written");
+        let Prepared { store, group, membership, last, batch, replies, foreign_free, wait } =
+            prepared;
+        assert!(wait.is_none(), "what a batch waits for is there before it is written");
         {
             // Written under the lock: a read sees the batch and the descriptor that it left, or
             // neither.
@@ -394,9 +510,7 @@ impl SharedState {
                 return Err(no_store());
             }
             store.write(batch).map_err(io::Error::other)?;
-            if !group.has_the_arc_of(&current.group) {
-                current.foreign_free = None;
-            }
+            current.foreign_free = foreign_free;
             current.group = group;
             current.membership = membership;
             current.last_applied = Some(last);
@@ -415,8 +529,19 @@ pub(super) struct Prepared {
     last: LogId,
     batch: Batch,
     replies: Vec<Replies>,
-    /// What must be there before it is written.
-    pub(super) child: Option<Box<Child>>,
+    foreign_free: Option<u64>,
+    /// What must be there before it is written, or done right after.
+    pub(super) wait: Option<Wait>,
+}
+
+/// What a batch waits for.
+pub(super) enum Wait {
+    /// The child of a split.
+    Child(Box<Child>),
+    /// Its own flush: only then may the group be said to be frozen.
+    Seal,
+    /// The keys of a neighbour; then the entry is judged again.
+    Neighbour(Box<AbsorbShard>),
 }
 
 fn stands_alone(entry: &Entry) -> bool {
@@ -448,6 +573,8 @@ impl Current {
             open: store.engine().open_marker(),
             foreign_free: self.foreign_free,
             can_tell: self.group.can_tell_keys(),
+            merge: self.group.merge,
+            durable: self.durable,
         }
     }
 
@@ -481,7 +608,9 @@ impl Current {
             None => None,
         };
         let membership = Arc::new(membership);
-        Ok(Self { store: Some(store), group, last_applied, membership, foreign_free })
+        // What is there before the first batch has survived.
+        let durable = Durable { frozen: group.merge.frozen, absorbed: group.merge.absorbed };
+        Ok(Self { store: Some(store), group, last_applied, membership, foreign_free, durable })
     }
 }
 

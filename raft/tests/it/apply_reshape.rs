@@ -50,8 +50,9 @@ fn split(
     state.membership = members;
     let stamp = group.now_ms << 16;
     let entry = Stamped { stamp, ceiling: stamp + 5, command: Command::Split(plan) }.encode();
-    let applied = apply(&mut overlay, &mut state, group.term, group.index + 1, &entry);
-    let Applied { replies, child } = applied.expect("a sound entry");
+    let at = Position { term: group.term, index: group.index + 1 };
+    let applied = apply(&mut overlay, &mut state, at, &entry, None);
+    let Applied { replies, child, .. } = applied.expect("a sound entry");
     let [reply] = &replies[..] else { panic!("one reply to a split") };
     let Outcome::Reshaped(reshaped) = reply.outcome.clone() else { panic!("{reply:?}") };
     (state, reshaped, child.map(|child| *child))
@@ -174,7 +175,8 @@ fn results_that_came_along_are_told_with_a_place_in_the_childs_log() {
         let stamp = (group.now_ms + 1) << 16;
         let command = Command::Requests(vec![request]);
         let entry = Stamped { stamp, ceiling: stamp, command }.encode();
-        let applied = apply(&mut overlay, &mut child, 1, index, &entry).expect("a sound entry");
+        let at = Position { term: 1, index };
+        let applied = apply(&mut overlay, &mut child, at, &entry, None).expect("a sound entry");
         applied.replies.into_iter().next().expect("one reply")
     };
     let again = write(old, 2);

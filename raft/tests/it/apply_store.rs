@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use coracle_raft::apply::{ApplyError, GroupState, Reply, apply, state_hash};
 use coracle_raft::dedup::Bounds;
+use coracle_raft::types::Position;
 use coracle_storage::fs::faulty::FaultyFs;
 use coracle_storage::state::{
     Batch, Engine, Engines, FilterState, Kind, MapEngines, OpenState, Overlay,
@@ -129,9 +130,10 @@ impl Store {
         let mut state = self.state();
         let mut replies = Vec::new();
         for (term, index, logged) in log {
+            let at = Position { term: *term, index: *index };
             match logged {
                 Logged::Command(entry) => {
-                    let applied = apply(&mut overlay, &mut state, *term, *index, entry)?;
+                    let applied = apply(&mut overlay, &mut state, at, entry, None)?;
                     replies.extend(applied.replies);
                 }
                 Logged::Membership => state.apply_membership(),

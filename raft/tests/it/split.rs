@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_raft::apply::{BIRTH, Outcome};
-use coracle_raft::birth::{Failpoint, SplitStep};
+use coracle_raft::birth::{Failpoint, SplitStep, Step};
 use coracle_raft::command::Change;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::ChangeError;
@@ -81,7 +81,8 @@ async fn writes_go_on_over_a_split_and_each_is_applied_once() {
 }
 
 /// Lets one node's replica of the parent go as far as a step, and tells when it is there.
-fn stop_at(step: SplitStep) -> (Failpoint, Arc<AtomicBool>) {
+pub(crate) fn stop_at(step: impl Into<Step>) -> (Failpoint, Arc<AtomicBool>) {
+    let step = step.into();
     let reached = Arc::new(AtomicBool::new(false));
     let seen = reached.clone();
     let failpoint: Failpoint = Arc::new(move |_, at| {

@@ -45,7 +45,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -110,6 +110,8 @@ pub struct Filter {
     state: RwLock<Arc<FilterState>>,
     dead: Mutex<Dead>,
     dropped: AtomicU64,
+    /// Holds, whatever state is set, until it is ended.
+    held: AtomicBool,
 }
 
 #[derive(Default)]
@@ -128,6 +130,12 @@ impl Filter {
         if (state.clock, state.index) >= (current.clock, current.index) {
             *current = Arc::new(state);
         }
+    }
+
+    /// Has passes that begin from now on drop nothing, whatever [`Filter::set`] says: keys are being ingested
+    /// that the state as it stands does not count as the group's own.
+    pub fn hold(&self, holds: bool) {
+        self.held.store(holds, Ordering::Release);
     }
 
     /// The state as it is.
@@ -168,8 +176,12 @@ impl Filter {
     /// Begins one pass over entries in key order. `complete`: the pass sees every version of every
     /// key that it sees.
     pub(crate) fn pass(self: &Arc<Self>, complete: bool) -> Pass {
+        let mut state = self.state();
+        if self.held.load(Ordering::Acquire) {
+            state = Arc::new(FilterState { paused: true, ..FilterState::clone(&state) });
+        }
         Pass {
-            state: self.state(),
+            state,
             filter: self.clone(),
             complete,
             prefix: Vec::new(),

@@ -51,6 +51,8 @@ impl MetaName {
     pub const FLOOR: MetaName = MetaName(0x06);
     /// The group's own descriptor: shard, arc, epoch.
     pub const DESCRIPTOR: MetaName = MetaName(0x07);
+    /// How far a merge is.
+    pub const MERGE: MetaName = MetaName(0x08);
     /// Versions that running scans hold.
     pub const PINS: MetaName = MetaName(0x09);
     /// Keyspace settings that the group has adopted.
