@@ -6,7 +6,8 @@
 //!
 //! **The group that takes it in** becomes what both were: the higher clock, ceiling, floor and thresholds of
 //! history, and the results, marks and pins of both. A pin that lies below the other's threshold is dropped:
-//! what it held there is gone already.
+//! what it held there is gone already. Its clock passes the neighbour's ceiling, so that no version that was
+//! served of the neighbour's keys is given again.
 //!
 //! The end of a merge raises the epoch on both sides, whether anything had happened there or not. So what
 //! was planned for it and comes late fails.
@@ -189,7 +190,8 @@ pub(super) fn absorb(
     state.dedup.unite(overlay, &other.dedup, neighbour.view)?;
     state.history.unite(&other.history);
     state.kin.learn(&plan.rules);
-    let version = at.stamp.max(state.clock.max(other.clock) + 1);
+    // Above all that was served of its keys: the leader here goes on with stamps of its own.
+    let version = at.stamp.max(state.clock.max(other.clock).max(other.ceiling) + 1);
     state.clock = version;
     state.ceiling = state.ceiling.max(other.ceiling);
     let place = Position { term: at.term, index: at.index };

@@ -117,6 +117,7 @@ impl Group {
         let Ok(_one) = self.changing.try_lock() else {
             return Err(ChangeError::UnderWay);
         };
+        self.check_neighbour(&plan, deadline).await?;
         let planned = self.planned(plan.epoch, deadline).await?;
         let replicas = plan.replicas.iter().map(|(own, other)| (own.0, other.0)).collect();
         let MergePlan { merge, other, frozen_at, rules, .. } = plan;
@@ -145,6 +146,33 @@ impl Group {
     /// See [`crate::birth::Nursery::sealed`].
     pub(crate) fn sealed(&self, merge: u64) -> Option<Sealed> {
         self.state.sealed(merge)
+    }
+
+    /// Looks at the neighbour on this node: once the command is in the log, every replica waits for its
+    /// own, and does nothing else.
+    async fn check_neighbour(
+        &self,
+        plan: &MergePlan,
+        deadline: Instant,
+    ) -> Result<(), ChangeError> {
+        let refused = |why: &str| Err(ChangeError::Refused(why.to_owned()));
+        let Some(replica) = plan.replicas.get(&self.replica()) else {
+            return refused("the plan names no replica of the neighbour for this one");
+        };
+        let shard = ShardId(plan.other.shard);
+        let sealed = self.environment.births.sealed(shard, *replica, plan.merge);
+        let sealed = match tokio::time::timeout_at(deadline, sealed).await {
+            Ok(Ok(sealed)) => sealed,
+            Ok(Err(error)) => return Err(ChangeError::Refused(error.to_string())),
+            Err(_) => return refused("the neighbour is not frozen on this node"),
+        };
+        let frozen = (plan.merge, plan.frozen_at);
+        if sealed.state.merge.frozen != Some(frozen)
+            || sealed.state.descriptor.as_ref() != Some(&plan.other)
+        {
+            return refused("the neighbour is not what the plan says");
+        }
+        Ok(())
     }
 
     fn leads_here(&self) -> Result<(), ChangeError> {

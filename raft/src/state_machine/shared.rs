@@ -271,7 +271,9 @@ impl SharedState {
     /// Whether keys outside the arc may be here, and can be told apart.
     pub(crate) fn is_untidy(&self) -> bool {
         let seen = self.0.seen.read();
-        seen.foreign_free.is_none() && seen.can_tell
+        // One that is taken in is read by its arc, and goes.
+        let goes = seen.merge.merging.is_some_and(|(_, absorbs)| !absorbs);
+        seen.foreign_free.is_none() && seen.can_tell && !goes
     }
 
     /// Drops keys outside the arc, and remembers that none is left. False where keys of a keyspace are here

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::command::{
-    Change, Command, Condition, DecodeError, DeleteRange, NO_FENCE, Operation, Owned, Planned,
-    Request, RequestId, SplitShard, Stamped,
+    AbsorbShard, AnnounceMerge, Change, Command, Condition, DecodeError, DeleteRange, EndMerge,
+    FreezeShard, NO_FENCE, Operation, Owned, Planned, Request, RequestId, SplitShard, Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Settings};
@@ -132,6 +132,48 @@ fn golden_bytes_of_every_command() {
             + "00000002020000002f" // delimiter
             + "000000030300000004" // prefix
     );
+}
+
+#[test]
+fn golden_bytes_of_the_commands_of_a_merge() {
+    let stamped = |command| hex(&Stamped { stamp: 1, ceiling: 2, command }.encode());
+    let head = |kind: &str| format!("01{kind}00000000000000010000000000000002");
+    let planned = "0000000000000005" // epoch
+        .to_owned()
+        + "00000000000000030000000000000009"; // membership: term, index
+    let no_rules = "01000000000000000700000000";
+    let rules = Rules { hash_seed: 7, keyspaces: BTreeMap::new() };
+    let plan = Planned { epoch: 5, membership: Position { term: 3, index: 9 } };
+    let merge = "000000000000004d";
+    let announce = AnnounceMerge { planned: plan, merge: 77, absorbs: true, rules: rules.clone() };
+    assert_eq!(
+        stamped(Command::Announce(announce)),
+        head("07") + &planned + merge + "01" + no_rules
+    );
+    let freeze = FreezeShard { planned: plan, merge: 77 };
+    assert_eq!(stamped(Command::Freeze(freeze)), head("08") + &planned + merge);
+    let end = EndMerge { merge: 77, epoch: 5 };
+    assert_eq!(stamped(Command::Thaw(end)), head("09") + merge + "0000000000000005");
+    let absorb = AbsorbShard {
+        planned: plan,
+        merge: 77,
+        other: Descriptor { shard: 2, arc: Some((1 << 63, 0)), epoch: 4 },
+        frozen_at: 6,
+        replicas: BTreeMap::from([(11, 21)]),
+        rules,
+    };
+    assert_eq!(
+        stamped(Command::Absorb(absorb)),
+        head("0a")
+            + &planned
+            + merge
+            + "0100000000000000020000000000000004" // descriptor: shard, epoch
+            + "0180000000000000000000000000000000" // its arc
+            + "0000000000000006"
+            + "00000001000000000000000b0000000000000015"
+            + no_rules
+    );
+    assert_eq!(stamped(Command::EndMerge(end)), head("0b") + merge + "0000000000000005");
 }
 
 fn split() -> SplitShard {

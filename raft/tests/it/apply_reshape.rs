@@ -1,17 +1,21 @@
-//! What a split does to the replicated state, by itself. Finds a condition that is not judged, a half that
-//! begins without what the whole had, and a key that both halves take for their own, or neither.
+//! What splits and merges do to the replicated state, by themselves. Finds a condition that is not judged, a
+//! half that begins without what the whole had, a key that both halves take for their own, or neither, and
+//! a group that has lost something of one of the two that it was made of.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::apply::{
-    Applied, BIRTH, Child, GroupState, Membership, NotReshaped, Outcome, Reshaped, apply,
+    Applied, BIRTH, Child, GroupState, Membership, Neighbour, NotReshaped, Outcome, Reshaped, apply,
 };
-use coracle_raft::command::{Change, Command, Operation, Planned, Request, SplitShard, Stamped};
+use coracle_raft::command::{
+    AbsorbShard, AnnounceMerge, Change, Command, FreezeShard, Operation, Planned, Request,
+    SplitShard, Stamped,
+};
 use coracle_raft::dedup::Bounds;
 use coracle_raft::descriptor::Descriptor;
-use coracle_raft::history::Pin;
+use coracle_raft::history::{Pin, Pinned, Settings};
 use coracle_raft::rules::Rules;
 use coracle_raft::types::Position;
 
@@ -186,4 +190,144 @@ fn results_that_came_along_are_told_with_a_place_in_the_childs_log() {
     assert_eq!((other.duplicate, other.index), (false, 3));
     let again = write(new, 4);
     assert_eq!((again.duplicate, again.index), (true, 3), "its own are where they are");
+}
+
+const PLANNED: Planned = Planned { epoch: 1, membership: Position { term: 0, index: 0 } };
+
+/// Two neighbours that know nothing of each other's past; the right one is frozen by the last entry.
+fn neighbours() -> (Group, Group) {
+    let (mut left, mut right) = (Group::fresh(Bounds::DEFAULT), Group::fresh(Bounds::DEFAULT));
+    left.entry(Command::Describe(Descriptor { shard: 1, arc: Some((0, AT)), epoch: 1 }));
+    right.entry(Command::Describe(Descriptor { shard: 2, arc: Some((AT, 0)), epoch: 1 }));
+    (left, right)
+}
+
+fn announce(group: &mut Group, absorbs: bool) {
+    let plan = AnnounceMerge { planned: PLANNED, merge: 7, absorbs, rules: rules() };
+    let replies = group.entry(Command::Announce(plan));
+    assert!(matches!(replies[0].outcome, Outcome::Reshaped(Ok(_))), "{replies:?}");
+}
+
+/// Takes the right one in: what the left one's state is then, and what it was told.
+fn absorb(left: &mut Group, right: &Group, plan: &AbsorbShard) -> (GroupState, Outcome) {
+    let mut overlay = left.store.overlay();
+    let mut state = left.store.state();
+    let (stamp, at) = (left.now_ms << 16, Position { term: left.term, index: left.index + 1 });
+    let command = Command::Absorb(plan.clone());
+    let entry = Stamped { stamp, ceiling: stamp, command }.encode();
+    let first = apply(&mut overlay, &mut state, at, &entry, None).expect("a sound entry");
+    if let [refused] = &first.replies[..] {
+        return (state, refused.outcome.clone());
+    }
+    assert_eq!(first.wants.as_deref(), Some(plan), "the keys first");
+    assert_eq!(state, left.store.state(), "nothing was done yet");
+    let (theirs, below) = (right.store.state(), right.store.overlay());
+    let reader = below.reader().expect("a healthy disk");
+    let neighbour = Neighbour { state: &theirs, view: reader.view() };
+    let done = apply(&mut overlay, &mut state, at, &entry, Some(&neighbour));
+    let outcome = done.expect("a sound entry").replies.remove(0).outcome;
+    left.store.write(&mut state, overlay);
+    left.index += 1;
+    (state, outcome)
+}
+
+fn plan_to_absorb(right: &Group) -> AbsorbShard {
+    AbsorbShard {
+        planned: PLANNED,
+        merge: 7,
+        other: right.store.state().descriptor.expect("described"),
+        frozen_at: right.index,
+        replicas: BTreeMap::new(),
+        rules: rules(),
+    }
+}
+
+#[test]
+fn who_takes_a_neighbour_in_is_what_both_were() {
+    let (mut left, mut right) = neighbours();
+    // The right one's clock is ahead, and further ahead is what it may have served.
+    right.now_ms += 2_000;
+    let upper = |id| Request { position: AT, ..request(id, vec![put("u", "v")]) };
+    left.write(request(left.id(1, 4), vec![put("l", "v")]));
+    let mut id = right.id(1, 9);
+    id.lowest_unanswered = 6;
+    let theirs = right.write(upper(id));
+    right.write(upper(right.id(2, 1)));
+    for group in [&mut left, &mut right] {
+        let short = Settings { keyspace: KEYSPACE, history_ms: 0, revision: 1 };
+        group.entry(Command::Settings(vec![short]));
+    }
+    // Five seconds are kept: the first of them is out of the right one's reach.
+    let (low, high) = (left.now_ms - 4_000, left.now_ms - 1_000);
+    for (first, ms) in [(true, low), (true, high), (false, high)] {
+        let group = if first { &mut left } else { &mut right };
+        let until_ms = group.now_ms + 100_000;
+        let pin = Pin { keyspace: KEYSPACE, version: ms << 16, until_ms };
+        let replies = group.entry(Command::Pin(pin));
+        assert!(matches!(replies[0].outcome, Outcome::Pinned(Pinned::Held { .. })), "{replies:?}");
+    }
+    announce(&mut left, true);
+    announce(&mut right, false);
+    let frozen = right.entry(Command::Freeze(FreezeShard { planned: PLANNED, merge: 7 }));
+    assert!(matches!(frozen[0].outcome, Outcome::Reshaped(Ok(_))), "{frozen:?}");
+    let (ours, others) = (left.store.state(), right.store.state());
+    // A frozen group changes no more.
+    let late = right.write(upper(right.id(3, 1)));
+    assert!(matches!(late.outcome, Outcome::StaleRoute { .. }));
+    right.now_ms += 9_000;
+    right.entry(Command::Advance);
+    assert_eq!(right.store.state(), others);
+    right.index -= 2;
+
+    let plan = plan_to_absorb(&right);
+    let (state, outcome) = absorb(&mut left, &right, &plan);
+    let Outcome::Reshaped(Ok(reshaped)) = outcome else { panic!("{outcome:?}") };
+    let wanted = Descriptor { shard: 1, arc: Some((0, 0)), epoch: 2 };
+    assert_eq!((&reshaped.descriptor, state.descriptor.as_ref()), (&wanted, Some(&wanted)));
+    assert!(reshaped.version > others.ceiling && reshaped.version > ours.clock);
+    assert_eq!(state.dedup.results, ours.dedup.results + others.dedup.results);
+    assert_eq!(state.dedup.marks, 2, "one client is known to both");
+    let threshold = state.history.threshold(KEYSPACE);
+    assert!(threshold >= others.history.threshold(KEYSPACE), "never below that of either");
+    assert!(low << 16 < threshold && threshold <= high << 16);
+    // A retry is known, and the higher mark holds.
+    let again = left.write(upper(id));
+    assert_eq!((again.duplicate, &again.outcome), (true, &theirs.outcome));
+    assert_eq!(again.index, reshaped.place);
+    let answered = left.write(request(left.id(1, 5), vec![put("l", "w")]));
+    assert_eq!(answered.outcome, Outcome::RetryWindowPassed, "below the mark of the right one");
+    left.now_ms += 60_000;
+    left.entry(Command::Settings(Vec::new()));
+    let held = left.store.state().history.threshold(KEYSPACE);
+    assert_eq!(held, high << 16, "the pin of both holds, that of one alone is gone");
+}
+
+#[test]
+fn only_a_neighbour_on_the_right_is_taken_in_for_the_merge_that_was_announced() {
+    let (mut left, mut right) = neighbours();
+    right.entry(Command::Freeze(FreezeShard { planned: PLANNED, merge: 7 }));
+    let plan = plan_to_absorb(&right);
+    let refused = |left: &mut Group, plan: &AbsorbShard| {
+        let (state, outcome) = absorb(left, &right, plan);
+        assert_eq!(state.descriptor.and_then(|known| known.arc), Some((0, AT)));
+        let Outcome::Reshaped(Err(refused)) = outcome else { panic!("{outcome:?}") };
+        refused
+    };
+    assert_eq!(refused(&mut left, &plan), NotReshaped::Merging, "it was not announced");
+    announce(&mut left, true);
+    let with = |change: &dyn Fn(&mut AbsorbShard)| {
+        let mut plan = plan.clone();
+        change(&mut plan);
+        plan
+    };
+    let another = with(&|plan| plan.merge = 8);
+    assert_eq!(refused(&mut left, &another), NotReshaped::Merging);
+    let apart = with(&|plan| plan.other.arc = Some((AT + 1, 0)));
+    assert_eq!(refused(&mut left, &apart), NotReshaped::Position);
+    let more = with(&|plan| plan.replicas = BTreeMap::from([(11, 21)]));
+    assert_eq!(refused(&mut left, &more), NotReshaped::Replicas);
+    let late = with(&|plan| plan.planned.epoch = 2);
+    assert_eq!(refused(&mut left, &late), NotReshaped::Epoch { epoch: 1 });
+    let (_, outcome) = absorb(&mut left, &right, &plan);
+    assert!(matches!(outcome, Outcome::Reshaped(Ok(_))), "{outcome:?}");
 }

@@ -124,6 +124,12 @@ impl Store {
         (!found.is_absent_at(version)).then_some((found.version, found.value))
     }
 
+    /// Writes what was applied by hand.
+    pub(crate) fn write(&self, state: &mut GroupState, mut overlay: Overlay) {
+        state.store(&mut overlay);
+        self.engine.write(overlay.into_batch()).expect("a healthy disk");
+    }
+
     /// Applies a stretch of the log as one batch; after an error nothing has changed.
     pub(crate) fn apply(&mut self, log: &[Entry]) -> Result<Vec<Reply>, ApplyError> {
         let mut overlay = self.overlay();

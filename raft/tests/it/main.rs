@@ -20,4 +20,5 @@ mod voters;
 mod removal;
 mod ring_rig;
 mod split;
+mod merge;
 mod split_rocks;

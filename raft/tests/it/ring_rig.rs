@@ -211,8 +211,16 @@ impl Ring {
 
     /// All replicas of both shards hold the same, and only what is theirs is shown.
     pub(crate) async fn agree(&self, nodes: impl IntoIterator<Item = NodeId>) {
+        self.agree_on(&[SHARD, CHILD], nodes).await;
+    }
+
+    pub(crate) async fn agree_on(
+        &self,
+        shards: &[ShardId],
+        nodes: impl IntoIterator<Item = NodeId>,
+    ) {
         let nodes: Vec<NodeId> = nodes.into_iter().collect();
-        for shard in [SHARD, CHILD] {
+        for &shard in shards {
             let mut hashes = BTreeMap::new();
             for node in &nodes {
                 let group = self.caught_up(*node, shard).await;
