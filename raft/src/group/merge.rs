@@ -117,8 +117,11 @@ impl Group {
         let Ok(_one) = self.changing.try_lock() else {
             return Err(ChangeError::UnderWay);
         };
-        self.check_neighbour(&plan, deadline).await?;
         let planned = self.planned(plan.epoch, deadline).await?;
+        if self.merge_status().merging != Some(plan.merge) {
+            return Err(ChangeError::UnderWay);
+        }
+        self.check_neighbour(&plan, deadline).await?;
         let replicas = plan.replicas.iter().map(|(own, other)| (own.0, other.0)).collect();
         let MergePlan { merge, other, frozen_at, rules, .. } = plan;
         let absorb = AbsorbShard { planned, merge, other, frozen_at, replicas, rules };

@@ -244,7 +244,7 @@ fn unknown_version_and_unknown_kinds_are_errors() {
         Stamped::decode(&Bytes::from(bytes))
     };
     assert_eq!(changed(0, 2), Err(DecodeError::UnknownVersion { found: 2 }));
-    assert_eq!(changed(1, 9), Err(DecodeError::UnknownKind { what: "command", found: 9 }));
+    assert_eq!(changed(1, 99), Err(DecodeError::UnknownKind { what: "command", found: 99 }));
     // Behind the entry's head and the request's.
     let operation = 22 + 56;
     assert_eq!(

@@ -479,6 +479,12 @@ mod tests {
         filter.set(state.clone());
         assert_eq!(judge(&filter, false, &entries), [Drop, Drop, Drop, Keep, Drop]);
 
+        filter.hold(true);
+        filter.set(state.clone());
+        assert_eq!(judge(&filter, true, &entries), [Keep; 5], "one that is held drops nothing");
+        filter.hold(false);
+        assert_eq!(judge(&filter, false, &entries), [Drop, Drop, Drop, Keep, Drop]);
+
         state.paused = true;
         filter.set(state);
         assert_eq!(judge(&filter, true, &entries), [Keep; 5], "a paused filter drops nothing");
