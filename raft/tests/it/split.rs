@@ -365,7 +365,10 @@ async fn a_child_begins_without_a_vote_and_its_log_behind_its_birth() {
     let status = child.status();
     assert_eq!(status.purged, Some(BIRTH));
     assert_eq!(status.members.keys().copied().collect::<Vec<_>>(), [21, 22, 23]);
-    assert!(status.applied.is_some_and(|at| at > Position { term: 0, index: 1 }));
+    until("it has applied its leader's first entry", || {
+        child.status().applied.is_some_and(|at| at > Position { term: 0, index: 1 })
+    })
+    .await;
     let value = Bytes::from_static(b"x");
     let request = ring.request("k0", Change::Put { value, ttl_ms: 0 });
     ring.write(&request).await;

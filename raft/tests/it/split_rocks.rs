@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use coracle_raft::apply::Outcome;
 use coracle_raft::clock::Clock;
 use coracle_raft::command::{Change, Operation, Request, RequestId};
 use coracle_raft::descriptor::Descriptor;
@@ -101,7 +102,8 @@ async fn put(group: &Group, n: u32) {
         epoch: 0,
         operations: vec![operation],
     };
-    group.write(request, soon()).await.expect("it leads");
+    let written = group.write(request, soon()).await.expect("it leads");
+    assert!(matches!(written.reply.outcome, Outcome::Applied { .. }), "{written:?}");
 }
 
 /// The keys that a store holds, whoever owns them.
@@ -128,6 +130,7 @@ async fn splits_and_comes_back(engines: impl Fn() -> Arc<dyn Engines>, survives:
     group.initialize(BTreeMap::from([(11, NodeId(1))])).await.expect("a new group");
     drop(group);
     let group = node.leading(ShardId(1)).await;
+    until("it is described", || group.descriptor().is_some()).await;
     for n in 0..300 {
         put(&group, n).await;
     }
