@@ -4,22 +4,25 @@
 
 #![allow(clippy::disallowed_methods, reason = "these hosts run on the real seams")]
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use coracle_raft::apply::Outcome;
+use coracle_raft::apply::{GroupState, Outcome};
 use coracle_raft::birth::MergeStep;
 use coracle_raft::command::Change;
 use coracle_raft::error::ChangeError;
 use coracle_raft::group::{MergePlan, PrepareMerge, SplitPlan};
+use coracle_raft::history::Settings;
 use coracle_raft::state_machine::ReadState;
 use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::ReplicaId;
+use coracle_storage::state::{MapEngines, OpenState, ReplicaState};
 use tokio::time::Instant;
 
 use crate::cluster::SHARD;
 use crate::members::{FOURTH, LEARNER, soon, until};
-use crate::ring_rig::{AT, CHILD, Ring, child_of, position, rules};
+use crate::ring_rig::{AT, CHILD, KEYSPACE, Ring, child_of, position, rules};
 use crate::split::stop_at;
 
 const MERGE: u64 = 77;
@@ -34,6 +37,32 @@ fn upper() -> String {
 }
 
 impl Ring {
+    /// Waits until nobody can read what was superseded up to now, and has every replica drop it: a delete
+    /// marker goes with all that it hides.
+    async fn forget_the_past(&self, shard: ShardId) {
+        let group = self.leading(shard).await;
+        let short = Settings { keyspace: KEYSPACE, history_ms: 0, revision: 1 };
+        group.adopt(vec![short]).await.expect("it leads");
+        let now = group.fix_version(None).await.expect("it leads").version;
+        let until = Instant::now() + Duration::from_secs(30);
+        while nodes().any(|node| {
+            let group = self.cluster.nodes[&node].host.group(shard);
+            group.is_none_or(|group| group.threshold(KEYSPACE) <= now)
+        }) {
+            assert!(Instant::now() < until, "the history does not pass");
+            let _ = self.leading(shard).await.adopt(Vec::new()).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        for node in nodes() {
+            let host = &self.cluster.nodes[&node].host;
+            let group = host.group(shard).expect("it is here");
+            while host.reclaim(group.clone()).await.is_err() {
+                assert!(Instant::now() < until, "it is not reclaimed");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+
     fn prepare(&self, shard: ShardId, epoch: u64) -> PrepareMerge {
         let other = if shard == SHARD { CHILD } else { SHARD };
         let absorbs = shard == SHARD;
@@ -183,12 +212,16 @@ async fn a_frozen_group_serves_nothing_also_after_a_crash_and_serves_again_when_
         if round == 0 {
             for node in nodes() {
                 ring.cluster.stop(node).await;
+                // What it had said is on the disk: it does not wait for the log to say it again.
+                let engines = MapEngines::new(Arc::new(ring.cluster.disks[&node].clone()));
+                let dir = format!("/shards/{:016x}", 20 + node.0);
+                let store = ReplicaState::open(&engines, dir.as_ref(), OpenState { create: false });
+                let state = GroupState::load(&store.expect("it is there").overlay());
+                assert!(state.expect("readable").merge.frozen.is_some(), "n{}", node.0);
             }
             for node in nodes() {
                 ring.cluster.restart(node, 2).await;
             }
-            // What it says is durable.
-            assert!(ring.all(CHILD, |status| status.frozen.is_some()));
         }
     }
     let before = ring.epoch_of(CHILD);
@@ -259,6 +292,7 @@ async fn a_key_that_was_deleted_in_the_neighbour_does_not_come_back() {
     ring.split().await;
     let request = ring.request(&key, Change::Delete);
     assert_eq!(ring.write(&request).await.0, CHILD);
+    ring.forget_the_past(CHILD).await;
     ring.merge().await;
     assert_eq!(ring.get(&key).await, None, "the lower half had it from before the split");
     // The same delete again: its result came along, and is told with a place in this log.
