@@ -22,7 +22,7 @@ use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::exec::{Exec, RealExec};
 use coracle_storage::fs::{Fs, RealFs};
 use coracle_storage::log::Log;
-use coracle_storage::state::{Engines, Kind, RocksEngines, StateOptions};
+use coracle_storage::state::{Engines, Kind, OpenState, RocksEngines, StateOptions};
 use coracle_storage::{LogOptions, ReplicaId};
 use tokio_util::sync::CancellationToken;
 
@@ -153,7 +153,14 @@ async fn splits_and_comes_back(engines: impl Fn() -> Arc<dyn Engines>, survives:
     if survives {
         node.leading(CHILD).await;
         node.end().await;
-        node = start(dir.path(), engines(), 2).await;
+        // A process that ends lets go of its files at once; here the last tasks do in their own time.
+        let again = engines();
+        for replica in [11, 21] {
+            let store = dir.path().join(format!("shards/{replica:016x}"));
+            let free = || again.open(&store, OpenState { create: false }).is_ok();
+            until("nobody holds the store", free).await;
+        }
+        node = start(dir.path(), again, 2).await;
     }
     for (shard, own) in [(ShardId(1), &lower), (CHILD, &upper)] {
         let group = node.leading(shard).await;
