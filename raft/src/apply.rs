@@ -5,7 +5,8 @@
 //! chance. So all replicas come to the same bytes and the same replies, in one pass or replayed
 //! after a crash, whatever the cut of entries into batches.
 //!
-//! A delete-range is judged in `range`.
+//! A delete-range is judged in `range`, a split in `reshape`, a merge in
+//! `merge`.
 //!
 //! # A request
 //!
@@ -28,18 +29,26 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use coracle_storage::state::{self, ArcFilter, Overlay, Versioned, View, key};
+use coracle_storage::state::{self, ArcFilter, MetaName, Overlay, Versioned, View, key};
 
-use crate::command::{Change, Command, Condition, DecodeError, Request, RequestId, Stamped};
+use crate::command::{
+    AbsorbShard, Change, Command, Condition, DecodeError, Request, RequestId, Stamped,
+};
 use crate::dedup::{Admission, SEQUENCE_OF_MARK};
 use crate::descriptor::Descriptor;
 use crate::history::{COUNTER_BITS, Pinned, physical_ms};
-use crate::wire::Malformed;
+use crate::kin::Lineage;
+use crate::position::Position;
+use crate::wire::{Malformed, Reader};
 
+mod merge;
 mod range;
+mod reshape;
 mod result;
 mod state_record;
 
+pub use merge::{MergeState, Neighbour};
+pub use reshape::{BIRTH, Child, Membership, NotReshaped, Reshaped};
 pub use state_record::GroupState;
 
 use result::{Invalid, Met, StoredResult, Verdict};
@@ -113,6 +122,8 @@ pub enum Outcome {
     },
     /// Of a pin, and never of a request.
     Pinned(Pinned),
+    /// Of a split, or of a step of a merge, and never of a request.
+    Reshaped(Result<Reshaped, NotReshaped>),
 }
 
 /// What became of one operation.
@@ -182,18 +193,36 @@ pub enum ApplyError {
     },
 }
 
-/// Applies one entry: changes go into the overlay's batch and into `state`. One reply per request,
-/// in order, and one for a pin; none for entries of other kinds.
+/// What an entry has done, beside its changes.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// One per request, in order, and one for a pin, a split or a step of a merge; none for entries of
+    /// other kinds.
+    pub replies: Vec<Reply>,
+    /// A group that begins with what this one holds: it must be there, durably, before the entry's
+    /// batch is written.
+    pub child: Option<Box<Child>>,
+    /// A neighbour that is to be taken in: nothing was done yet. Its keys must be in the store before the
+    /// entry is applied again, with the neighbour.
+    pub wants: Option<Box<AbsorbShard>>,
+}
+
+/// Applies one entry: changes go into the overlay's batch and into `state`. `neighbour`: what the entry
+/// takes in, once it is there.
 pub fn apply(
     overlay: &mut Overlay,
     state: &mut GroupState,
-    term: u64,
-    index: u64,
+    Position { term, index }: Position,
     entry: &Bytes,
-) -> Result<Vec<Reply>, ApplyError> {
+    neighbour: Option<&Neighbour<'_>>,
+) -> Result<Applied, ApplyError> {
     let stamped = Stamped::decode(entry).map_err(|source| ApplyError::Decode { index, source })?;
     let at = Entry { stamp: stamped.stamp, term, index };
-    let mut replies = Vec::new();
+    let Applied { mut replies, mut child, mut wants } = Applied::default();
+    if state.is_frozen() && !matches!(stamped.command, Command::Thaw(_)) {
+        replies = frozen(state, &at, &stamped.command);
+        return Ok(Applied { replies, child, wants });
+    }
     match stamped.command {
         Command::Requests(requests) => {
             replies.reserve(requests.len());
@@ -215,13 +244,47 @@ pub fn apply(
         Command::Pin(pin) => {
             state.clock = state.clock.max(at.stamp);
             let pinned = state.history.pin(&pin, physical_ms(state.clock));
-            let outcome = Outcome::Pinned(pinned);
-            replies.push(Reply { outcome, term: at.term, index: at.index, duplicate: false });
+            replies.push(at.own_reply(Outcome::Pinned(pinned)));
+        }
+        Command::Split(plan) => {
+            let done = reshape::split(state, &at, &plan);
+            let done = done.map(|(reshaped, born)| {
+                // What the child holds now is foreign here.
+                overlay.delete_raw(key::meta(MetaName::FOREIGN_FREE));
+                child = Some(Box::new(born));
+                reshaped
+            });
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Announce(plan) => {
+            let done = merge::announce(state, &plan);
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Freeze(plan) => {
+            let done = merge::freeze(state, &at, &plan);
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Thaw(plan) | Command::EndMerge(plan) => {
+            let done = merge::end(state, &plan);
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
+        }
+        Command::Absorb(plan) => {
+            let done = match (merge::may_absorb(state, &plan), neighbour) {
+                (Ok(_), None) => {
+                    wants = Some(Box::new(plan));
+                    return Ok(Applied { replies, child, wants });
+                }
+                (Ok(_), Some(neighbour)) => merge::absorb(overlay, state, &at, &plan, neighbour)?,
+                (Err(refused), _) => Err(refused),
+            };
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
         }
     }
-    state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);
-    state.history.end_entry(state.clock);
-    Ok(replies)
+    for state in child.iter_mut().map(|child| &mut child.state).chain([state]) {
+        state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);
+        state.history.end_entry(state.clock);
+    }
+    Ok(Applied { replies, child, wants })
 }
 
 /// A hash over what `reader` can show at the group clock; `group` must stand at the reader's
@@ -234,11 +297,38 @@ pub fn state_hash(
     Ok(reader.state_hash(arc, group.clock)?)
 }
 
+/// What an entry is answered by a frozen group, on which it does nothing.
+fn frozen(state: &mut GroupState, at: &Entry, command: &Command) -> Vec<Reply> {
+    let stale = Outcome::StaleRoute { descriptor: state.descriptor.clone() };
+    match command {
+        Command::Requests(requests) => {
+            requests.iter().map(|_| at.own_reply(stale.clone())).collect()
+        }
+        Command::Pin(_) => vec![at.own_reply(stale)],
+        Command::Advance | Command::Describe(_) | Command::Settings(_) => Vec::new(),
+        Command::Freeze(plan) => {
+            vec![at.own_reply(Outcome::Reshaped(merge::freeze(state, at, plan)))]
+        }
+        Command::Announce(plan) => {
+            vec![at.own_reply(Outcome::Reshaped(merge::announce(state, plan)))]
+        }
+        Command::Split(_) | Command::Absorb(_) | Command::EndMerge(_) | Command::Thaw(_) => {
+            vec![at.own_reply(Outcome::Reshaped(Err(NotReshaped::Merging)))]
+        }
+    }
+}
+
 /// The entry under way.
 struct Entry {
     stamp: u64,
     term: u64,
     index: u64,
+}
+
+impl Entry {
+    fn own_reply(&self, outcome: Outcome) -> Reply {
+        Reply { outcome, term: self.term, index: self.index, duplicate: false }
+    }
 }
 
 fn apply_request(
@@ -421,13 +511,13 @@ pub fn decided_range(state: &dyn View, id: &RequestId) -> Result<Option<Reply>, 
     };
     let stored = StoredResult::decode(bytes)
         .map_err(|source| ApplyError::Record { record: "result", source })?;
+    let lineage = match state.get(&key::meta(MetaName::LINEAGE))? {
+        Some(bytes) => Lineage::get(&mut Reader::new(bytes))
+            .map_err(|source| ApplyError::Record { record: "lineage", source })?,
+        None => Lineage::default(),
+    };
     let outcome = range_outcome(&stored);
-    Ok(outcome.map(|outcome| Reply {
-        outcome,
-        term: stored.term,
-        index: stored.index,
-        duplicate: true,
-    }))
+    Ok(outcome.map(|outcome| told(&lineage, &stored, outcome, true)))
 }
 
 /// What a stored result says of a delete-range, if it is of one.
@@ -489,7 +579,14 @@ fn reply(
         }
         Verdict::Invalid(invalid) => Outcome::Invalid { why: invalid.why() },
     };
-    Ok(Reply { outcome, term: stored.term, index: stored.index, duplicate })
+    Ok(told(state.kin.lineage(), stored, outcome, duplicate))
+}
+
+/// A result with its place: in this group's log, also where it was decided in another's.
+fn told(lineage: &Lineage, stored: &StoredResult, outcome: Outcome, duplicate: bool) -> Reply {
+    let place = Position { term: stored.term, index: stored.index };
+    let Position { term, index } = lineage.place_of(stored.version, place);
+    Reply { outcome, term, index, duplicate }
 }
 
 #[cfg(test)]

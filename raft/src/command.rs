@@ -8,8 +8,10 @@ use crate::history::{Pin, Settings};
 use crate::wire::{Malformed, Reader};
 
 mod range;
+mod reshape;
 
 pub use range::{DeleteRange, NO_FENCE, Owned};
+pub use reshape::{AbsorbShard, AnnounceMerge, EndMerge, FreezeShard, Planned, SplitShard};
 
 /// The format that this program writes, and the only one that it reads. It is an entry's first
 /// byte; 0 and 255 are taken there by Raft's own entries.
@@ -20,6 +22,12 @@ const KIND_ADVANCE: u8 = 2;
 const KIND_DESCRIBE: u8 = 3;
 const KIND_SETTINGS: u8 = 4;
 const KIND_PIN: u8 = 5;
+const KIND_SPLIT: u8 = 6;
+const KIND_ANNOUNCE: u8 = 7;
+const KIND_FREEZE: u8 = 8;
+const KIND_THAW: u8 = 9;
+const KIND_ABSORB: u8 = 10;
+const KIND_END_MERGE: u8 = 11;
 
 const CONDITION_NONE: u8 = 0;
 const CONDITION_IF_ABSENT: u8 = 1;
@@ -127,6 +135,18 @@ pub enum Command {
     Settings(Vec<Settings>),
     /// Keeps a version readable. The group clock moves to the stamp.
     Pin(Pin),
+    /// Everything from a position on becomes a group of its own.
+    Split(SplitShard),
+    /// A merge is under way: no split and no change of members.
+    Announce(AnnounceMerge),
+    /// The group serves nothing: it is about to be taken in.
+    Freeze(FreezeShard),
+    /// It is not taken in after all.
+    Thaw(EndMerge),
+    /// The group takes its frozen neighbour in.
+    Absorb(AbsorbShard),
+    /// The merge is over, or cancelled.
+    EndMerge(EndMerge),
 }
 
 /// A command with the leader's clock.
@@ -174,6 +194,12 @@ impl Stamped {
             Command::Describe(_) => KIND_DESCRIBE,
             Command::Settings(_) => KIND_SETTINGS,
             Command::Pin(_) => KIND_PIN,
+            Command::Split(_) => KIND_SPLIT,
+            Command::Announce(_) => KIND_ANNOUNCE,
+            Command::Freeze(_) => KIND_FREEZE,
+            Command::Thaw(_) => KIND_THAW,
+            Command::Absorb(_) => KIND_ABSORB,
+            Command::EndMerge(_) => KIND_END_MERGE,
         });
         out.put_u64(self.stamp);
         out.put_u64(self.ceiling);
@@ -189,6 +215,11 @@ impl Stamped {
                 settings.iter().for_each(|settings| settings.put(&mut out));
             }
             Command::Pin(pin) => pin.put(&mut out),
+            Command::Split(split) => split.put(&mut out),
+            Command::Announce(announced) => announced.put(&mut out),
+            Command::Freeze(freeze) => freeze.put(&mut out),
+            Command::Thaw(end) | Command::EndMerge(end) => end.put(&mut out),
+            Command::Absorb(absorb) => absorb.put(&mut out),
         }
         out.freeze()
     }
@@ -222,6 +253,12 @@ impl Stamped {
                 Command::Settings(settings)
             }
             KIND_PIN => Command::Pin(Pin::get(&mut reader)?),
+            KIND_SPLIT => Command::Split(SplitShard::get(&mut reader)?),
+            KIND_ANNOUNCE => Command::Announce(AnnounceMerge::get(&mut reader)?),
+            KIND_FREEZE => Command::Freeze(FreezeShard::get(&mut reader)?),
+            KIND_THAW => Command::Thaw(EndMerge::get(&mut reader)?),
+            KIND_ABSORB => Command::Absorb(AbsorbShard::get(&mut reader)?),
+            KIND_END_MERGE => Command::EndMerge(EndMerge::get(&mut reader)?),
             found => {
                 return Err(DecodeError::UnknownKind { what: "command", found });
             }
@@ -229,6 +266,12 @@ impl Stamped {
         reader.end()?;
         Ok(Stamped { stamp, ceiling, command })
     }
+}
+
+/// Whether an entry with these bytes is a batch of its own: everything before it is written first, and
+/// what follows it is judged by what it has left.
+pub(crate) fn stands_alone(entry: &[u8]) -> bool {
+    matches!(entry, [FORMAT_VERSION, KIND_SPLIT | KIND_FREEZE | KIND_ABSORB, ..])
 }
 
 impl Command {
@@ -241,6 +284,11 @@ impl Command {
                 Command::Describe(_) => 64,
                 Command::Settings(settings) => settings.len() * Settings::BYTES,
                 Command::Pin(_) => Pin::BYTES,
+                Command::Split(split) => split.size(),
+                Command::Announce(announced) => announced.size(),
+                Command::Freeze(_) => FreezeShard::BYTES,
+                Command::Thaw(_) | Command::EndMerge(_) => EndMerge::BYTES,
+                Command::Absorb(absorb) => absorb.size(),
             }
     }
 }

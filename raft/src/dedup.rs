@@ -22,7 +22,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 use coracle_storage::Error;
-use coracle_storage::state::{Key, Overlay, key};
+use coracle_storage::state::{Key, Kind, Overlay, View, key};
 
 use crate::command::RequestId;
 use crate::wire::{Malformed, Reader};
@@ -190,7 +190,6 @@ impl Dedup {
         result: Bytes,
     ) -> Result<(), Error> {
         assert!(id.sequence != SEQUENCE_OF_MARK, "this sequence stands for a client's mark");
-        let bytes = RESULT_OVERHEAD_BYTES + result.len() as u64;
         let newest_ms = end_of_minute(id.birth_ms);
         let mut mark = match self.mark(overlay, id.client)? {
             Some(mark) => mark,
@@ -210,14 +209,7 @@ impl Dedup {
             mark.newest_ms = newest_ms;
             put_mark(overlay, id.client, &mark);
         }
-        self.index(id.birth_ms);
-        self.results += 1;
-        self.result_bytes += bytes;
-        let mut age = BytesMut::with_capacity(9);
-        age.put_u8(FORMAT_VERSION);
-        age.put_u64(bytes);
-        overlay.put_raw(key::result_age(id.birth_ms, id.client, id.sequence), age.freeze());
-        overlay.put_raw(key::result(id.client, id.sequence, id.birth_ms), result);
+        self.put_result(overlay, (id.client, id.sequence, id.birth_ms), result);
         Ok(())
     }
 
@@ -339,6 +331,72 @@ impl Dedup {
             }
         }
         Ok(())
+    }
+
+    /// Takes in what another group remembers: its results, the higher mark of each client, the higher
+    /// floor. What both have counts once.
+    pub(crate) fn unite(
+        &mut self,
+        overlay: &mut Overlay,
+        other: &Dedup,
+        view: &dyn View,
+    ) -> Result<(), Error> {
+        let mut cursor = view.seek(Kind::Result.range(), false)?;
+        while let Some((physical, result)) = cursor.next()? {
+            let Some(Key::Result { client, sequence, birth }) = Key::decode(&physical) else {
+                return Err(damaged("a result's key"));
+            };
+            if overlay.get(&physical)?.is_some() {
+                continue;
+            }
+            self.put_result(overlay, (client, sequence, birth), result);
+        }
+        let mut cursor = view.seek(Kind::Mark.range(), false)?;
+        while let Some((physical, bytes)) = cursor.next()? {
+            let Some(Key::Mark { client }) = Key::decode(&physical) else {
+                return Err(damaged("a mark's key"));
+            };
+            let theirs = decode_mark(bytes).map_err(|_| damaged("a mark"))?;
+            let mark = match self.mark(overlay, client)? {
+                None => {
+                    self.index(theirs.newest_ms);
+                    self.marks += 1;
+                    theirs
+                }
+                Some(ours) => {
+                    let old = key::result_age(ours.newest_ms, client, SEQUENCE_OF_MARK);
+                    overlay.delete_raw(old);
+                    Mark {
+                        lowest_unanswered: ours.lowest_unanswered.max(theirs.lowest_unanswered),
+                        // Below the lower one nothing is left of either.
+                        dropped_below: ours.dropped_below.min(theirs.dropped_below),
+                        newest_ms: ours.newest_ms.max(theirs.newest_ms),
+                    }
+                }
+            };
+            put_mark_age(overlay, mark.newest_ms, client);
+            put_mark(overlay, client, &mark);
+        }
+        self.raise_floor(other.floor_ms);
+        Ok(())
+    }
+
+    /// Stores a result that is not there yet, with its place in the age index.
+    fn put_result(
+        &mut self,
+        overlay: &mut Overlay,
+        (client, sequence, birth_ms): (u64, u64, u64),
+        result: Bytes,
+    ) {
+        let bytes = RESULT_OVERHEAD_BYTES + result.len() as u64;
+        self.index(birth_ms);
+        self.results += 1;
+        self.result_bytes += bytes;
+        let mut age = BytesMut::with_capacity(9);
+        age.put_u8(FORMAT_VERSION);
+        age.put_u64(bytes);
+        overlay.put_raw(key::result_age(birth_ms, client, sequence), age.freeze());
+        overlay.put_raw(key::result(client, sequence, birth_ms), result);
     }
 
     fn raise_floor(&mut self, birth_ms: u64) {

@@ -12,7 +12,7 @@
 //! latest time that anybody asked for. There is no release, because nobody could tell whose it is:
 //! pins are asked for in short pieces, and again while they are needed, and run out by themselves.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::{BufMut, BytesMut};
@@ -180,6 +180,36 @@ impl History {
     /// From the records, and the group clock of the last entry.
     pub(crate) fn load(clock: u64, keyspaces: Keyspaces, pins: Pins) -> History {
         History { clock, keyspaces: Arc::new(keyspaces.0), pins: pins.0, changed: false }
+    }
+
+    /// Takes in what another group keeps: of each keyspace the newer settings and the higher threshold, and
+    /// the pins of both that lie at or above it.
+    pub(crate) fn unite(&mut self, other: &History) {
+        let mut pins = other.pins.clone();
+        for (pin, until_ms) in &self.pins {
+            let held = pins.entry(*pin).or_default();
+            *held = (*held).max(*until_ms);
+        }
+        let pinned = pins.keys().map(|(keyspace, _)| *keyspace);
+        let kept = self.keyspaces.keys().chain(other.keyspaces.keys()).copied();
+        let all: BTreeSet<u32> = kept.chain(pinned).collect();
+        let unkept = Kept { history_ms: HISTORY_MS, revision: 0, floor: 0 };
+        let mut keyspaces = BTreeMap::new();
+        for keyspace in all {
+            let of =
+                |history: &History| history.keyspaces.get(&keyspace).copied().unwrap_or(unkept);
+            let (ours, theirs) = (of(self), of(other));
+            let newer = if theirs.revision > ours.revision { theirs } else { ours };
+            let floor = self.threshold(keyspace).max(other.threshold(keyspace));
+            keyspaces.insert(keyspace, Kept { floor, ..newer });
+        }
+        pins.retain(|(keyspace, version), _| *version >= keyspaces[keyspace].floor);
+        (self.keyspaces, self.pins, self.changed) = (Arc::new(keyspaces), pins, true);
+    }
+
+    /// Has the records written whether they changed or not: into another store.
+    pub(crate) fn touch(&mut self) {
+        self.changed = true;
     }
 
     /// The bytes of both records, when those in the store are older.

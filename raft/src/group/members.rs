@@ -65,14 +65,14 @@ impl Group {
         Ok(Members { epoch, joint: is_joint(&stored), members: members.collect() })
     }
 
-    async fn confirmed(
+    pub(super) async fn confirmed(
         &self,
         deadline: Instant,
     ) -> Result<(u64, Arc<StoredMembership>), ChangeError> {
         // Any replica reads what a majority has confirmed; only the leader knows who follows how far.
         self.leadership.leads().map_err(unchanged)?;
         let look = |state: &crate::state_machine::ReadState| {
-            (state.descriptor.as_ref().map(|known| known.epoch), state.membership.clone())
+            (state.held.as_ref().map(|known| known.epoch), state.membership.clone())
         };
         match self.reads.linearizable(deadline, look).await.map_err(unchanged)? {
             (Some(epoch), stored) => Ok((epoch, stored)),
@@ -190,7 +190,10 @@ impl Group {
         let term = self.leadership.leads().map_err(unchanged)?;
         let (known, stored) = self.confirmed(deadline).await?;
         let (joint, finish) = (is_joint(&stored), change == Change::Finish);
-        if joint && !finish {
+        let merge = self.merge_status();
+        // A merge counts on the members as they are.
+        let merges = merge.merging.is_some() || merge.frozen.is_some();
+        if (joint || merges) && !finish {
             return Err(ChangeError::UnderWay);
         }
         if is_done(&stored, change)? {
@@ -301,7 +304,7 @@ fn check_voters(
 }
 
 /// Before anything was proposed.
-fn unchanged(error: GroupError) -> ChangeError {
+pub(super) fn unchanged(error: GroupError) -> ChangeError {
     match error {
         GroupError::NotLeader { leader } => ChangeError::NotLeader { leader },
         GroupError::Stopped => ChangeError::NotLeader { leader: None },

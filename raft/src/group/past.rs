@@ -44,6 +44,8 @@ impl Group {
         let replies = self.proposer.own(Command::Pin(pin)).await?;
         match replies.0.into_iter().next().map(|reply| reply.outcome) {
             Some(Outcome::Pinned(pinned)) => Ok(pinned),
+            // Frozen: another group holds its keys soon, or it does again.
+            Some(Outcome::StaleRoute { .. }) => Err(GroupError::TooStale),
             other => panic!("apply answers a pin with what became of it, not {other:?}"),
         }
     }

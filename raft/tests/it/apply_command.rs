@@ -1,13 +1,17 @@
 //! The bytes of commands: pinned, read back, and refused when they are not ours.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::command::{
-    Change, Command, Condition, DecodeError, DeleteRange, NO_FENCE, Operation, Owned, Request,
-    RequestId, Stamped,
+    AbsorbShard, AnnounceMerge, Change, Command, Condition, DecodeError, DeleteRange, EndMerge,
+    FreezeShard, NO_FENCE, Operation, Owned, Planned, Request, RequestId, SplitShard, Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Settings};
+use coracle_raft::rules::Rules;
+use coracle_raft::types::Position;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -111,6 +115,82 @@ fn golden_bytes_of_every_command() {
         "010500000000000000010000000000000002".to_string()
             + "0000000700000000000a0001000000000000000b"
     );
+    assert_eq!(
+        hex(&stamped(Command::Split(split())).encode()),
+        "010600000000000000010000000000000002".to_string()
+            + "0000000000000005" // epoch
+            + "00000000000000030000000000000009" // membership: term, index
+            + "8000000000000000" // at
+            + "0000000000000002" // child
+            + "00000002"
+            + "000000000000000b0000000000000015"
+            + "000000000000000c0000000000000016"
+            + "01" // rules
+            + "0000000000000007" // seed
+            + "00000003"
+            + "000000010100000000" // whole
+            + "00000002020000002f" // delimiter
+            + "000000030300000004" // prefix
+    );
+}
+
+#[test]
+fn golden_bytes_of_the_commands_of_a_merge() {
+    let stamped = |command| hex(&Stamped { stamp: 1, ceiling: 2, command }.encode());
+    let head = |kind: &str| format!("01{kind}00000000000000010000000000000002");
+    let planned = "0000000000000005" // epoch
+        .to_owned()
+        + "00000000000000030000000000000009"; // membership: term, index
+    let no_rules = "01000000000000000700000000";
+    let rules = Rules { hash_seed: 7, keyspaces: BTreeMap::new() };
+    let plan = Planned { epoch: 5, membership: Position { term: 3, index: 9 } };
+    let merge = "000000000000004d";
+    let announce = AnnounceMerge { planned: plan, merge: 77, absorbs: true, rules: rules.clone() };
+    assert_eq!(
+        stamped(Command::Announce(announce)),
+        head("07") + &planned + merge + "01" + no_rules
+    );
+    let freeze = FreezeShard { planned: plan, merge: 77 };
+    assert_eq!(stamped(Command::Freeze(freeze)), head("08") + &planned + merge);
+    let end = EndMerge { merge: 77, epoch: 5 };
+    assert_eq!(stamped(Command::Thaw(end)), head("09") + merge + "0000000000000005");
+    let absorb = AbsorbShard {
+        planned: plan,
+        merge: 77,
+        other: Descriptor { shard: 2, arc: Some((1 << 63, 0)), epoch: 4 },
+        frozen_at: 6,
+        replicas: BTreeMap::from([(11, 21)]),
+        rules,
+    };
+    assert_eq!(
+        stamped(Command::Absorb(absorb)),
+        head("0a")
+            + &planned
+            + merge
+            + "0100000000000000020000000000000004" // descriptor: shard, epoch
+            + "0180000000000000000000000000000000" // its arc
+            + "0000000000000006"
+            + "00000001000000000000000b0000000000000015"
+            + no_rules
+    );
+    assert_eq!(stamped(Command::EndMerge(end)), head("0b") + merge + "0000000000000005");
+}
+
+fn split() -> SplitShard {
+    SplitShard {
+        planned: Planned { epoch: 5, membership: Position { term: 3, index: 9 } },
+        at: 1 << 63,
+        child: 2,
+        replicas: BTreeMap::from([(11, 21), (12, 22)]),
+        rules: Rules {
+            hash_seed: 7,
+            keyspaces: BTreeMap::from([
+                (1, EntityRule::Whole),
+                (2, EntityRule::Delimiter(b'/')),
+                (3, EntityRule::Prefix(4)),
+            ]),
+        },
+    }
 }
 
 fn delete_range(range: DeleteRange) -> Operation {
@@ -164,7 +244,7 @@ fn unknown_version_and_unknown_kinds_are_errors() {
         Stamped::decode(&Bytes::from(bytes))
     };
     assert_eq!(changed(0, 2), Err(DecodeError::UnknownVersion { found: 2 }));
-    assert_eq!(changed(1, 9), Err(DecodeError::UnknownKind { what: "command", found: 9 }));
+    assert_eq!(changed(1, 99), Err(DecodeError::UnknownKind { what: "command", found: 99 }));
     // Behind the entry's head and the request's.
     let operation = 22 + 56;
     assert_eq!(
@@ -254,6 +334,13 @@ fn entries() -> impl Strategy<Value = Stamped> {
         )),
         1 => any::<(u32, u64, u64)>().prop_map(|(keyspace, version, until_ms)| {
             Command::Pin(Pin { keyspace, version, until_ms })
+        }),
+        1 => any::<[u64; 8]>().prop_map(|[epoch, term, index, at, child, one, other, hash_seed]| {
+            let planned = Planned { epoch, membership: Position { term, index } };
+            let replicas = BTreeMap::from([(one, other)]);
+            let keyspaces = BTreeMap::from([(at as u32, EntityRule::Prefix(child as u32))]);
+            let rules = Rules { hash_seed, keyspaces };
+            Command::Split(SplitShard { planned, at, child, replicas, rules })
         }),
     ];
     (any::<u64>(), any::<u64>(), command).prop_map(|(stamp, ceiling, command)| Stamped {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use coracle_raft::apply::{ApplyError, GroupState, Reply, apply, state_hash};
 use coracle_raft::dedup::Bounds;
+use coracle_raft::types::Position;
 use coracle_storage::fs::faulty::FaultyFs;
 use coracle_storage::state::{
     Batch, Engine, Engines, FilterState, Kind, MapEngines, OpenState, Overlay,
@@ -123,15 +124,23 @@ impl Store {
         (!found.is_absent_at(version)).then_some((found.version, found.value))
     }
 
+    /// Writes what was applied by hand.
+    pub(crate) fn write(&self, state: &mut GroupState, mut overlay: Overlay) {
+        state.store(&mut overlay);
+        self.engine.write(overlay.into_batch()).expect("a healthy disk");
+    }
+
     /// Applies a stretch of the log as one batch; after an error nothing has changed.
     pub(crate) fn apply(&mut self, log: &[Entry]) -> Result<Vec<Reply>, ApplyError> {
         let mut overlay = self.overlay();
         let mut state = self.state();
         let mut replies = Vec::new();
         for (term, index, logged) in log {
+            let at = Position { term: *term, index: *index };
             match logged {
                 Logged::Command(entry) => {
-                    replies.extend(apply(&mut overlay, &mut state, *term, *index, entry)?);
+                    let applied = apply(&mut overlay, &mut state, at, entry, None)?;
+                    replies.extend(applied.replies);
                 }
                 Logged::Membership => state.apply_membership(),
             }

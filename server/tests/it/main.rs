@@ -17,6 +17,7 @@ mod service_nodes;
 mod service_pipeline;
 mod service_router;
 mod service_scan;
+mod service_split;
 mod transport_cluster;
 mod transport_handshake;
 mod transport_lanes;

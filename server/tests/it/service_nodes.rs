@@ -180,7 +180,7 @@ pub(crate) struct Node {
     pub(crate) gate: Arc<Gate>,
     pub(crate) draining: CancellationToken,
     pub(crate) metrics: Arc<Metrics>,
-    host: Arc<Host>,
+    pub(crate) host: Arc<Host>,
     log: Log,
     stop: CancellationToken,
 }

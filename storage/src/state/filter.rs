@@ -45,7 +45,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -75,6 +75,9 @@ pub struct FilterState {
     pub thresholds: BTreeMap<u32, u64>,
     /// The arc; without one, every key counts as inside.
     pub arc: Option<ArcFilter>,
+    /// The arc's ends, where there is one: whoever has read a view of another arc can tell by it that keys of
+    /// the view may have been dropped.
+    pub extent: Option<(u64, u64)>,
 }
 
 impl FilterState {
@@ -93,7 +96,7 @@ impl fmt::Debug for FilterState {
             .field("index", &self.index)
             .field("threshold", &self.threshold)
             .field("thresholds", &self.thresholds)
-            .field("arc", &self.arc.is_some())
+            .field("extent", &self.extent)
             .finish()
     }
 }
@@ -107,6 +110,8 @@ pub struct Filter {
     state: RwLock<Arc<FilterState>>,
     dead: Mutex<Dead>,
     dropped: AtomicU64,
+    /// Holds, whatever state is set, until it is ended.
+    held: AtomicBool,
 }
 
 #[derive(Default)]
@@ -125,6 +130,12 @@ impl Filter {
         if (state.clock, state.index) >= (current.clock, current.index) {
             *current = Arc::new(state);
         }
+    }
+
+    /// Has passes that begin from now on drop nothing, whatever [`Filter::set`] says: keys are being ingested
+    /// that the state as it stands does not count as the group's own.
+    pub fn hold(&self, holds: bool) {
+        self.held.store(holds, Ordering::Release);
     }
 
     /// The state as it is.
@@ -165,8 +176,12 @@ impl Filter {
     /// Begins one pass over entries in key order. `complete`: the pass sees every version of every
     /// key that it sees.
     pub(crate) fn pass(self: &Arc<Self>, complete: bool) -> Pass {
+        let mut state = self.state();
+        if self.held.load(Ordering::Acquire) {
+            state = Arc::new(FilterState { paused: true, ..FilterState::clone(&state) });
+        }
         Pass {
-            state: self.state(),
+            state,
             filter: self.clone(),
             complete,
             prefix: Vec::new(),
@@ -462,6 +477,12 @@ mod tests {
 
         state.arc = Some(Arc::new(|_, key| key != [1]));
         filter.set(state.clone());
+        assert_eq!(judge(&filter, false, &entries), [Drop, Drop, Drop, Keep, Drop]);
+
+        filter.hold(true);
+        filter.set(state.clone());
+        assert_eq!(judge(&filter, true, &entries), [Keep; 5], "one that is held drops nothing");
+        filter.hold(false);
         assert_eq!(judge(&filter, false, &entries), [Drop, Drop, Drop, Keep, Drop]);
 
         state.paused = true;

@@ -1,0 +1,184 @@
+//! Merging a group R into its left neighbour L: the calls of whoever carries it out. All on the leaders of
+//! the two groups, each on the epoch that it was planned on.
+//!
+//! 1. [`Group::prepare_merge`] on L (`absorbs`), then on R: both refuse splits and changes of members
+//!    from then on, and L's replicas drop what earlier splits have left behind, and say so
+//!    ([`MergeStatus::foreign_free`]).
+//! 2. [`Group::freeze`] on R: from its apply on a replica of R serves nothing, also after a crash, and says
+//!    so ([`MergeStatus::frozen`]).
+//! 3. The controller decides, once, in the records: absorb or cancel.
+//! 4. [`Group::absorb`] on L, when every replica of R is frozen; each replica of L takes what its node's
+//!    replica of R holds, and says when that is durable ([`MergeStatus::absorbed`]). Or
+//!    [`Group::thaw`] on R and [`Group::end_merge`] on L, whatever had happened there: both raise the
+//!    epoch, so that whatever comes late fails.
+//! 5. When every replica of L says absorbed, R is destroyed; [`Group::end_merge`] on L ends it.
+
+use std::collections::BTreeMap;
+
+use coracle_storage::ReplicaId;
+use tokio::time::Instant;
+
+use super::members::unchanged;
+use crate::birth::Sealed;
+use crate::command::{AbsorbShard, AnnounceMerge, Command, EndMerge, FreezeShard};
+use crate::descriptor::Descriptor;
+use crate::error::ChangeError;
+use crate::group::Group;
+pub use crate::merge_status::{Absorbed, Frozen, MergeStatus};
+use crate::rules::Rules;
+use crate::types::ShardId;
+
+/// A merge as it is announced to one of its two groups.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PrepareMerge {
+    /// The merge: the id of the operation, never used before.
+    pub merge: u64,
+    /// This group's epoch.
+    pub epoch: u64,
+    /// The other group.
+    pub other: ShardId,
+    /// Whether this one takes the other in (L), or is taken in (R).
+    pub absorbs: bool,
+    /// The rules of all keyspaces, read after the epoch was: see [`Rules::of`].
+    pub rules: Rules,
+}
+
+/// The decision to take a frozen neighbour in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MergePlan {
+    /// The merge.
+    pub merge: u64,
+    /// L's epoch.
+    pub epoch: u64,
+    /// R as it is frozen: its arc begins where L's ends.
+    pub other: Descriptor,
+    /// The index of R's freeze ([`Frozen::index`]).
+    pub frozen_at: u64,
+    /// For each replica of L, that of R on the same node.
+    pub replicas: BTreeMap<ReplicaId, ReplicaId>,
+    /// The rules of all keyspaces, read after the freeze was seen.
+    pub rules: Rules,
+}
+
+impl Group {
+    /// Announces a merge: no split and no change of members from then on. Returns the epoch, which
+    /// stays. Done already is no error.
+    pub async fn prepare_merge(
+        &self,
+        plan: PrepareMerge,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(plan.epoch, deadline).await?;
+        let PrepareMerge { merge, absorbs, rules, .. } = plan;
+        let announce = AnnounceMerge { planned, merge, absorbs, rules };
+        let reshaped = self.reshape(Command::Announce(announce), deadline).await?;
+        Ok(reshaped.descriptor.epoch)
+    }
+
+    /// Freezes the group (R). Fails where the epoch is another by the time that it is applied. Done
+    /// already is no error.
+    pub async fn freeze(
+        &self,
+        merge: u64,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<Frozen, ChangeError> {
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(epoch, deadline).await?;
+        let freeze = Command::Freeze(FreezeShard { planned, merge });
+        let reshaped = self.reshape(freeze, deadline).await?;
+        Ok(Frozen { merge, index: reshaped.place })
+    }
+
+    /// Ends R's part of a merge that is cancelled: the epoch rises, frozen or not. Returns it.
+    pub async fn thaw(
+        &self,
+        merge: u64,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        self.leads_here()?;
+        let reshaped = self.reshape(Command::Thaw(EndMerge { merge, epoch }), deadline).await?;
+        Ok(reshaped.descriptor.epoch)
+    }
+
+    /// Takes the frozen neighbour in (L). Returns what L holds from then on. Nothing is decided here: the
+    /// records have said so before, and every replica of R is frozen.
+    pub async fn absorb(
+        &self,
+        plan: MergePlan,
+        deadline: Instant,
+    ) -> Result<Descriptor, ChangeError> {
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(plan.epoch, deadline).await?;
+        if self.merge_status().merging != Some(plan.merge) {
+            return Err(ChangeError::UnderWay);
+        }
+        self.check_neighbour(&plan, deadline).await?;
+        let replicas = plan.replicas.iter().map(|(own, other)| (own.0, other.0)).collect();
+        let MergePlan { merge, other, frozen_at, rules, .. } = plan;
+        let absorb = AbsorbShard { planned, merge, other, frozen_at, replicas, rules };
+        let reshaped = self.reshape(Command::Absorb(absorb), deadline).await?;
+        Ok(reshaped.descriptor)
+    }
+
+    /// Ends L's part of a merge, cancelled or done: the epoch rises. Returns it.
+    pub async fn end_merge(
+        &self,
+        merge: u64,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<u64, ChangeError> {
+        self.leads_here()?;
+        let end = Command::EndMerge(EndMerge { merge, epoch });
+        Ok(self.reshape(end, deadline).await?.descriptor.epoch)
+    }
+
+    /// How far a merge is on this replica.
+    pub fn merge_status(&self) -> MergeStatus {
+        self.state.merge_status()
+    }
+
+    /// See [`crate::birth::Nursery::sealed`].
+    pub(crate) fn sealed(&self, merge: u64) -> Option<Sealed> {
+        self.state.sealed(merge)
+    }
+
+    /// Looks at the neighbour on this node: once the command is in the log, every replica waits for its
+    /// own, and does nothing else.
+    async fn check_neighbour(
+        &self,
+        plan: &MergePlan,
+        deadline: Instant,
+    ) -> Result<(), ChangeError> {
+        let refused = |why: &str| Err(ChangeError::Refused(why.to_owned()));
+        let Some(replica) = plan.replicas.get(&self.replica()) else {
+            return refused("the plan names no replica of the neighbour for this one");
+        };
+        let shard = ShardId(plan.other.shard);
+        let sealed = self.environment.births.sealed(shard, *replica, plan.merge);
+        let sealed = match tokio::time::timeout_at(deadline, sealed).await {
+            Ok(Ok(sealed)) => sealed,
+            Ok(Err(error)) => return Err(ChangeError::Refused(error.to_string())),
+            Err(_) => return refused("the neighbour is not frozen on this node"),
+        };
+        let frozen = (plan.merge, plan.frozen_at);
+        if sealed.state.merge.frozen != Some(frozen)
+            || sealed.state.descriptor.as_ref() != Some(&plan.other)
+        {
+            return refused("the neighbour is not what the plan says");
+        }
+        Ok(())
+    }
+
+    fn leads_here(&self) -> Result<(), ChangeError> {
+        self.leadership.leads().map(drop).map_err(unchanged)
+    }
+}
