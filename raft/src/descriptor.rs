@@ -41,6 +41,15 @@ impl Descriptor {
         }
     }
 
+    /// Whether some position belongs to both.
+    pub(crate) fn overlaps(&self, other: &Descriptor) -> bool {
+        let last = |(_, end): (u64, u64)| end.wrapping_sub(1);
+        match (self.arc, other.arc) {
+            (Some(one), Some(other)) => one.0 <= last(other) && other.0 <= last(one),
+            _ => false,
+        }
+    }
+
     /// Whether the group serves a request that was routed by `epoch` (0: not named). Both are
     /// checked again in apply and against the view of a read: what was planned on another epoch
     /// must fail, because the arc may have changed hands in between.
@@ -100,6 +109,15 @@ mod tests {
     fn system_keyspace_is_owned_by_the_meta_group_alone() {
         assert!(shard(None).owns(SYSTEM_KEYSPACE, 5) && !shard(None).owns(1, 5));
         assert!(!shard(Some((0, 0))).owns(SYSTEM_KEYSPACE, 5));
+    }
+
+    #[test]
+    fn arcs_overlap_where_a_position_is_in_both() {
+        let overlap = |one, other| shard(one).overlaps(&shard(other));
+        assert!(overlap(Some((0, 0)), Some((5, 9))) && overlap(Some((5, 9)), Some((8, 0))));
+        assert!(overlap(Some((u64::MAX, 0)), Some((0, 0))));
+        assert!(!overlap(Some((5, 9)), Some((9, 0))) && !overlap(Some((9, 0)), Some((5, 9))));
+        assert!(!overlap(None, Some((0, 0))));
     }
 
     #[test]

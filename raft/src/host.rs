@@ -297,6 +297,12 @@ impl Host {
                 group.replica().0
             )));
         }
+        if let Some(parent) = self.holder_of(&initial) {
+            return Err(Error::invalid(format!(
+                "{parent} still holds keys of {shard} on this node: it has to pass the split first, and brings \
+                 this replica along"
+            )));
+        }
         // What did not open is not made anew: its log, and perhaps its state, are still here.
         match self.environment.log.state(replica) {
             Err(Error::UnknownReplica(_)) => {
@@ -332,6 +338,18 @@ impl Host {
         self.start(replica, live, state, initial, false).await
     }
 
+    /// The group on this node, of another shard, that holds a part of an arc. An empty replica of a child
+    /// beside a parent that has not passed the split would keep the parent from bringing the child
+    /// along: what the parent then drops would be left to those who made it themselves.
+    fn holder_of(&self, initial: &Descriptor) -> Option<ShardId> {
+        let overlaps = |group: &&Arc<Group>| {
+            group
+                .descriptor()
+                .is_some_and(|held| held.shard != initial.shard && held.overlaps(initial))
+        };
+        self.groups().iter().find(overlaps).map(|group| group.shard())
+    }
+
     async fn start(
         &self,
         replica: ReplicaId,
@@ -347,8 +365,20 @@ impl Host {
         }
         let start = Start { shard, replica, live, state, initial, restarted };
         let group = Group::start(start, self.environment.clone()).await?;
-        let before = self.groups.write().insert(shard, group.clone());
-        assert!(before.is_none(), "a node holds at most one replica of a shard");
+        let stopping = {
+            let mut groups = self.groups.write();
+            let stopping = self.environment.stop.is_cancelled();
+            if !stopping {
+                let before = groups.insert(shard, group.clone());
+                assert!(before.is_none(), "a node holds at most one replica of a shard");
+            }
+            stopping
+        };
+        if stopping {
+            // Whoever stops the node's groups has passed: nobody else would stop this one.
+            group.shutdown().await;
+            return Err(Error::invalid("the node is stopping"));
+        }
         Ok(group)
     }
 

@@ -244,12 +244,15 @@ impl StateMachine {
             None => None,
         };
         let shared = self.shared.clone();
-        let replies = self.run(move || shared.commit(prepared)).await?;
-        births.reach(own, SplitStep::Applied).await;
+        let replies = self.run(move || shared.commit(prepared)).await;
+        if replies.is_ok() {
+            births.reach(own, SplitStep::Applied).await;
+        }
+        // Also where the parent is going away, and could not write its batch: the child is there, durably.
         if let Some(start) = start {
             start();
         }
-        Ok(replies)
+        replies
     }
 
     /// Closes the live store, which takes until the last read has let go of it.

@@ -64,6 +64,13 @@ impl Group {
         let Ok(_one) = self.changing.try_lock() else {
             return Err(ChangeError::UnderWay);
         };
+        // Reads and writes wait while the split is applied, and that begins with a flush: a small one,
+        // when this is done before.
+        let state = self.state.clone();
+        let flushed = blocking(&*self.environment.exec, move || state.seal()).await;
+        flushed
+            .map_err(ChangeError::Refused)?
+            .map_err(|why| ChangeError::Refused(why.to_string()))?;
         let planned = self.planned(plan.epoch, deadline).await?;
         let replicas = plan.replicas.iter().map(|(parent, child)| (parent.0, child.0)).collect();
         let SplitPlan { at, child, rules, .. } = plan;
@@ -136,6 +143,11 @@ impl Group {
     /// Whether this replica may hold keys outside its arc, which a split has left behind.
     pub(crate) fn is_untidy(&self) -> bool {
         self.state.is_untidy()
+    }
+
+    /// Tells one store of this replica from the next, which a snapshot brought.
+    pub(crate) fn store_name(&self) -> usize {
+        self.state.store_marker().as_ptr().addr()
     }
 
     /// Drops keys outside the arc. Blocks a thread for as long as rewriting the store takes.

@@ -29,7 +29,7 @@ use crate::types::{ShardId, StoredMembership, id_bytes, log_id};
 
 /// How long the parent's leader tries to have its child lead on the same node: the other replicas apply
 /// the split a heartbeat later. Then the child's own timeouts decide.
-const CAMPAIGN_MAX: Duration = Duration::from_secs(1);
+const CAMPAIGN_MAX: Duration = Duration::from_secs(3);
 /// Between two tries.
 const CAMPAIGN_PAUSE: Duration = Duration::from_millis(25);
 
@@ -103,6 +103,15 @@ impl Host {
             self.turns.take(Key::Shard(shard)).await,
             self.turns.take(Key::Replica(replica)).await,
         ];
+        if let Some(running) = self.group(shard) {
+            // A plan that names a shard for the second time would leave the arc to nobody.
+            let start = |held: &Descriptor| held.arc.map(|(start, _)| start);
+            let held = running.descriptor();
+            if held.as_ref().is_some_and(|held| start(held) != start(descriptor)) {
+                let why = format!("{shard}, which a split is to make, is here with {held:?}");
+                return Err(Error::invalid(why));
+            }
+        }
         if self.group(shard).is_some() || self.is_or_was_here(replica)? {
             tracing::info!(%shard, replica = replica.0, "a split finds its child, or the trace of it");
             return Ok(None);

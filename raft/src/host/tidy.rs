@@ -2,11 +2,12 @@
 //!
 //! Owns when that is done. Nobody reads such keys; they take room, and make a shard look larger than it is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use coracle_storage::ReplicaId;
+use tokio::time::Instant;
 
 use super::Host;
 use crate::group::Group;
@@ -14,12 +15,18 @@ use crate::group::Group;
 /// How often a replica is looked for that has something to clear away.
 const TIDY_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Until one whose rewriting failed is tried again.
+const RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// What is left free on the disk: the log goes on growing meanwhile.
+const ROOM_LEFT: u64 = 256 << 20;
+
 impl Host {
-    /// One replica at a time, and none while somebody rewrites one for other reasons. A replica and epoch
-    /// is tried once: one that cannot tell its keys apart waits for the next split or merge, which tells
-    /// it how.
+    /// One replica at a time, and none while somebody rewrites one for other reasons, nor where the disk
+    /// could not hold a second copy. A replica that cannot tell its keys apart waits for the next split or
+    /// merge, which tells it how; one that failed is tried again after a while.
     pub(super) async fn tidy(self: Arc<Self>) {
-        let mut tried: BTreeSet<(ReplicaId, u64, Option<u64>)> = BTreeSet::new();
+        let mut tried: BTreeSet<Tried> = BTreeSet::new();
+        let mut failed: BTreeMap<ReplicaId, Instant> = BTreeMap::new();
         loop {
             tokio::select! {
                 () = self.environment.stop.cancelled() => return,
@@ -28,25 +35,45 @@ impl Host {
             let groups = self.groups();
             let name = |group: &Group| {
                 let epoch = group.descriptor().map_or(0, |descriptor| descriptor.epoch);
-                (group.replica(), epoch, group.merge_status().merging)
+                (group.replica(), group.store_name(), epoch, group.merge_status().merging)
             };
             tried.retain(|(replica, ..)| groups.iter().any(|group| group.replica() == *replica));
-            let is_due = |group: &&Arc<Group>| group.is_untidy() && !tried.contains(&name(group));
+            failed.retain(|_, at| at.elapsed() < RETRY_PAUSE);
+            let is_due = |group: &&Arc<Group>| {
+                group.is_untidy()
+                    && !tried.contains(&name(group))
+                    && !failed.contains_key(&group.replica())
+                    && self.has_room_for(group.state_bytes())
+            };
             // Somebody waits for those of a merge.
             let merging = |group: &&Arc<Group>| group.merge_status().merging.is_some();
             let first = groups.iter().filter(is_due).find(merging);
             let untidy = first.or_else(|| groups.iter().find(is_due)).cloned();
             let Some(group) = untidy else { continue };
             let Ok(_turn) = self.reclaiming.clone().try_lock_owned() else { continue };
-            tried.insert(name(&group));
+            let named = name(&group);
             match group.drop_foreign().await {
                 Ok(all) => {
+                    if !all {
+                        tried.insert(named);
+                    }
                     tracing::info!(shard = %group.shard(), all, "keys of other shards are dropped")
                 }
                 Err(error) => {
-                    tracing::warn!(shard = %group.shard(), %error, "keys of other shards stay");
+                    failed.insert(group.replica(), Instant::now());
+                    tracing::warn!(shard = %group.shard(), %error, "keys of other shards stay for now");
                 }
             }
         }
     }
+
+    /// Whether the disk holds a store twice, and [`ROOM_LEFT`] besides. Rewriting needs the room until the
+    /// old files go; a full disk would end the node.
+    fn has_room_for(&self, bytes: u64) -> bool {
+        let space = self.environment.engines.fs().space(&self.shards);
+        space.is_ok_and(|space| space.free_bytes >= bytes.saturating_mul(2) + ROOM_LEFT)
+    }
 }
+
+/// A replica, its store, its epoch and its merge.
+type Tried = (ReplicaId, usize, u64, Option<u64>);

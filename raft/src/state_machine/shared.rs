@@ -123,8 +123,22 @@ impl ReadState {
     pub fn is_whole(&self, keyspace: u32) -> bool {
         let filter = self.filter.state();
         let arc = self.descriptor.as_ref().and_then(|descriptor| descriptor.arc);
-        filter.threshold(keyspace) <= self.clock && (filter.arc.is_none() || filter.extent == arc)
+        // While it is paused it drops nothing, and its extent may be that of before a merge.
+        let has_its_keys = filter.paused
+            || filter.arc.is_none()
+            || match (filter.extent, arc) {
+                (Some(kept), Some(arc)) => covers(kept, arc),
+                (kept, arc) => kept == arc,
+            };
+        filter.threshold(keyspace) <= self.clock && has_its_keys
     }
+}
+
+/// Whether all of an arc is in another one. What was kept when a split was flushed is more than what is
+/// left after the next one.
+fn covers(kept: (u64, u64), arc: (u64, u64)) -> bool {
+    let last = |(_, end): (u64, u64)| end.wrapping_sub(1);
+    kept.0 <= arc.0 && last(arc) <= last(kept)
 }
 
 /// A group's clock and the highest ceiling, as replicated.
@@ -206,7 +220,7 @@ impl SharedState {
     }
 
     /// Makes all of it durable, and lets compaction and the merge's controller go by it.
-    pub(super) fn seal(&self) -> io::Result<()> {
+    pub(crate) fn seal(&self) -> io::Result<()> {
         let (store, filter, merge) = {
             let current = self.0.current.read();
             let store = current.store.clone().ok_or_else(no_store)?;

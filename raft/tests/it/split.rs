@@ -17,7 +17,7 @@ use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::ChangeError;
 use coracle_raft::group::{Group, SplitPlan};
 use coracle_raft::host::Condition;
-use coracle_raft::types::{NodeId, Position, Role};
+use coracle_raft::types::{NodeId, Position, Role, ShardId};
 use coracle_storage::ReplicaId;
 use tokio::time::Instant;
 
@@ -307,7 +307,7 @@ async fn a_replica_that_takes_the_split_by_snapshot_gets_its_child_by_snapshot()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_late_split_leaves_a_child_alone_that_is_there_or_was_destroyed() {
+async fn a_late_split_brings_its_child_along_unless_it_was_destroyed() {
     for destroyed in [false, true] {
         let mut ring = Ring::new().await;
         ring.fill(0..10).await;
@@ -324,8 +324,9 @@ async fn a_late_split_leaves_a_child_alone_that_is_there_or_was_destroyed() {
         if destroyed {
             host.destroy(CHILD, replica).await.expect("never made, and remembered");
         } else {
-            drop(host.create(replica, initial).await.expect("a new replica"));
-            ring.caught_up(node, CHILD).await;
+            // An empty one would keep the parent from it, and the parent would drop the keys all the same.
+            let early = host.create(replica, initial).await.err().expect("refused").to_string();
+            assert!(early.contains("still holds keys of"), "{early}");
         }
         drop(host);
         ring.cluster.stop(node).await;
@@ -343,6 +344,27 @@ async fn a_late_split_leaves_a_child_alone_that_is_there_or_was_destroyed() {
         }
         ring.check(0..20).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn views_are_whole_at_once_after_a_second_split() {
+    let ring = Ring::new().await;
+    ring.fill(0..20).await;
+    ring.split().await.expect("nobody died");
+    let tidied = |group: &Group| group.merge_status().foreign_free.is_some();
+    let group = ring.leading(SHARD).await;
+    until("the first split is flushed", || tidied(&group)).await;
+    let plan = Ring::plan(&group);
+    let third = |replica: ReplicaId| ReplicaId(replica.0 + 1_000);
+    let plan = SplitPlan {
+        at: AT / 2,
+        child: ShardId(77),
+        replicas: plan.replicas.keys().map(|replica| (*replica, third(*replica))).collect(),
+        ..plan
+    };
+    group.split(plan, soon()).await.expect("nobody died");
+    let whole = group.read(soon(), |state| state.is_whole(1)).await.expect("it leads");
+    assert!(whole, "what was kept at the first split is more than what is left now");
 }
 
 trait Looks {

@@ -51,6 +51,9 @@ struct Question {
     keys: Arc<Vec<(u64, Bytes)>>,
 }
 
+/// Before a look that was overtaken is made again: what overtook it is done within moments.
+const OVERTAKEN_PAUSE: Duration = Duration::from_millis(2);
+
 /// Reads keys of a group as fresh as is asked for. A look that took longer than the keyspace's history
 /// lasts may have missed what compaction dropped meanwhile, and is made again.
 pub(crate) async fn look_up(
@@ -62,7 +65,9 @@ pub(crate) async fn look_up(
 ) -> Result<Found, Refusal> {
     loop {
         match look_up_once(group, keyspace, lookup, now_ms, deadline).await {
-            Err(Refusal::Overtaken) if Instant::now() < deadline => {}
+            Err(Refusal::Overtaken) if Instant::now() < deadline => {
+                tokio::time::sleep(OVERTAKEN_PAUSE).await;
+            }
             result => return result,
         }
     }
