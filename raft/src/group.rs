@@ -41,9 +41,13 @@ use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
 pub use members::Members;
 
+mod merge;
 mod past;
+mod split;
 
+pub use merge::{Absorbed, Frozen, MergePlan, MergeStatus, PrepareMerge};
 pub use past::Reclaimed;
+pub use split::{LoadBucket, Split, SplitPlan, SplitPoints};
 
 /// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
 const FLUSH_MAX: Duration = Duration::from_secs(60);

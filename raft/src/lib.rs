@@ -4,6 +4,7 @@
 mod wire;
 pub mod runtime;
 pub mod descriptor;
+pub mod rules;
 pub mod history;
 pub mod command;
 pub mod dedup;

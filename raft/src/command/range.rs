@@ -6,11 +6,8 @@ use coracle_proto::entity::EntityRule;
 use coracle_proto::ring;
 
 use super::{DecodeError, put_bytes};
-use crate::wire::{Malformed, Reader};
-
-const RULE_WHOLE: u8 = 1;
-const RULE_DELIMITER: u8 = 2;
-const RULE_PREFIX: u8 = 3;
+use crate::rules::{get_rule, put_rule};
+use crate::wire::Reader;
 
 /// The bytes that are counted for each key that a delete-range may delete: a delete marker with a
 /// short key, and what it takes while its batch is built. So one entry deletes about ten thousand
@@ -73,13 +70,7 @@ impl DeleteRange {
         out.put_u8(u8::from(self.whole));
         out.put_u8(u8::from(self.owned.is_some()));
         let Some(Owned { rule, hash_seed }) = self.owned else { return };
-        let (kind, detail) = match rule {
-            EntityRule::Whole => (RULE_WHOLE, 0),
-            EntityRule::Delimiter(byte) => (RULE_DELIMITER, byte.into()),
-            EntityRule::Prefix(bytes) => (RULE_PREFIX, bytes),
-        };
-        out.put_u8(kind);
-        out.put_u32(detail);
+        put_rule(out, &rule);
         out.put_u64(hash_seed);
     }
 
@@ -93,15 +84,7 @@ impl DeleteRange {
         let owned = match reader.u8()? {
             0 => None,
             1 => {
-                let (kind, detail) = (reader.u8()?, reader.u32()?);
-                let rule = match kind {
-                    RULE_WHOLE if detail == 0 => EntityRule::Whole,
-                    RULE_DELIMITER => EntityRule::Delimiter(
-                        u8::try_from(detail).map_err(|_| Malformed("a delimiter of no byte"))?,
-                    ),
-                    RULE_PREFIX => EntityRule::Prefix(detail),
-                    found => return Err(DecodeError::UnknownKind { what: "entity rule", found }),
-                };
+                let rule = get_rule(reader)?;
                 Some(Owned { rule, hash_seed: reader.u64()? })
             }
             found => return Err(DecodeError::UnknownKind { what: "ownership", found }),
