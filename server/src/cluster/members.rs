@@ -163,6 +163,12 @@ impl Cluster {
         if probe.replica == 0 {
             return peer::CommandDone::default();
         }
+        let running = self.host.group(ShardId(probe.shard));
+        let running = running.filter(|group| group.replica().0 == probe.replica);
+        if let Some(group) = running.filter(|group| group.status().failed.is_none()) {
+            let body = self.replica_status(&group, false).encode_to_vec().into();
+            return peer::CommandDone { body, ..Default::default() };
+        }
         let role = match self.host.condition(ReplicaId(probe.replica)) {
             Condition::Runs => "",
             Condition::Damaged => DAMAGED,
