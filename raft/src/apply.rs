@@ -5,7 +5,7 @@
 //! chance. So all replicas come to the same bytes and the same replies, in one pass or replayed
 //! after a crash, whatever the cut of entries into batches.
 //!
-//! A delete-range is judged in `range`.
+//! A delete-range is judged in `range`, a split in `reshape`.
 //!
 //! # A request
 //!
@@ -28,18 +28,22 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use coracle_storage::state::{self, ArcFilter, Overlay, Versioned, View, key};
+use coracle_storage::state::{self, ArcFilter, MetaName, Overlay, Versioned, View, key};
 
 use crate::command::{Change, Command, Condition, DecodeError, Request, RequestId, Stamped};
 use crate::dedup::{Admission, SEQUENCE_OF_MARK};
 use crate::descriptor::Descriptor;
 use crate::history::{COUNTER_BITS, Pinned, physical_ms};
-use crate::wire::Malformed;
+use crate::kin::Lineage;
+use crate::position::Position;
+use crate::wire::{Malformed, Reader};
 
 mod range;
+mod reshape;
 mod result;
 mod state_record;
 
+pub use reshape::{BIRTH, Child, Membership, NotReshaped, Reshaped};
 pub use state_record::GroupState;
 
 use result::{Invalid, Met, StoredResult, Verdict};
@@ -113,6 +117,8 @@ pub enum Outcome {
     },
     /// Of a pin, and never of a request.
     Pinned(Pinned),
+    /// Of a split, and never of a request.
+    Reshaped(Result<Reshaped, NotReshaped>),
 }
 
 /// What became of one operation.
@@ -182,18 +188,27 @@ pub enum ApplyError {
     },
 }
 
-/// Applies one entry: changes go into the overlay's batch and into `state`. One reply per request,
-/// in order, and one for a pin; none for entries of other kinds.
+/// What an entry has done, beside its changes.
+#[derive(Debug, Default)]
+pub struct Applied {
+    /// One per request, in order, and one for a pin or a split; none for entries of other kinds.
+    pub replies: Vec<Reply>,
+    /// A group that begins with what this one holds: it must be there, durably, before the entry's
+    /// batch is written.
+    pub child: Option<Box<Child>>,
+}
+
+/// Applies one entry: changes go into the overlay's batch and into `state`.
 pub fn apply(
     overlay: &mut Overlay,
     state: &mut GroupState,
     term: u64,
     index: u64,
     entry: &Bytes,
-) -> Result<Vec<Reply>, ApplyError> {
+) -> Result<Applied, ApplyError> {
     let stamped = Stamped::decode(entry).map_err(|source| ApplyError::Decode { index, source })?;
     let at = Entry { stamp: stamped.stamp, term, index };
-    let mut replies = Vec::new();
+    let Applied { mut replies, mut child } = Applied::default();
     match stamped.command {
         Command::Requests(requests) => {
             replies.reserve(requests.len());
@@ -215,13 +230,24 @@ pub fn apply(
         Command::Pin(pin) => {
             state.clock = state.clock.max(at.stamp);
             let pinned = state.history.pin(&pin, physical_ms(state.clock));
-            let outcome = Outcome::Pinned(pinned);
-            replies.push(Reply { outcome, term: at.term, index: at.index, duplicate: false });
+            replies.push(at.own_reply(Outcome::Pinned(pinned)));
+        }
+        Command::Split(plan) => {
+            let done = reshape::split(state, &at, &plan);
+            let done = done.map(|(reshaped, born)| {
+                // What the child holds now is foreign here.
+                overlay.delete_raw(key::meta(MetaName::FOREIGN_FREE));
+                child = Some(Box::new(born));
+                reshaped
+            });
+            replies.push(at.own_reply(Outcome::Reshaped(done)));
         }
     }
-    state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);
-    state.history.end_entry(state.clock);
-    Ok(replies)
+    for state in child.iter_mut().map(|child| &mut child.state).chain([state]) {
+        state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);
+        state.history.end_entry(state.clock);
+    }
+    Ok(Applied { replies, child })
 }
 
 /// A hash over what `reader` can show at the group clock; `group` must stand at the reader's
@@ -239,6 +265,12 @@ struct Entry {
     stamp: u64,
     term: u64,
     index: u64,
+}
+
+impl Entry {
+    fn own_reply(&self, outcome: Outcome) -> Reply {
+        Reply { outcome, term: self.term, index: self.index, duplicate: false }
+    }
 }
 
 fn apply_request(
@@ -421,13 +453,13 @@ pub fn decided_range(state: &dyn View, id: &RequestId) -> Result<Option<Reply>, 
     };
     let stored = StoredResult::decode(bytes)
         .map_err(|source| ApplyError::Record { record: "result", source })?;
+    let lineage = match state.get(&key::meta(MetaName::LINEAGE))? {
+        Some(bytes) => Lineage::get(&mut Reader::new(bytes))
+            .map_err(|source| ApplyError::Record { record: "lineage", source })?,
+        None => Lineage::default(),
+    };
     let outcome = range_outcome(&stored);
-    Ok(outcome.map(|outcome| Reply {
-        outcome,
-        term: stored.term,
-        index: stored.index,
-        duplicate: true,
-    }))
+    Ok(outcome.map(|outcome| told(&lineage, &stored, outcome, true)))
 }
 
 /// What a stored result says of a delete-range, if it is of one.
@@ -489,7 +521,14 @@ fn reply(
         }
         Verdict::Invalid(invalid) => Outcome::Invalid { why: invalid.why() },
     };
-    Ok(Reply { outcome, term: stored.term, index: stored.index, duplicate })
+    Ok(told(state.kin.lineage(), stored, outcome, duplicate))
+}
+
+/// A result with its place: in this group's log, also where it was decided in another's.
+fn told(lineage: &Lineage, stored: &StoredResult, outcome: Outcome, duplicate: bool) -> Reply {
+    let place = Position { term: stored.term, index: stored.index };
+    let Position { term, index } = lineage.place_of(stored.version, place);
+    Reply { outcome, term, index, duplicate }
 }
 
 #[cfg(test)]

@@ -8,8 +8,10 @@ use crate::history::{Pin, Settings};
 use crate::wire::{Malformed, Reader};
 
 mod range;
+mod reshape;
 
 pub use range::{DeleteRange, NO_FENCE, Owned};
+pub use reshape::{Planned, SplitShard};
 
 /// The format that this program writes, and the only one that it reads. It is an entry's first
 /// byte; 0 and 255 are taken there by Raft's own entries.
@@ -20,6 +22,7 @@ const KIND_ADVANCE: u8 = 2;
 const KIND_DESCRIBE: u8 = 3;
 const KIND_SETTINGS: u8 = 4;
 const KIND_PIN: u8 = 5;
+const KIND_SPLIT: u8 = 6;
 
 const CONDITION_NONE: u8 = 0;
 const CONDITION_IF_ABSENT: u8 = 1;
@@ -127,6 +130,8 @@ pub enum Command {
     Settings(Vec<Settings>),
     /// Keeps a version readable. The group clock moves to the stamp.
     Pin(Pin),
+    /// Everything from a position on becomes a group of its own.
+    Split(SplitShard),
 }
 
 /// A command with the leader's clock.
@@ -174,6 +179,7 @@ impl Stamped {
             Command::Describe(_) => KIND_DESCRIBE,
             Command::Settings(_) => KIND_SETTINGS,
             Command::Pin(_) => KIND_PIN,
+            Command::Split(_) => KIND_SPLIT,
         });
         out.put_u64(self.stamp);
         out.put_u64(self.ceiling);
@@ -189,6 +195,7 @@ impl Stamped {
                 settings.iter().for_each(|settings| settings.put(&mut out));
             }
             Command::Pin(pin) => pin.put(&mut out),
+            Command::Split(split) => split.put(&mut out),
         }
         out.freeze()
     }
@@ -222,6 +229,7 @@ impl Stamped {
                 Command::Settings(settings)
             }
             KIND_PIN => Command::Pin(Pin::get(&mut reader)?),
+            KIND_SPLIT => Command::Split(SplitShard::get(&mut reader)?),
             found => {
                 return Err(DecodeError::UnknownKind { what: "command", found });
             }
@@ -229,6 +237,12 @@ impl Stamped {
         reader.end()?;
         Ok(Stamped { stamp, ceiling, command })
     }
+}
+
+/// Whether an entry with these bytes is a batch of its own: everything before it is written first, and
+/// what follows it is judged by what it has left.
+pub(crate) fn stands_alone(entry: &[u8]) -> bool {
+    matches!(entry, [FORMAT_VERSION, KIND_SPLIT, ..])
 }
 
 impl Command {
@@ -241,6 +255,7 @@ impl Command {
                 Command::Describe(_) => 64,
                 Command::Settings(settings) => settings.len() * Settings::BYTES,
                 Command::Pin(_) => Pin::BYTES,
+                Command::Split(split) => split.size(),
             }
     }
 }

@@ -124,8 +124,15 @@ impl StoreBuilder<TypeConfig, LogStore, Local, tempfile::TempDir> for Builder {
         let store = ReplicaState::open(&*engines, &live, OpenState { create: true });
         let shared = SharedState::open(store.expect("a new store")).expect("an empty state");
         let serving = Arc::new(AtomicBool::new(true));
-        let machine =
-            StateMachine::new(shared, exec.clone(), engines, live.clone(), serving, Arc::new(Deaf));
+        let machine = StateMachine::new(
+            shared,
+            exec.clone(),
+            engines,
+            live.clone(),
+            serving,
+            Arc::new(Deaf),
+            (replica, Arc::default()),
+        );
         Ok((dir, LogStore::new(log, replica, exec.clone()), Local { machine, live, exec }))
     }
 }

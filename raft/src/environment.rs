@@ -8,6 +8,7 @@ use coracle_storage::log::Log;
 use coracle_storage::state::Engines;
 use tokio_util::sync::CancellationToken;
 
+use crate::birth::Births;
 use crate::clock::{Circumstances, Clock};
 use crate::lease::Timing;
 use crate::observer::Observer;
@@ -27,6 +28,7 @@ pub(crate) struct Environment {
     pub(crate) stop: CancellationToken,
     pub(crate) healthy: AtomicBool,
     pub(crate) numbers: AtomicU64,
+    pub(crate) births: Arc<Births>,
 }
 
 impl Circumstances for Environment {

@@ -27,6 +27,7 @@ use crate::error::GroupError;
 use crate::lag::Growth;
 use crate::leadership::{GroupStatus, Leadership, Raft, Standing};
 use crate::lease::{Embargo, Timing};
+use crate::load::Load;
 use crate::log_store::LogStore;
 use crate::message::{Answer, Question};
 use crate::network::Networks;
@@ -47,7 +48,7 @@ mod split;
 
 pub use merge::{Absorbed, Frozen, MergePlan, MergeStatus, PrepareMerge};
 pub use past::Reclaimed;
-pub use split::{LoadBucket, Split, SplitPlan, SplitPoints};
+pub use split::{Split, SplitPlan, SplitPoints};
 
 /// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
 const FLUSH_MAX: Duration = Duration::from_secs(60);
@@ -75,6 +76,7 @@ pub struct Group {
     /// One change of the members at a time.
     changing: tokio::sync::Mutex<()>,
     growth: Mutex<Growth>,
+    load: Load,
     environment: Arc<Environment>,
     initial: Descriptor,
     stop: CancellationToken,
@@ -149,6 +151,7 @@ impl Group {
             duties: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             growth: Mutex::default(),
+            load: Load::default(),
             environment: environment.clone(),
             initial: start.initial,
             stop,
@@ -205,6 +208,9 @@ impl Group {
     /// Proposes a write and waits until it is applied. Exactly once: the reply to a duplicate is the
     /// first reply.
     pub async fn write(&self, request: Request, deadline: Instant) -> Result<Written, GroupError> {
+        if let Some(arc) = self.descriptor().and_then(|descriptor| descriptor.arc) {
+            self.load.write(arc, request.position);
+        }
         self.proposer.write(request, deadline).await
     }
 
@@ -420,9 +426,8 @@ impl Group {
             tokio::time::sleep(wait).await;
             let now = group.status();
             let unchanged = now.leader == Some(node) && now.term == status.term;
-            if unchanged && !group.embargo.holds() && group.environment.healthy() {
-                // A stopped group needs no leader.
-                let _ = group.raft.trigger().elect(true).await;
+            if unchanged {
+                group.campaign().await;
             }
         };
         let stop = self.stop.clone();
@@ -432,6 +437,14 @@ impl Group {
                 tokio::select! { () = stop.cancelled() => {}, () = campaign => {} }
             }),
         );
+    }
+
+    /// Campaigns now, unless it gives no votes yet.
+    pub(crate) async fn campaign(&self) {
+        if !self.embargo.holds() && self.environment.healthy() {
+            // A stopped group needs no leader.
+            let _ = self.raft.trigger().elect(true).await;
+        }
     }
 
     /// What this replica may do at the moment: looked at and set in one step, because those who call
@@ -599,6 +612,7 @@ async fn start_core(
         start.live.clone(),
         serving.clone(),
         environment.observer.clone(),
+        (start.replica, environment.births.clone()),
     );
     let log = LogStore::new(environment.log.clone(), start.replica, environment.exec.clone());
     let raft = Raft::new(start.replica.0, Arc::new(config), networks, log, machine).await;

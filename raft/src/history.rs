@@ -182,6 +182,11 @@ impl History {
         History { clock, keyspaces: Arc::new(keyspaces.0), pins: pins.0, changed: false }
     }
 
+    /// Has the records written whether they changed or not: into another store.
+    pub(crate) fn touch(&mut self) {
+        self.changed = true;
+    }
+
     /// The bytes of both records, when those in the store are older.
     pub(crate) fn take_changed(&mut self) -> Option<(BytesMut, BytesMut)> {
         if !std::mem::replace(&mut self.changed, false) {

@@ -6,8 +6,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -20,6 +20,8 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::apply::BIRTH;
+use crate::birth::Failpoint;
 use crate::clock::{Circumstances, Clock};
 use crate::descriptor::Descriptor;
 use crate::environment::Environment;
@@ -30,13 +32,15 @@ use crate::leadership::Standing;
 use crate::lease::Timing;
 use crate::observer::Observer;
 use crate::snapshot::blocking;
-use crate::state_machine::{SharedState, store_dir};
+use crate::state_machine::{SharedState, applied_bytes, store_dir};
 use crate::transport::{Answering, Transport, TransportError};
 use crate::turns::Turns;
-use crate::types::{NodeId, ShardId};
+use crate::types::{NodeId, ShardId, log_id};
 use crate::wire::Reader;
 
+mod birth;
 mod removal;
+mod tidy;
 
 use removal::Destroying;
 
@@ -133,6 +137,7 @@ impl Host {
             stop: options.stop,
             healthy: AtomicBool::new(true),
             numbers: AtomicU64::new(options.incarnation << 16),
+            births: Arc::default(),
         });
         let host = Arc::new(Self {
             environment,
@@ -145,9 +150,12 @@ impl Host {
             failed: Mutex::default(),
             reclaiming: Arc::default(),
         });
+        let nursery: Weak<Self> = Arc::downgrade(&host);
+        host.environment.births.set_nursery(nursery);
         let exec = host.environment.exec.clone();
         exec.spawn("health", Box::pin(host.clone().watch_health()));
         exec.spawn("compact", Box::pin(host.clone().bound_log()));
+        exec.spawn("tidy", Box::pin(host.clone().tidy()));
         exec.spawn("growth", Box::pin(host.clone().sample_growth()));
         host
     }
@@ -170,6 +178,7 @@ impl Host {
         };
         let names = blocking(&*self.environment.exec, settle).await.map_err(Error::invalid)??;
         let damaged: Vec<ReplicaId> = recovery.recovering.iter().map(|d| d.replica).collect();
+        let mut whole = Vec::new();
         let mut missing: BTreeSet<ReplicaId> = recovery.replicas.iter().copied().collect();
         for name in names {
             let id = u64::from_str_radix(&name, 16).map(ReplicaId);
@@ -182,16 +191,20 @@ impl Host {
             }
             if recovery.replicas.contains(&replica) {
                 missing.remove(&replica);
-                // The node serves its other replicas.
-                if let Err(error) = self.open(replica).await {
-                    self.does_not_run(replica, &error.to_string());
-                }
+                whole.push(replica);
             } else if recovery.destroyed.contains(&replica) {
                 let (engines, dir) = (self.environment.engines.clone(), self.shards.join(&name));
                 let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir));
                 removed.await.map_err(Error::invalid)??;
             } else {
                 self.remove_unknown(replica, self.shards.join(&name)).await?;
+            }
+        }
+        // Now that what was cut short is gone: a parent makes its child anew as soon as it runs.
+        for replica in whole {
+            // The node serves its other replicas.
+            if let Err(error) = self.open(replica).await {
+                self.does_not_run(replica, &error.to_string());
             }
         }
         for replica in missing {
@@ -211,12 +224,12 @@ impl Host {
     async fn remove_unknown(&self, replica: ReplicaId, dir: PathBuf) -> Result<(), Error> {
         let engines = self.environment.engines.clone();
         let removed = blocking(&*self.environment.exec, move || {
-            let never_applied = never_applied(&*engines, &dir);
-            if never_applied {
+            let never_took_part = never_took_part(&*engines, &dir);
+            if never_took_part {
                 tracing::info!(dir = %dir.display(), "removing a replica whose creation was cut short");
                 engines.destroy(&dir)?;
             }
-            Ok::<bool, Error>(never_applied)
+            Ok::<bool, Error>(never_took_part)
         });
         if !removed.await.map_err(Error::invalid)?? {
             self.does_not_run(replica, "its state is here, the log has lost it");
@@ -295,7 +308,7 @@ impl Host {
         let (engines, dir, home) =
             (self.environment.engines.clone(), live.clone(), initial.clone());
         let made = blocking(&*self.environment.exec, move || {
-            if !never_applied(&*engines, &dir) {
+            if !never_took_part(&*engines, &dir) {
                 let why = format!("{}: the log has lost the replica of this state", dir.display());
                 return Err(Error::invalid(why));
             }
@@ -344,6 +357,12 @@ impl Host {
         });
         let failed: Vec<String> = self.failed.lock().iter().map(|(_, why)| why.clone()).collect();
         failed.into_iter().chain(stopped).collect()
+    }
+
+    /// Has a test's hook told of every step of a split on this node.
+    #[doc(hidden)]
+    pub fn set_failpoint(&self, failpoint: Option<Failpoint>) {
+        self.environment.births.set_failpoint(failpoint);
     }
 
     /// How a replica of this node is, as far as the node knows.
@@ -494,6 +513,7 @@ impl Host {
             for group in &groups {
                 group.check_store();
                 group.forget_idle_transfer();
+                group.fade_load();
             }
             // One at a time: what its purge frees is seen at the next look.
             for pin in self.environment.log.pinners() {
@@ -551,11 +571,14 @@ fn ended(result: Result<Result<(), Arc<Error>>, oneshot::error::RecvError>) -> R
     }
 }
 
-/// Whether a directory is no store, or one to which nothing was ever applied. What cannot be seen may
-/// hold something.
-fn never_applied(engines: &dyn Engines, dir: &Path) -> bool {
+/// Whether a directory is no store, or one to which nothing was ever applied by itself: a new one, or what a
+/// split has made. What cannot be seen may hold something.
+fn never_took_part(engines: &dyn Engines, dir: &Path) -> bool {
     match ReplicaState::open(engines, dir, OpenState { create: false }) {
-        Ok(store) => store.applied_bytes().is_none(),
+        Ok(store) => {
+            let applied = store.applied_bytes();
+            applied.is_none_or(|applied| applied == applied_bytes(&log_id(BIRTH)))
+        }
         Err(Error::Io { source, .. }) => source.kind() == ErrorKind::NotFound,
         Err(_) => false,
     }
@@ -569,13 +592,17 @@ async fn flush(group: &Group, keep: u64) {
 }
 
 fn write_home(store: &ReplicaState, initial: &Descriptor) -> Result<(), Error> {
-    let mut bytes = BytesMut::new();
-    bytes.put_u8(1);
-    initial.put(&mut bytes);
     let mut overlay = store.overlay();
-    overlay.put_meta(HOME, bytes.freeze());
+    overlay.put_meta(HOME, home_bytes(initial));
     store.write(overlay.into_batch())?;
     store.flush().map(drop)
+}
+
+fn home_bytes(descriptor: &Descriptor) -> Bytes {
+    let mut bytes = BytesMut::new();
+    bytes.put_u8(1);
+    descriptor.put(&mut bytes);
+    bytes.freeze()
 }
 
 fn read_home(store: &ReplicaState, dir: &Path) -> Result<Descriptor, Error> {

@@ -2,12 +2,14 @@
 #![doc = include_str!("../README.md")]
 
 mod wire;
+mod position;
 pub mod runtime;
 pub mod descriptor;
 pub mod rules;
 pub mod history;
 pub mod command;
 pub mod dedup;
+mod kin;
 pub mod apply;
 pub mod types;
 pub mod error;
@@ -17,10 +19,12 @@ mod message;
 pub mod transport;
 mod snapshot;
 mod log_store;
+pub mod birth;
 pub mod state_machine;
 mod network;
 pub mod leadership;
 pub mod lag;
+pub mod load;
 pub mod lease;
 pub mod clock;
 pub mod health;

@@ -45,7 +45,15 @@ fn machine(engines: &Arc<dyn Engines>, live: &Path, is_serving: bool) -> StateMa
     let store = ReplicaState::open(&**engines, live, OpenState { create });
     let shared = SharedState::open(store.expect("a store")).expect("a readable state");
     let serving = Arc::new(AtomicBool::new(is_serving));
-    StateMachine::new(shared, exec(), engines.clone(), live.into(), serving, Arc::new(Deaf))
+    StateMachine::new(
+        shared,
+        exec(),
+        engines.clone(),
+        live.into(),
+        serving,
+        Arc::new(Deaf),
+        (ReplicaId(1), Arc::default()),
+    )
 }
 
 async fn apply(machine: &mut StateMachine, indexes: std::ops::RangeInclusive<u64>) {

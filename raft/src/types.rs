@@ -8,17 +8,10 @@ use std::fmt;
 use bytes::Bytes;
 pub use coracle_proto::shard_map::{NodeId, ShardId};
 
+pub use crate::position::Position;
+
 use crate::apply::Reply;
 use crate::runtime::Runtime;
-
-/// Where an entry stands in a group's log.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Position {
-    /// The leader's term.
-    pub term: u64,
-    /// 0 is the first entry (the membership that the group began with).
-    pub index: u64,
-}
 
 /// What a replica counts for.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]

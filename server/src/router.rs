@@ -266,7 +266,7 @@ impl Router {
     ) -> Result<Answer, Fault> {
         limits::check_batch_get(&request.keys)?;
         // What is wrong with it is wrong for every shard.
-        plan::freshness(request.read.as_ref(), META_SHARD)?;
+        plan::freshness(request.read.as_ref(), META_SHARD, None)?;
         for _ in 1..DIVISIONS_MAX {
             match self.batch_get_once(request, call, steps).await {
                 Err(fault) if fault.reason == Reason::StaleRoute && call.origin != Origin::Peer => {

@@ -65,7 +65,7 @@ impl Group {
         Ok(Members { epoch, joint: is_joint(&stored), members: members.collect() })
     }
 
-    async fn confirmed(
+    pub(super) async fn confirmed(
         &self,
         deadline: Instant,
     ) -> Result<(u64, Arc<StoredMembership>), ChangeError> {
@@ -301,7 +301,7 @@ fn check_voters(
 }
 
 /// Before anything was proposed.
-fn unchanged(error: GroupError) -> ChangeError {
+pub(super) fn unchanged(error: GroupError) -> ChangeError {
     match error {
         GroupError::NotLeader { leader } => ChangeError::NotLeader { leader },
         GroupError::Stopped => ChangeError::NotLeader { leader: None },

@@ -6,11 +6,16 @@ use std::collections::BTreeMap;
 use coracle_storage::ReplicaId;
 use tokio::time::Instant;
 
+use super::members::unchanged;
+use crate::apply::{NotReshaped, Outcome, Reshaped};
+use crate::command::{Command, Planned, SplitShard};
 use crate::descriptor::Descriptor;
 use crate::error::{ChangeError, GroupError};
 use crate::group::Group;
+use crate::load::LoadBucket;
 use crate::rules::Rules;
-use crate::types::ShardId;
+use crate::snapshot::blocking;
+use crate::types::{ShardId, position};
 
 /// A split as it was planned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,17 +44,6 @@ pub struct Split {
     pub version: u64,
 }
 
-/// How often each part of the arc was met, for choosing where to split by load.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LoadBucket {
-    /// Its first position; it ends where the next one begins, the last with the arc.
-    pub start: u64,
-    /// Reads, as counted on this replica.
-    pub reads: u64,
-    /// Writes.
-    pub writes: u64,
-}
-
 /// Where an arc might be split.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SplitPoints {
@@ -58,7 +52,7 @@ pub struct SplitPoints {
     pub by_size: Option<u64>,
     /// What the arc's own keys take, about.
     pub bytes: u64,
-    /// Counts of operations since the replica was started, decaying.
+    /// How often each part of the arc was met lately, on this replica; in order.
     pub load: Vec<LoadBucket>,
 }
 
@@ -67,12 +61,100 @@ impl Group {
     /// same nodes. On the leader, on the epoch and the very membership that it was planned on, else
     /// nothing changes. An unknown outcome shows in the group's epoch.
     pub async fn split(&self, plan: SplitPlan, deadline: Instant) -> Result<Split, ChangeError> {
-        let _ = (plan, deadline);
-        Err(ChangeError::Unavailable("splits are not built yet".to_owned()))
+        let Ok(_one) = self.changing.try_lock() else {
+            return Err(ChangeError::UnderWay);
+        };
+        let planned = self.planned(plan.epoch, deadline).await?;
+        let replicas = plan.replicas.iter().map(|(parent, child)| (parent.0, child.0)).collect();
+        let SplitPlan { at, child, rules, .. } = plan;
+        let command = SplitShard { planned, at, child: child.0, replicas, rules };
+        let reshaped = self.reshape(Command::Split(command), deadline).await?;
+        let child = reshaped.child.expect("a split has a child");
+        Ok(Split { parent: reshaped.descriptor, child, version: reshaped.version })
     }
 
-    /// Where this group's arc might be split, as far as this replica knows.
-    pub async fn split_points(&self) -> Result<SplitPoints, GroupError> {
-        Ok(SplitPoints::default())
+    /// The membership of the epoch that a command was planned on, confirmed by a majority. On the leader,
+    /// which changes no members meanwhile.
+    pub(super) async fn planned(
+        &self,
+        epoch: u64,
+        deadline: Instant,
+    ) -> Result<Planned, ChangeError> {
+        let (known, stored) = self.confirmed(deadline).await?;
+        if known != epoch {
+            return Err(ChangeError::EpochPassed { epoch: known });
+        }
+        let membership = stored.log_id().as_ref().map(position);
+        let membership = membership.ok_or(ChangeError::UnderWay)?;
+        Ok(Planned { epoch, membership })
     }
+
+    /// Proposes a command that changes what the group holds, and waits for its end.
+    pub(super) async fn reshape(
+        &self,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<Reshaped, ChangeError> {
+        let unknown = || ChangeError::Unknown("it was proposed, and is not applied yet".to_owned());
+        let replies = match tokio::time::timeout_at(deadline, self.proposer.own(command)).await {
+            Ok(Ok(replies)) => replies,
+            Ok(Err(GroupError::Unknown(why))) => return Err(ChangeError::Unknown(why)),
+            Ok(Err(error)) => return Err(unchanged(error)),
+            Err(_) => return Err(unknown()),
+        };
+        match replies.0.into_iter().next().map(|reply| reply.outcome) {
+            Some(Outcome::Reshaped(Ok(reshaped))) => Ok(reshaped),
+            Some(Outcome::Reshaped(Err(refused))) => Err(refusal(refused)),
+            other => panic!("apply answers a split with what became of it, not {other:?}"),
+        }
+    }
+
+    /// Where this group's arc might be split, as far as this replica knows. By the rules of all keyspaces:
+    /// of one that is lacking no key counts.
+    pub async fn split_points(&self, rules: Rules) -> Result<SplitPoints, GroupError> {
+        let state = self.state.clone();
+        let sampled = blocking(&*self.environment.exec, move || state.median(&rules));
+        let sampled = sampled.await.map_err(|_| GroupError::Stopped)?;
+        let (by_size, bytes) = sampled.map_err(|error| GroupError::Storage(error.to_string()))?;
+        let arc = self.descriptor().and_then(|descriptor| descriptor.arc);
+        let load = arc.map_or_else(Vec::new, |arc| self.load.buckets(arc));
+        Ok(SplitPoints { by_size, bytes, load })
+    }
+
+    /// Reads at these positions were served here.
+    pub fn count_reads(&self, positions: impl IntoIterator<Item = u64>) {
+        if let Some(arc) = self.descriptor().and_then(|descriptor| descriptor.arc) {
+            positions.into_iter().for_each(|position| self.load.read(arc, position));
+        }
+    }
+
+    /// Lets what was counted long ago weigh less.
+    pub(crate) fn fade_load(&self) {
+        self.load.fade();
+    }
+
+    /// Whether this replica may hold keys outside its arc, which a split has left behind.
+    pub(crate) fn is_untidy(&self) -> bool {
+        self.state.is_untidy()
+    }
+
+    /// Drops keys outside the arc. Blocks a thread for as long as rewriting the store takes.
+    pub(crate) async fn drop_foreign(&self) -> Result<bool, GroupError> {
+        let state = self.state.clone();
+        let dropped = blocking(&*self.environment.exec, move || state.drop_foreign());
+        let dropped = dropped.await.map_err(|_| GroupError::Stopped)?;
+        dropped.map_err(|error| GroupError::Storage(error.to_string()))
+    }
+}
+
+/// Why the group would not do it.
+fn refusal(refused: NotReshaped) -> ChangeError {
+    let why = match refused {
+        NotReshaped::Epoch { epoch } => return ChangeError::EpochPassed { epoch },
+        NotReshaped::Members => return ChangeError::UnderWay,
+        NotReshaped::Replicas => "the plan does not name one new replica for each of the group's",
+        NotReshaped::Position => "the position is not inside the group's arc, or is its first",
+        NotReshaped::Child => "the child's shard is the group's own, or the meta group's",
+    };
+    ChangeError::Refused(why.to_owned())
 }

@@ -1,13 +1,17 @@
 //! The bytes of commands: pinned, read back, and refused when they are not ours.
 
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use coracle_proto::entity::EntityRule;
 use coracle_raft::command::{
-    Change, Command, Condition, DecodeError, DeleteRange, NO_FENCE, Operation, Owned, Request,
-    RequestId, Stamped,
+    Change, Command, Condition, DecodeError, DeleteRange, NO_FENCE, Operation, Owned, Planned,
+    Request, RequestId, SplitShard, Stamped,
 };
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Settings};
+use coracle_raft::rules::Rules;
+use coracle_raft::types::Position;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -111,6 +115,40 @@ fn golden_bytes_of_every_command() {
         "010500000000000000010000000000000002".to_string()
             + "0000000700000000000a0001000000000000000b"
     );
+    assert_eq!(
+        hex(&stamped(Command::Split(split())).encode()),
+        "010600000000000000010000000000000002".to_string()
+            + "0000000000000005" // epoch
+            + "00000000000000030000000000000009" // membership: term, index
+            + "8000000000000000" // at
+            + "0000000000000002" // child
+            + "00000002"
+            + "000000000000000b0000000000000015"
+            + "000000000000000c0000000000000016"
+            + "01" // rules
+            + "0000000000000007" // seed
+            + "00000003"
+            + "000000010100000000" // whole
+            + "00000002020000002f" // delimiter
+            + "000000030300000004" // prefix
+    );
+}
+
+fn split() -> SplitShard {
+    SplitShard {
+        planned: Planned { epoch: 5, membership: Position { term: 3, index: 9 } },
+        at: 1 << 63,
+        child: 2,
+        replicas: BTreeMap::from([(11, 21), (12, 22)]),
+        rules: Rules {
+            hash_seed: 7,
+            keyspaces: BTreeMap::from([
+                (1, EntityRule::Whole),
+                (2, EntityRule::Delimiter(b'/')),
+                (3, EntityRule::Prefix(4)),
+            ]),
+        },
+    }
 }
 
 fn delete_range(range: DeleteRange) -> Operation {
@@ -254,6 +292,13 @@ fn entries() -> impl Strategy<Value = Stamped> {
         )),
         1 => any::<(u32, u64, u64)>().prop_map(|(keyspace, version, until_ms)| {
             Command::Pin(Pin { keyspace, version, until_ms })
+        }),
+        1 => any::<[u64; 8]>().prop_map(|[epoch, term, index, at, child, one, other, hash_seed]| {
+            let planned = Planned { epoch, membership: Position { term, index } };
+            let replicas = BTreeMap::from([(one, other)]);
+            let keyspaces = BTreeMap::from([(at as u32, EntityRule::Prefix(child as u32))]);
+            let rules = Rules { hash_seed, keyspaces };
+            Command::Split(SplitShard { planned, at, child, replicas, rules })
         }),
     ];
     (any::<u64>(), any::<u64>(), command).prop_map(|(stamp, ceiling, command)| Stamped {

@@ -107,6 +107,7 @@ impl Model {
                 let wanted = Reply { outcome, term: *term, index: *index, duplicate: false };
                 assert_eq!(*reply, wanted, "{pin:?}");
             }
+            Command::Split(_) => unreachable!("the writer splits nothing: `apply_reshape` does"),
         }
         self.ceiling = self.ceiling.max(stamped.ceiling).max(self.clock);
         self.end_entry();

@@ -131,7 +131,8 @@ impl Store {
         for (term, index, logged) in log {
             match logged {
                 Logged::Command(entry) => {
-                    replies.extend(apply(&mut overlay, &mut state, *term, *index, entry)?);
+                    let applied = apply(&mut overlay, &mut state, *term, *index, entry)?;
+                    replies.extend(applied.replies);
                 }
                 Logged::Membership => state.apply_membership(),
             }

@@ -143,7 +143,9 @@ fn refusal(outcome: apply::Outcome, map: &ShardMap, shard: ShardId, now_ms: u64)
         apply::Outcome::Applied { .. } | apply::Outcome::ConditionFailed { .. } => {
             unreachable!("the caller has taken the answers")
         }
-        apply::Outcome::Pinned(_) => unreachable!("said of pins, and never of writes"),
+        apply::Outcome::Pinned(_) | apply::Outcome::Reshaped(_) => {
+            unreachable!("said of the group's own commands, and never of writes")
+        }
     }
 }
 

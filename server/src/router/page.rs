@@ -196,11 +196,11 @@ pub(crate) async fn read_page(
         let descriptor = state.descriptor.as_ref().filter(serves);
         let descriptor = descriptor.ok_or_else(|| Refusal::Stale(state.descriptor.clone()))?;
         let page = wanted.read(state.reader.view(), descriptor, version)?;
-        Ok::<_, Refusal>((page, state.position))
+        Ok::<_, Refusal>((page, state.position, descriptor.arc))
     };
-    let page = group.read_at(fixed, deadline, look).await??;
-    still_there(group, spec.keyspace, version, deadline).await?;
-    Ok(page)
+    let (page, at, arc) = group.read_at(fixed, deadline, look).await??;
+    still_there(group, spec.keyspace, version, arc, deadline).await?;
+    Ok((page, at))
 }
 
 /// Fixes a version on a shard, and says which arc it holds.

@@ -1,6 +1,7 @@
 //! Decides what an operation asks of which shard: limits, keyspace, entity, position, route. Pure: a
 //! function of the operation and the map. Does not know who leads.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -63,13 +64,18 @@ pub(crate) struct Lookup {
 }
 
 /// How fresh a read must be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Freshness {
     /// Whatever the replica at hand has.
     Any,
     /// Whatever the replica at hand has once it has applied up to an index, which the session has
     /// seen. Expiry is judged no earlier than at a version that it has seen.
-    Session { index: u64, judged_from: u64 },
+    ///
+    /// What was seen of another shard may have been seen of these very keys, before or after they changed
+    /// hands. A shard that the map has is no concern where this one is as the map has it: then it has gone
+    /// through every change by which keys came to it. One that the map does not have (newer than the map,
+    /// or merged into another) must be an ancestor of this one. Else the leader is asked.
+    Session { index: u64, judged_from: u64, epoch: u64, strangers: Arc<[u64]> },
     /// Whatever the replica at hand has, if it lacks nothing that was acknowledged so long ago.
     Bounded { bound: Duration },
     /// The newest state. Expiry is judged no earlier than at this version.
@@ -130,7 +136,7 @@ pub(crate) fn plan(map: &ShardMap, operation: &Operation, origin: Origin) -> Res
             limits::check_key(&request.key)?;
             let keyspace = keyspace(map, &request.keyspace, origin)?;
             let at = locate(map, keyspace, &request.key, request.route.as_ref());
-            let freshness = freshness(request.read.as_ref(), at.shard)?;
+            let freshness = freshness(request.read.as_ref(), at.shard, Some(map))?;
             let keys = vec![(at.position.unwrap_or(0), request.key.clone())];
             Ok(at.plan(Task::Get(Lookup { keys, freshness })))
         }
@@ -231,6 +237,7 @@ fn fix_version(request: &v1::FixVersionRequest) -> Result<Plan, Fault> {
 pub(crate) fn freshness(
     read: Option<&v1::ReadOptions>,
     shard: ShardId,
+    map: Option<&ShardMap>,
 ) -> Result<Freshness, Fault> {
     limits::check_read(read)?;
     let Some(read) = read else {
@@ -252,9 +259,9 @@ pub(crate) fn freshness(
                 .map_err(|error| Fault::invalid("read.session", error.to_string()))?;
             let judged_from = token.version();
             match token.need(shard) {
-                Need::Nothing => Freshness::Session { index: 0, judged_from },
+                Need::Nothing => session(&token, shard, 0, map),
                 // What was committed at an index is final, so the index says it all.
-                Need::Applied(seen) => Freshness::Session { index: seen.index, judged_from },
+                Need::Applied(seen) => session(&token, shard, seen.index, map),
                 Need::Linearizable => Freshness::Newest { judged_from },
             }
         }
@@ -265,6 +272,16 @@ pub(crate) fn freshness(
             Freshness::Newest { judged_from: 0 }
         }
     })
+}
+
+/// What a session asks of a shard, by the map at hand. See [`Freshness::Session`].
+fn session(token: &SessionToken, shard: ShardId, index: u64, map: Option<&ShardMap>) -> Freshness {
+    let is_known = |other: ShardId| map.is_some_and(|map| map.shard(other).is_some());
+    let strangers = token.seen().map(|(other, _)| other);
+    let strangers = strangers.filter(|other| *other != shard && !is_known(*other));
+    let strangers = strangers.map(|other| other.0).collect();
+    let epoch = map.and_then(|map| map.shard(shard)).map_or(0, |shard| shard.epoch.0);
+    Freshness::Session { index, judged_from: token.version(), epoch, strangers }
 }
 
 /// Says which shard and epoch the next hop shall serve: it must not choose another.
@@ -346,7 +363,7 @@ fn batch_get(map: &ShardMap, request: &v1::BatchGetRequest, origin: Origin) -> R
     let first = request.keys.first();
     let first = first.ok_or_else(|| Fault::invalid("keys", "a batch of no keys has no shard"))?;
     let at = locate(map, keyspace, first, None);
-    let freshness = freshness(request.read.as_ref(), at.shard)?;
+    let freshness = freshness(request.read.as_ref(), at.shard, Some(map))?;
     let keys = request.keys.iter().map(|key| (map.position_of(keyspace, key).0, key.clone()));
     Ok(at.plan(Task::BatchGet(Lookup { keys: keys.collect(), freshness })))
 }

@@ -34,6 +34,8 @@ pub(crate) struct Found {
     /// In the order of the keys; `None` where the key is absent.
     pub(crate) entries: Vec<Option<Versioned>>,
     pub(crate) at: Position,
+    /// What the group held in the view.
+    pub(crate) arc: Option<(u64, u64)>,
     /// The group clock in the view.
     pub(crate) clock: u64,
     /// Of a read in a session: the version at which expiry was judged.
@@ -74,7 +76,7 @@ async fn look_up_once(
     deadline: Instant,
 ) -> Result<Found, Refusal> {
     let question = Question { keyspace, keys: Arc::new(lookup.keys.clone()) };
-    match lookup.freshness {
+    match lookup.freshness.clone() {
         Freshness::Any => {
             let look = move |state: &ReadState| question.look(state, u64::MAX);
             let mut found = group.read_local(0, deadline, look).await??;
@@ -82,15 +84,19 @@ async fn look_up_once(
             found.judge(judged_at);
             Ok(found)
         }
-        Freshness::Session { index, judged_from } => {
+        Freshness::Session { index, judged_from, epoch, strangers } => {
             let leads = group.status().state == Standing::Leader;
             let until = if leads { deadline } else { deadline.min(Instant::now() + CATCH_UP_MAX) };
             let local = question.clone();
-            let look = move |state: &ReadState| local.look(state, u64::MAX);
-            let mut found = group.read_local(index, until, look).await??;
-            match found.judge_surely(judged_from, now_ms) {
-                true => Ok(found),
-                false => newest(group, question, judged_from, deadline).await,
+            let look = move |state: &ReadState| {
+                vouches(state, epoch, &strangers).then(|| local.look(state, u64::MAX)).transpose()
+            };
+            let found = group.read_local(index, until, look).await??;
+            let judged = found
+                .and_then(|mut found| found.judge_surely(judged_from, now_ms).then_some(found));
+            match judged {
+                Some(found) => Ok(found),
+                None => newest(group, question, judged_from, deadline).await,
             }
         }
         Freshness::Bounded { bound } => {
@@ -108,7 +114,7 @@ async fn look_up_once(
             let mut found = question.read_at(group, Some(version), deadline).await?;
             found.judge(version);
             found.judged_at = version;
-            still_there(group, keyspace, version, deadline).await?;
+            still_there(group, keyspace, version, found.arc, deadline).await?;
             Ok(found)
         }
         Freshness::Newest { judged_from } => newest(group, question, judged_from, deadline).await,
@@ -136,7 +142,7 @@ async fn newest(
     }
     if fixed.version >= expiry {
         found = question.look_at(group, fixed, deadline).await?;
-        match still_there(group, question.keyspace, fixed.version, deadline).await {
+        match still_there(group, question.keyspace, fixed.version, found.arc, deadline).await {
             Err(Refusal::Gone { .. }) => return Err(Refusal::Overtaken),
             checked => checked?,
         }
@@ -156,15 +162,28 @@ pub(crate) async fn fix(
     fixed.unwrap_or(Err(GroupError::Expired))
 }
 
+/// Whether a view holds what a session has seen of other shards. See [`Freshness::Session`].
+fn vouches(state: &ReadState, epoch: u64, strangers: &[u64]) -> bool {
+    let known = state.descriptor.as_ref();
+    known.is_none_or(|known| known.epoch >= epoch)
+        && strangers.iter().all(|shard| state.descends_from(*shard))
+}
+
 /// Checks, after a read at a version, that nothing of it was gone by then: what is reclaimed goes by
-/// the state as it is, not by the view.
+/// the state as it is, not by the view. `arc`: what the view held; what has gone to a child since may be
+/// dropped.
 pub(crate) async fn still_there(
     group: &Group,
     keyspace: u32,
     version: u64,
+    arc: Option<(u64, u64)>,
     deadline: Instant,
 ) -> Result<(), Refusal> {
-    let oldest = group.read_local(0, deadline, move |state| state.threshold(keyspace)).await?;
+    let look = move |state: &ReadState| (state.threshold(keyspace), state.descriptor.clone());
+    let (oldest, descriptor) = group.read_local(0, deadline, look).await?;
+    if descriptor.as_ref().is_none_or(|descriptor| descriptor.arc != arc) {
+        return Err(Refusal::Stale(descriptor));
+    }
     if version < oldest {
         return Err(Refusal::Gone { oldest });
     }
@@ -214,7 +233,9 @@ impl Question {
         if !state.is_whole(self.keyspace) {
             return Err(Refusal::Overtaken);
         }
-        Ok(Found { entries, at: state.position, clock: state.clock, judged_at: 0, age: None })
+        let arc = state.descriptor.as_ref().and_then(|descriptor| descriptor.arc);
+        let (at, clock) = (state.position, state.clock);
+        Ok(Found { entries, at, arc, clock, judged_at: 0, age: None })
     }
 }
 
@@ -260,7 +281,8 @@ mod tests {
     }
 
     fn found(entries: Vec<Option<Versioned>>) -> Found {
-        Found { entries, at: Position::default(), clock: 0, judged_at: 0, age: None }
+        let at = Position::default();
+        Found { entries, at, arc: None, clock: 0, judged_at: 0, age: None }
     }
 
     #[test]

@@ -117,6 +117,7 @@ impl Router {
         // A clock that strays judges no expiry: the group's own is behind at worst.
         let judged_ms = self.parts.clock.check().map_or(0, |()| now_ms);
         let found = read::look_up(group, keyspace.0, lookup, judged_ms, deadline).await?;
+        group.count_reads(lookup.keys.iter().map(|(position, _)| *position));
         self.stages.observe(Stage::Read, began.elapsed());
         let mut served = self.served(shard, found.at, group.leads());
         served.judged_at = found.judged_at;

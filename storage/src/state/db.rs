@@ -1,6 +1,7 @@
 //! Owns the handle on one replica's state: typed access to an engine, what is durable, the sweep of
 //! dead keys. Does not apply commands and does not decide when to flush.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use crate::state::filter::{Filter, Verdict};
 use crate::state::key::{self, MetaName};
 use crate::state::overlay::Overlay;
 use crate::state::read::{self, Reader, Versioned};
+use crate::state::sample::{self, Sample};
 
 /// The format of keys, values and `Meta` records that this program writes and knows.
 const FORMAT: u32 = 1;
@@ -118,6 +120,17 @@ impl ReplicaState {
     /// See [`Engine::compact`].
     pub fn compact(&self, range: Option<Range<Vec<u8>>>) -> Result<(), Error> {
         self.engine.compact(range)
+    }
+
+    /// Looks at about `max` entries of user keys, spread over the store: what it holds, without reading all
+    /// of it. What is not flushed may be left out.
+    pub fn sample(&self, max: usize) -> Result<Vec<Sample>, Error> {
+        sample::sample(&*self.engine, max)
+    }
+
+    /// The keyspaces of which the store holds anything, be it dead.
+    pub fn keyspaces(&self) -> Result<BTreeSet<u32>, Error> {
+        sample::keyspaces(&*self.engine)
     }
 
     /// Removes up to `keys_max` keys that compactions found dead but could not drop: each with all

@@ -52,6 +52,12 @@ pub trait Engine: Send + Sync + 'static {
     /// be rewritten. Blocks for the moment that this takes.
     fn end_compactions(&self);
 
+    /// The parts that the store consists of, where it consists of parts; they may overlap. What is not
+    /// flushed is in none.
+    fn strata(&self) -> Result<Vec<Stratum>, Error> {
+        Ok(Vec::new())
+    }
+
     /// What the store takes, on disk and in memory; an estimate.
     fn approximate_bytes(&self) -> u64;
 
@@ -68,6 +74,17 @@ pub trait Engine: Send + Sync + 'static {
     /// Cannot be upgraded any more once the store is closed: its last handle and its last view are
     /// dropped, and nothing of it runs in the background. Only then may its directory be replaced.
     fn open_marker(&self) -> Weak<()>;
+}
+
+/// A part of a store.
+#[derive(Clone, Eq, PartialEq, Debug)]
+pub struct Stratum {
+    /// Its first physical key.
+    pub first: Bytes,
+    /// Its last.
+    pub last: Bytes,
+    /// What it takes.
+    pub bytes: u64,
 }
 
 /// A consistent view of a store.

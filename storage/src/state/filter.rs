@@ -75,6 +75,9 @@ pub struct FilterState {
     pub thresholds: BTreeMap<u32, u64>,
     /// The arc; without one, every key counts as inside.
     pub arc: Option<ArcFilter>,
+    /// The arc's ends, where there is one: whoever has read a view of another arc can tell by it that keys of
+    /// the view may have been dropped.
+    pub extent: Option<(u64, u64)>,
 }
 
 impl FilterState {
@@ -93,7 +96,7 @@ impl fmt::Debug for FilterState {
             .field("index", &self.index)
             .field("threshold", &self.threshold)
             .field("thresholds", &self.thresholds)
-            .field("arc", &self.arc.is_some())
+            .field("extent", &self.extent)
             .finish()
     }
 }

@@ -59,6 +59,10 @@ impl MetaName {
     pub const FOREIGN_FREE: MetaName = MetaName(0x0b);
     /// The cluster format version that the group may write.
     pub const ACTIVE_VERSION: MetaName = MetaName(0x0c);
+    /// The groups that this one comes from.
+    pub const LINEAGE: MetaName = MetaName(0x0d);
+    /// How keys are told apart: the keyspaces' entity rules.
+    pub const RULES: MetaName = MetaName(0x0e);
 }
 
 /// A physical key, taken apart.
@@ -227,6 +231,13 @@ pub fn data_range(keyspace: u32, start: &[u8], end: Option<&[u8]>) -> Range<Vec<
         (None, None) => vec![Kind::Data as u8 + 1],
     };
     start..end
+}
+
+/// The keyspace of a data key; `None` when it is not one.
+pub(crate) fn keyspace_of(bytes: &[u8]) -> Option<u32> {
+    let kind = *bytes.first()?;
+    let keyspace = bytes.get(1..DATA_KEY_AT)?.try_into().ok()?;
+    (kind == Kind::Data as u8).then(|| u32::from_be_bytes(keyspace))
 }
 
 /// Splits a data key into prefix and version; `None` when it is not a data key.

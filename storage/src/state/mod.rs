@@ -37,16 +37,19 @@ mod read;
 
 mod overlay;
 
+mod sample;
+
 mod db;
 
 pub use batch::{Batch, BatchOp};
 pub use budget::StateOptions;
 pub use checkpoint::{CHUNK_BYTES, FileEntry, Incoming, Manifest};
 pub use db::ReplicaState;
-pub use engine::{Cursor, Engine, Engines, OpenState, View};
+pub use engine::{Cursor, Engine, Engines, OpenState, Stratum, View};
 pub use filter::{ArcFilter, Filter, FilterState};
 pub use key::{Key, Kind, MetaName};
 pub use memory::MapEngines;
 pub use overlay::Overlay;
 pub use read::{Found, KeyRange, Reader, Scan, Versioned};
 pub use rocks::RocksEngines;
+pub use sample::Sample;

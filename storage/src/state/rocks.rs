@@ -25,7 +25,7 @@ use crate::options::OnFatal;
 use crate::state::batch::{Batch, BatchOp};
 use crate::state::budget::{Budget, PROTECTION_BYTES, StateOptions};
 use crate::state::checkpoint;
-use crate::state::engine::{self, Engine, Engines, OpenState, View};
+use crate::state::engine::{self, Engine, Engines, OpenState, Stratum, View};
 use crate::state::filter::{Filter, Pass, Verdict};
 use crate::state::image::{self, Entries};
 use crate::state::rocks_view::{self, OpenDb, RocksView, map_error};
@@ -389,6 +389,14 @@ impl Engine for RocksEngine {
             // their next entry.
             self.db.disable_manual_compaction();
         }
+    }
+
+    fn strata(&self) -> Result<Vec<Stratum>, Error> {
+        let part = |file: LiveFile| {
+            let (first, last) = (file.start_key?.into(), file.end_key?.into());
+            Some(Stratum { first, last, bytes: file.size as u64 })
+        };
+        Ok(self.map(self.db.live_files())?.into_iter().filter_map(part).collect())
     }
 
     fn approximate_bytes(&self) -> u64 {
