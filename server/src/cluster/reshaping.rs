@@ -288,7 +288,7 @@ impl Cluster {
             return refused(format!("shard {shard} has no replica on this node"));
         };
         if asked.step() == ReshapeStep::Points {
-            return match points(&group).await {
+            return match points(&group, &asked).await {
                 Ok(points) => {
                     let body = points.encode_to_vec().into();
                     peer::CommandDone { body, ..Default::default() }
@@ -335,7 +335,7 @@ impl Cluster {
         for orders in 0..HOPS_MAX {
             let Some(to) = self.whom(snapshot, shard, orders) else { break };
             let order = peer::Reshape { shard, step, ..Default::default() };
-            match self.tell_reshape(to, order).await {
+            match self.tell_reshape(to, with_rules(order, snapshot)).await {
                 Ok(body) => {
                     return peer::SplitPoints::decode(body).map_err(|error| error.to_string());
                 }
@@ -561,11 +561,11 @@ async fn carry_out(group: &Group, order: Order) -> Result<(), ChangeError> {
     }
 }
 
-async fn points(group: &Group) -> Result<peer::SplitPoints, String> {
+async fn points(group: &Group, asked: &peer::Reshape) -> Result<peer::SplitPoints, String> {
     if !group.leads() {
         return Err("it is led elsewhere".to_owned());
     }
-    let points = group.split_points().await.map_err(|error| error.to_string())?;
+    let points = group.split_points(rules(asked)?).await.map_err(|error| error.to_string())?;
     let load = points.load.iter().map(|bucket| peer::LoadBucket {
         start: bucket.start,
         reads: bucket.reads,
