@@ -370,7 +370,7 @@ pub enum Operation {
 }
 
 /// A position on the ring, as people write it: 16 hex digits, with or without 0x.
-pub fn parse_position(text: &str) -> Result<u64, String> {
+fn parse_position(text: &str) -> Result<u64, String> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     let is_hex = digits.len() <= 16 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
     let position = u64::from_str_radix(digits, 16).ok().filter(|_| is_hex);
@@ -378,7 +378,7 @@ pub fn parse_position(text: &str) -> Result<u64, String> {
 }
 
 /// Bytes as people write them: `64GiB`, `500MiB`, `1048576`.
-pub fn parse_size(text: &str) -> Result<u64, String> {
+fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no size: write 64GiB, 500MiB or a number of bytes");
     let at = text.find(|digit: char| !digit.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(at);
@@ -395,13 +395,13 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// Thousandths, of a percentage as people write it: `5%`, `12.5`.
-pub fn parse_percent(text: &str) -> Result<u32, String> {
+fn parse_percent(text: &str) -> Result<u32, String> {
     let number = text.trim_end_matches('%').trim_end();
     thousandths(number, 10.0).ok_or_else(|| format!("{text:?} is no percentage: write 5% or 12.5%"))
 }
 
 /// Thousandths, of a weight as people write it: `0.5`.
-pub fn parse_weight(text: &str) -> Result<u32, String> {
+fn parse_weight(text: &str) -> Result<u32, String> {
     let weight = thousandths(text, 1_000.0).filter(|weight| (1..=0xffff).contains(weight));
     weight.ok_or_else(|| format!("{text:?} is no weight: write a number between 0.001 and 65.535"))
 }

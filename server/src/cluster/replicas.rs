@@ -475,20 +475,6 @@ impl Cluster {
         v1::GroupStatus::decode(told.body).map_err(|error| (error.to_string(), None))
     }
 
-    pub(super) async fn tell_destroy(
-        &self,
-        node: u64,
-        destroy: peer::DestroyReplica,
-    ) -> Result<(), String> {
-        if self.membership.identity().is_some_and(|(_, own)| own.0 == node) {
-            return self.destroy_here(destroy).await;
-        }
-        let target = Target::Node(NodeId(node));
-        let kind = Kind::DestroyReplica(destroy);
-        let answer = self.commands.command(target, kind, COMMAND_TIMEOUT).await?;
-        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
-    }
-
     /// Records changes. Returns the map that is to be told, if there were any.
     async fn record(&self, changes: &[Change]) -> Option<v1::ShardMap> {
         if changes.is_empty() {
