@@ -103,6 +103,7 @@ impl Load {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tokio::test expands to Runtime::block_on")]
 mod tests {
     use super::*;
 
