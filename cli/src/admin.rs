@@ -12,6 +12,7 @@ pub mod pages;
 pub mod plan;
 pub mod rebalance;
 pub mod replica;
+pub mod reshape;
 pub mod ring;
 pub mod shard;
 pub mod wait;

@@ -12,7 +12,8 @@ mod cluster;
 mod data;
 
 pub use cluster::{
-    Apply, Node, Operation, Rebalance, Replica, Setting, Shard, Switch, Which, parse_operation,
+    Apply, Node, Operation, Rebalance, Replica, Setting, Shard, SplitBy, Switch, Which,
+    parse_operation,
 };
 pub use data::{
     Addressing, Delete, DeleteRange, Export, Freshness, Get, Import, Put, RecordFormat, Scan,

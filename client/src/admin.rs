@@ -3,6 +3,7 @@
 //! may have been carried out, because it has no request id.
 
 mod plan;
+mod reshape;
 mod operations;
 mod replicas;
 
@@ -24,6 +25,7 @@ pub use self::plan::{Plan, PlanOptions, PlannedMove, PlannedNode, PlannedTransfe
 pub use self::replicas::{
     MemberStatus, ReadReplicas, ReadReplicasSet, ReplicaChange, ReplicaPlace, Replicas,
 };
+pub use self::reshape::{Merge, MergeStep, ShardMerge, ShardSplit, Split, SplitAt, SplitStep};
 use crate::connection::fault_of;
 use crate::driver::{Driver, closed};
 use crate::error::Error;

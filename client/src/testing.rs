@@ -75,6 +75,7 @@ mod admin;
 mod faults;
 mod model;
 mod operations;
+mod reshape;
 mod range;
 mod read;
 mod scan;

@@ -18,9 +18,12 @@ mod knowledge;
 mod survey;
 mod balance;
 mod points;
+mod reshape;
+mod grow;
 mod elastic;
 mod leaders;
 mod replicas;
+mod reshaping;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -54,7 +57,7 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(1);
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(100);
 
 pub use found::{InitError, InitOptions, gather, join_when_alone};
-pub use knowledge::Knowledge;
+pub use knowledge::{BalancingSet, Knowledge};
 pub use points::{Holding, Point};
 
 /// Whom a command goes to.
@@ -167,6 +170,7 @@ impl Cluster {
             Kind::HandOver(asked) => self.hand_over_here(asked).await.map(|()| Bytes::new()),
             Kind::Elastic(asked) => return self.answer_elastic(asked).await,
             Kind::Probe(probe) => return self.answer_probe(probe),
+            Kind::Reshape(asked) => return self.reshape_here(asked).await,
             Kind::Done(_) => Err("an answer where a question was expected".to_owned()),
         };
         match result {

@@ -198,6 +198,10 @@ metrics! {
     "Shards and disk" {
         shard_size_bytes: Family<Gauge, 1>, "coracle_shard_size_bytes", ["shard"],
             "Approximate size of a shard's replica on this node";
+        shard_reads_per_second: Family<Gauge, 1>, "coracle_shard_reads_per_second", ["shard"],
+            "Keys read by a shard's replica on this node, of late";
+        shard_writes_per_second: Family<Gauge, 1>, "coracle_shard_writes_per_second", ["shard"],
+            "Keys written through a shard's replica on this node, of late";
         disk_free_bytes: Gauge, "coracle_disk_free_bytes", [],
             "Free space where the data directory lives";
         disk_total_bytes: Gauge, "coracle_disk_total_bytes", [],
@@ -208,6 +212,16 @@ metrics! {
             "Resident memory of the process";
         memory_bytes: Family<Gauge, 1>, "coracle_memory_bytes", ["part"],
             "What the parts with a budget hold; the rest of the process's memory is code, stacks and what the allocator keeps";
+    }
+    "Operations" {
+        operations_active: Gauge, "coracle_operations_active", [],
+            "Operations under way; only on the node that leads the meta group";
+        balancer_automatic: Gauge, "coracle_balancer_automatic", [],
+            "1 where balancing is automatic; only on the node that leads the meta group";
+        balancer_split_bytes: Gauge, "coracle_balancer_split_bytes", [],
+            "The size at which a shard is split by itself; only on the node that leads the meta group";
+        balancer_split_keys_per_second: Gauge, "coracle_balancer_split_keys_per_second", [],
+            "The load from which one is; only on the node that leads the meta group";
     }
     "Clock" {
         clock_offset_seconds: Family<GaugeF64, 1>, "coracle_clock_offset_seconds", ["peer"],

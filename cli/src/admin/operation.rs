@@ -20,7 +20,7 @@ use super::{client, wait};
 #[serde(rename_all = "camelCase")]
 pub struct OperationView {
     id: u64,
-    /// rebalance, move, decommission, repair, balance, undo.
+    /// rebalance, move, decommission, repair, balance, undo, split, merge.
     kind: String,
     /// pending, running, paused, done, cancelled, failed.
     state: String,
@@ -37,8 +37,34 @@ pub struct OperationView {
     node: Option<u64>,
     message: String,
     undoes: Option<u64>,
+    /// Of a split.
+    split: Option<SplitView>,
+    /// Of a merge.
+    merge: Option<MergeView>,
     moves: Vec<MoveView>,
     transfers: Vec<TransferView>,
+}
+
+#[derive(Serialize)]
+struct SplitView {
+    shard: u64,
+    /// The first position of the new shard, as 16 hex digits.
+    at: String,
+    /// plan, split, done.
+    step: String,
+    /// The new shard, once it has an id.
+    child: Option<u64>,
+    automatic: bool,
+}
+
+#[derive(Serialize)]
+struct MergeView {
+    left: u64,
+    right: u64,
+    /// gather, prepare, freeze, absorb, flush, end, cancel, done.
+    step: String,
+    /// How often it was cancelled by itself, to be tried again.
+    attempts: u32,
 }
 
 #[derive(Serialize)]
@@ -58,9 +84,11 @@ struct MoveView {
 /// Operations as a table.
 pub const COLUMNS: &[Column<OperationView>] = &[
     Column::number("ID", |operation| operation.id.to_string()),
-    Column::text("KIND", |operation| match operation.node {
-        Some(node) => format!("{} n{node}", operation.kind),
-        None => operation.kind.clone(),
+    Column::text("KIND", |operation| match (operation.node, &operation.split, &operation.merge) {
+        (Some(node), _, _) => format!("{} n{node}", operation.kind),
+        (_, Some(split), _) => format!("{} {}", operation.kind, split.shard),
+        (_, _, Some(merge)) => format!("{} {} {}", operation.kind, merge.left, merge.right),
+        _ => operation.kind.clone(),
     }),
     Column::text("STATE", |operation| match operation.cancelling {
         true if operation.ended_ms.is_none() => "cancelling".to_owned(),
@@ -195,7 +223,12 @@ pub fn begin_failure(what: String, error: &coracle_client::Error) -> Failure {
 
 /// Says that an operation was begun, and what to do next.
 pub fn begun(operation: &ClusterOperation) -> String {
-    let (id, moves) = (operation.id, plural(operation.moves_all, "move", "moves"));
+    let id = operation.id;
+    let moves = match (&operation.split, &operation.merge) {
+        (Some(split), _) => format!("shard {} is split", split.shard),
+        (_, Some(merge)) => format!("shard {} takes shard {} in", merge.left, merge.right),
+        _ => plural(operation.moves_all, "move", "moves"),
+    };
     format!("operation {id} is begun: {moves}. Next: coracle operation watch {id}")
 }
 
@@ -204,13 +237,27 @@ pub fn done(operation: &ClusterOperation) -> String {
     let took = operation.ended_ms.map(|ended| ended.saturating_sub(operation.began_ms));
     let took =
         took.map_or_else(String::new, |ms| format!(" in {}", duration(Duration::from_millis(ms))));
-    let moves = plural(operation.moves_done, "move", "moves");
-    format!("operation {} is {}: {moves}{took}", operation.id, operation.state)
+    let what = match (&operation.split, &operation.merge) {
+        (Some(split), _) => match split.child {
+            Some(child) => {
+                format!("shard {} ends where shard {child} begins, {:016x}", split.shard, split.at)
+            }
+            None => format!("shard {} is as it was", split.shard),
+        },
+        (_, Some(merge)) => format!("shards {} and {}", merge.left, merge.right),
+        _ => plural(operation.moves_done, "move", "moves"),
+    };
+    format!("operation {} is {}: {what}{took}", operation.id, operation.state)
 }
 
 /// How far an operation is: `3 of 12 moves, 40 MiB of 1.2 GiB, about 20 s left`.
 pub fn progress(operation: &ClusterOperation, now_ms: u64) -> String {
-    let mut parts = vec![format!("{} of {} moves", operation.moves_done, operation.moves_all)];
+    let mut parts = Vec::new();
+    let step = operation.split.as_ref().map(|split| split.step.to_string());
+    parts.extend(step.or_else(|| operation.merge.as_ref().map(|merge| merge.step.to_string())));
+    if parts.is_empty() || operation.moves_all > 0 {
+        parts.push(format!("{} of {} moves", operation.moves_done, operation.moves_all));
+    }
     let (done, all) = operation.bytes();
     if all > 0 {
         parts.push(format!("{} of {}", bytes(done), bytes(all)));
@@ -270,6 +317,19 @@ pub fn view(operation: &ClusterOperation, now_ms: u64) -> OperationView {
         node: operation.node.map(|node| node.0),
         message: operation.message.clone(),
         undoes: operation.undoes.map(|id| id.0),
+        split: operation.split.as_ref().map(|split| SplitView {
+            shard: split.shard.0,
+            at: format!("{:016x}", split.at),
+            step: split.step.to_string(),
+            child: split.child.map(|child| child.0),
+            automatic: split.automatic,
+        }),
+        merge: operation.merge.as_ref().map(|merge| MergeView {
+            left: merge.left.0,
+            right: merge.right.0,
+            step: merge.step.to_string(),
+            attempts: merge.attempts,
+        }),
         moves: operation.moves.iter().map(move_view).collect(),
         transfers: operation.transfers.iter().map(TransferView::of).collect(),
     }

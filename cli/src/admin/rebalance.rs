@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::args::{Apply, Format, Global, Rebalance, Setting, Switch, Which};
 use crate::failure::{Exit, Failure};
-use crate::output::{Output, duration, render};
+use crate::output::{Output, bytes, duration, render};
 
 use super::operation::{self, OperationView, now_ms};
 use super::plan::{self, PlanView};
@@ -33,6 +33,9 @@ struct BalancingView {
     disk_fill_max: f64,
     /// A part; 0: everything counts.
     threshold: f64,
+    split_bytes: u64,
+    /// Keys a second.
+    split_load: u64,
 }
 
 #[derive(Serialize)]
@@ -221,6 +224,8 @@ async fn set(client: &Client, setting: Setting, output: &Output) -> Result<(), F
         down_after: setting.down_after,
         disk_fill_max: setting.disk_max,
         threshold: setting.threshold,
+        split_bytes: setting.split_size,
+        split_load: setting.split_load,
     };
     let set = client.admin().set_balancing(change).await;
     let set = set.map_err(|error| Failure::call("set the balancer", &error))?;
@@ -236,6 +241,8 @@ fn balancing_view(balancing: &Balancing) -> BalancingView {
         down_after_ms: balancing.down_after.as_millis() as u64,
         disk_fill_max: f64::from(balancing.disk_fill_max) / 1_000.0,
         threshold: f64::from(balancing.threshold) / 1_000.0,
+        split_bytes: balancing.split_bytes,
+        split_load: balancing.split_load,
     }
 }
 
@@ -257,8 +264,16 @@ fn balancing_text(balancing: &Balancing) -> String {
         0 => String::new(),
         part => format!(", beyond {}", percent(part)),
     };
+    let splits = match balancing.automatic {
+        true => format!(
+            "; splits shards at {}, or {} keys/s",
+            bytes(balancing.split_bytes),
+            balancing.split_load
+        ),
+        false => String::new(),
+    };
     format!(
-        "balancer {}: {automatic}{threshold}, {} at a time; fills disks up to {}; replaces nodes that are silent for {}",
+        "balancer {}: {automatic}{threshold}, {} at a time; fills disks up to {}{splits}; replaces nodes that are silent for {}",
         balancing.state,
         balancing.moves_at_a_time,
         percent(balancing.disk_fill_max),

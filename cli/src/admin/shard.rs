@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::output::{Column, Output, bytes, render};
 
 use super::ring::{Ring, draw};
-use super::{Picture, client, health, operation, rebalance, replica};
+use super::{Picture, client, health, operation, rebalance, replica, reshape};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -100,6 +100,14 @@ pub async fn run(command: Shard, global: &Global, output: &Output) -> Result<(),
             let what = format!("move shard {shard} from n{from} to n{to}");
             let begun = begun.map_err(|error| operation::begin_failure(what, &error))?;
             rebalance::follow(&client, begun, wait, global, output).await
+        }
+        Shard::Split { shard, at, key, keyspace, by, dry_run, wait } => {
+            let key = key.map(|key| (key, keyspace));
+            let asked = reshape::Split { shard, at, key, by, dry_run, wait };
+            reshape::split(asked, global, output).await
+        }
+        Shard::Merge { left, right, dry_run, wait } => {
+            reshape::merge((left, right), (dry_run, wait), global, output).await
         }
         Shard::TransferLeader { shard, to } => transfer(shard, to, global, output).await,
         Shard::Compact { shard } => compact(shard, global, output).await,

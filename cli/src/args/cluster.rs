@@ -128,6 +128,55 @@ pub enum Shard {
         #[arg(long)]
         wait: bool,
     },
+    /// Make two shards of one; without --at, --key or --by: with as many bytes on each side
+    #[command(after_help = "Examples:\n  \
+        coracle shard split 7 --wait\n  \
+        coracle shard split 7 --by load --dry-run\n  \
+        coracle shard split 7 --at 0x4000000000000000\n  \
+        coracle shard split 7 --key user/42/ --keyspace users\n\n\
+        No data is copied, and no request fails. coracle rebalance undo merges them again.")]
+    Split {
+        /// The shard
+        #[arg(value_parser = parse_shard)]
+        shard: ShardId,
+        /// The first position of the new shard, as shard ls writes it
+        #[arg(long, value_name = "POSITION", value_parser = parse_position, group = "where")]
+        at: Option<u64>,
+        /// Where this key's entity stands: it begins the new shard (with --keyspace)
+        #[arg(long, value_name = "KEY", group = "where")]
+        key: Option<String>,
+        /// The key's keyspace (default: the context's, else `default`)
+        #[arg(long, value_name = "NAME", requires = "key")]
+        keyspace: Option<String>,
+        /// Halve the bytes, or what there is to do
+        #[arg(long, value_name = "WHAT", group = "where")]
+        by: Option<SplitBy>,
+        /// Only say where it would be split
+        #[arg(long)]
+        dry_run: bool,
+        /// Wait until the map has both (--timeout ends the wait)
+        #[arg(long, conflicts_with = "dry_run")]
+        wait: bool,
+    },
+    /// Make one shard of two neighbours: the right one's replicas move to the left one's nodes first
+    #[command(after_help = "Examples:\n  \
+        coracle shard merge 7 8 --dry-run\n  \
+        coracle shard merge 7 8 --wait\n\n\
+        The right one serves nothing for half a second at most; clients wait that long.")]
+    Merge {
+        /// The shard that stays
+        #[arg(value_parser = parse_shard)]
+        left: ShardId,
+        /// Its right neighbour
+        #[arg(value_parser = parse_shard)]
+        right: ShardId,
+        /// Only say what would move and come of it
+        #[arg(long)]
+        dry_run: bool,
+        /// Wait until it is done (--timeout ends the wait)
+        #[arg(long, conflicts_with = "dry_run")]
+        wait: bool,
+    },
     /// Rewrite a shard's state without what nobody can read any more, replica by replica
     #[command(after_help = "Example:\n  coracle shard compact 7")]
     Compact {
@@ -135,6 +184,15 @@ pub enum Shard {
         #[arg(value_parser = parse_shard)]
         shard: ShardId,
     },
+}
+
+/// What a split halves.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub enum SplitBy {
+    /// Bytes.
+    Size,
+    /// What was read and written of late.
+    Load,
 }
 
 /// See [`Command::Replica`](super::Command::Replica).
@@ -272,6 +330,13 @@ pub struct Setting {
     /// Move nothing for balance as long as no node is so much above its share
     #[arg(long, value_name = "PERCENT", value_parser = parse_percent)]
     pub threshold: Option<u32>,
+    /// Split a shard by itself that is as large as this, with automatic balancing on
+    #[arg(long, value_name = "BYTES", value_parser = parse_size)]
+    pub split_size: Option<u64>,
+    /// Split one by itself of which so many keys a second are read and written for a minute, and twice
+    /// as many as of others
+    #[arg(long, value_name = "KEYS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub split_load: Option<u64>,
 }
 
 /// An operation, or the only one that is meant.
@@ -304,14 +369,39 @@ pub enum Operation {
     Cancel(Which),
 }
 
+/// A position on the ring, as people write it: 16 hex digits, with or without 0x.
+fn parse_position(text: &str) -> Result<u64, String> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    let is_hex = digits.len() <= 16 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    let position = u64::from_str_radix(digits, 16).ok().filter(|_| is_hex);
+    position.ok_or_else(|| format!("{text:?} is no position: write up to 16 hex digits"))
+}
+
+/// Bytes as people write them: `64GiB`, `500MiB`, `1048576`.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no size: write 64GiB, 500MiB or a number of bytes");
+    let at = text.find(|digit: char| !digit.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let shift = match unit.trim() {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        "TiB" => 40,
+        _ => return Err(wrong()),
+    };
+    let bytes = number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
+    bytes.filter(|bytes| *bytes > 0).ok_or_else(wrong)
+}
+
 /// Thousandths, of a percentage as people write it: `5%`, `12.5`.
-pub(super) fn parse_percent(text: &str) -> Result<u32, String> {
+fn parse_percent(text: &str) -> Result<u32, String> {
     let number = text.trim_end_matches('%').trim_end();
     thousandths(number, 10.0).ok_or_else(|| format!("{text:?} is no percentage: write 5% or 12.5%"))
 }
 
 /// Thousandths, of a weight as people write it: `0.5`.
-pub(super) fn parse_weight(text: &str) -> Result<u32, String> {
+fn parse_weight(text: &str) -> Result<u32, String> {
     let weight = thousandths(text, 1_000.0).filter(|weight| (1..=0xffff).contains(weight));
     weight.ok_or_else(|| format!("{text:?} is no weight: write a number between 0.001 and 65.535"))
 }

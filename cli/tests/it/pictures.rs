@@ -245,6 +245,8 @@ fn the_balancer_and_its_operations() {
         down_after: Duration::from_secs(300),
         disk_fill_max: 850,
         threshold: if state == Balancer::Ready { 50 } else { 0 },
+        split_bytes: 64 << 30,
+        split_load: 2_000,
     };
     let repair = ClusterOperation {
         id: OperationId(8),

@@ -10,6 +10,7 @@ use coracle_proto::v1;
 
 use super::Admin;
 use super::plan::{self, Plan, PlannedTransfer};
+use super::reshape::{ShardMerge, ShardSplit};
 use crate::error::Error;
 use crate::pipeline::Pipeline;
 use crate::topology::{Node, NodeId, NodeState, ReplicaId, ShardId};
@@ -43,6 +44,10 @@ pub enum OperationKind {
     Balance,
     /// Back to where another operation began.
     Undo,
+    /// One shard becomes two.
+    Split,
+    /// Two neighbours become one.
+    Merge,
 }
 
 /// How far an operation, or a move of it, is.
@@ -95,6 +100,10 @@ pub struct ClusterOperation {
     pub message: String,
     /// The operation that this one takes back.
     pub undoes: Option<OperationId>,
+    /// Of a split.
+    pub split: Option<ShardSplit>,
+    /// Of a merge.
+    pub merge: Option<ShardMerge>,
 }
 
 /// One move of an operation.
@@ -170,6 +179,10 @@ pub struct Balancing {
     /// As long as no node has more than its share by so many thousandths of it, nothing moves for
     /// balance.
     pub threshold: u32,
+    /// A shard of so many bytes is split by itself, where balancing is automatic.
+    pub split_bytes: u64,
+    /// So is one of which so many keys a second are read and written for long, far more than of others.
+    pub split_load: u64,
 }
 
 /// A change of how balancing is set: what is `None` stays.
@@ -185,6 +198,10 @@ pub struct BalancingChange {
     pub disk_fill_max: Option<u32>,
     /// See [`Balancing::threshold`].
     pub threshold: Option<u32>,
+    /// See [`Balancing::split_bytes`].
+    pub split_bytes: Option<u64>,
+    /// See [`Balancing::split_load`].
+    pub split_load: Option<u64>,
 }
 
 /// What the cluster works on.
@@ -273,6 +290,8 @@ impl Admin {
             down_after_ms: down_after.map(|ms| u64::try_from(ms).unwrap_or(u64::MAX)),
             disk_fill_max: change.disk_fill_max,
             threshold: change.threshold,
+            split_bytes: change.split_bytes,
+            split_load: change.split_load,
         };
         let set = self.any(self.timeout(), true, |node: Arc<Pipeline>| async move {
             node.connection().admin().set_balancing(request).await
@@ -356,6 +375,8 @@ impl ClusterOperation {
                 v1::OperationKind::Repair => OperationKind::Repair,
                 v1::OperationKind::Balance => OperationKind::Balance,
                 v1::OperationKind::Undo => OperationKind::Undo,
+                v1::OperationKind::Split => OperationKind::Split,
+                v1::OperationKind::Merge => OperationKind::Merge,
             },
             state: OperationState::from_wire(operation.state()),
             id: OperationId(operation.id),
@@ -369,6 +390,8 @@ impl ClusterOperation {
             node: plan::node(operation.node),
             message: operation.message,
             undoes: (operation.undoes != 0).then_some(OperationId(operation.undoes)),
+            split: operation.split.map(ShardSplit::from_wire),
+            merge: operation.merge.as_ref().map(ShardMerge::from_wire),
         }
     }
 }
@@ -421,6 +444,8 @@ impl Balancing {
             down_after: Duration::from_millis(balancing.down_after_ms),
             disk_fill_max: balancing.disk_fill_max,
             threshold: balancing.threshold,
+            split_bytes: balancing.split_bytes,
+            split_load: balancing.split_load,
         }
     }
 }
@@ -435,6 +460,8 @@ impl fmt::Display for OperationKind {
             OperationKind::Repair => "repair",
             OperationKind::Balance => "balance",
             OperationKind::Undo => "undo",
+            OperationKind::Split => "split",
+            OperationKind::Merge => "merge",
         })
     }
 }

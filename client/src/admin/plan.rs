@@ -148,7 +148,7 @@ impl Plan {
 }
 
 impl PlannedMove {
-    fn from_wire(planned: &v1::PlannedMove) -> PlannedMove {
+    pub(super) fn from_wire(planned: &v1::PlannedMove) -> PlannedMove {
         PlannedMove {
             shard: ShardId(planned.shard),
             from: node(planned.from_node),

@@ -125,6 +125,18 @@ impl Group {
         step
     }
 
+    /// What a shard begins with that was split off.
+    pub(super) fn child(&self) -> Group {
+        Group { clock: self.clock, memory: self.memory.clone(), ..Group::default() }
+    }
+
+    /// Takes in what a neighbour has.
+    pub(super) fn absorb(&mut self, other: Group) {
+        self.clock = self.clock.max(other.clock);
+        self.last.version = self.last.version.max(other.last.version);
+        self.memory.unite(other.memory);
+    }
+
     /// How far a replica is that sees everything so much later, and when it is further.
     fn seen_after(&self, lag: Duration, now: Instant) -> Step {
         // Each entry holds what stood before its moment.

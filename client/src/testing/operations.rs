@@ -22,6 +22,8 @@ pub(super) struct Ledger {
     down_after_ms: u64,
     disk_fill_max: u32,
     threshold: u32,
+    split_bytes: u64,
+    split_load: u64,
 }
 
 impl Default for Ledger {
@@ -33,6 +35,8 @@ impl Default for Ledger {
             down_after_ms: 300_000,
             disk_fill_max: 850,
             threshold: 0,
+            split_bytes: 64 << 30,
+            split_load: 2_000,
         }
     }
 }
@@ -267,8 +271,8 @@ impl Model {
         let operations = &self.ledger.operations;
         let undone = |id: u64| operations.iter().any(|operation| operation.undoes == id);
         let can_be_undone = |operation: &v1::ClusterOperation| {
-            use v1::OperationKind::{Move, Rebalance};
-            matches!(operation.kind(), Move | Rebalance) && !undone(operation.id)
+            use v1::OperationKind::{Merge, Move, Rebalance, Split};
+            matches!(operation.kind(), Move | Rebalance | Split | Merge) && !undone(operation.id)
         };
         if request.id != 0 && !operations.iter().any(|known| known.id == request.id) {
             let message = format!("there is no operation {}", request.id);
@@ -292,6 +296,18 @@ impl Model {
     }
 
     fn undo(&mut self, operation: &v1::ClusterOperation) -> Result<v1::ClusterOperation, Fault> {
+        if let Some(split) = &operation.split {
+            let (left, right) = (split.shard, split.child);
+            let request = v1::MergeShardsRequest { left, right, validate_only: false };
+            let made = self.merge_shards(&request)?.operation.unwrap_or_default();
+            return Ok(self.note(made.id, |it| it.undoes = operation.id));
+        }
+        if let Some(merge) = &operation.merge {
+            let (shard, at) = (merge.left, Some(merge.boundary));
+            let request = v1::SplitShardRequest { shard, at, ..Default::default() };
+            let made = self.split_shard(&request)?.operation.unwrap_or_default();
+            return Ok(self.note(made.id, |it| it.undoes = operation.id));
+        }
         let back = |step: &v1::OperationMove| Step {
             shard: step.shard,
             from: step.to_node,
@@ -320,6 +336,8 @@ impl Model {
         ledger.down_after_ms = request.down_after_ms.unwrap_or(ledger.down_after_ms);
         ledger.disk_fill_max = request.disk_fill_max.unwrap_or(ledger.disk_fill_max);
         ledger.threshold = request.threshold.unwrap_or(ledger.threshold);
+        ledger.split_bytes = request.split_bytes.unwrap_or(ledger.split_bytes);
+        ledger.split_load = request.split_load.unwrap_or(ledger.split_load);
         Ok(self.balancing())
     }
 
@@ -332,6 +350,8 @@ impl Model {
             down_after_ms: self.ledger.down_after_ms,
             disk_fill_max: self.ledger.disk_fill_max,
             threshold: self.ledger.threshold,
+            split_bytes: self.ledger.split_bytes,
+            split_load: self.ledger.split_load,
         }
     }
 
@@ -359,23 +379,31 @@ impl Model {
             });
         }
         self.change_map(|map| *map = v1::ShardMap { server_time_ms: 0, ..after });
-        self.ledger.last_id += 1;
-        let (now, count) = (self.now_ms(), moves.len() as u32);
-        let operation = v1::ClusterOperation {
-            id: self.ledger.last_id,
+        let count = moves.len() as u32;
+        Ok(self.remember(v1::ClusterOperation {
             kind: kind.into(),
-            state: v1::OperationState::Done.into(),
             moves,
-            began_ms: now,
-            ended_ms: now,
             moves_done: count,
             moves_all: count,
             ..Default::default()
+        }))
+    }
+
+    /// Remembers what was done, under a new id.
+    pub(super) fn remember(&mut self, operation: v1::ClusterOperation) -> v1::ClusterOperation {
+        self.ledger.last_id += 1;
+        let now = self.now_ms();
+        let operation = v1::ClusterOperation {
+            id: self.ledger.last_id,
+            state: v1::OperationState::Done.into(),
+            began_ms: now,
+            ended_ms: now,
+            ..operation
         };
         self.ledger.operations.push(operation.clone());
         let oldest = self.ledger.operations.len().saturating_sub(REMEMBERED_MAX);
         self.ledger.operations.drain(..oldest);
-        Ok(operation)
+        operation
     }
 
     fn note(

@@ -445,6 +445,22 @@ impl AdminService for Node {
         Ok(Response::new(v1::ControlOperationResponse { operation: Some(operation) }))
     }
 
+    async fn split_shard(
+        &self,
+        request: Request<v1::SplitShardRequest>,
+    ) -> Result<Response<v1::SplitShardResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(self.cluster.change(|model| model.split_shard(&request))?))
+    }
+
+    async fn merge_shards(
+        &self,
+        request: Request<v1::MergeShardsRequest>,
+    ) -> Result<Response<v1::MergeShardsResponse>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(self.cluster.change(|model| model.merge_shards(&request))?))
+    }
+
     async fn set_node_weight(
         &self,
         request: Request<v1::SetNodeWeightRequest>,

@@ -46,7 +46,7 @@ enum AnswerAs {
 }
 
 /// What a shard remembers of the writes that it was sent.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Memory {
     /// By client, sequence and birth.
     results: BTreeMap<(u64, u64, u64), Stored>,
@@ -73,6 +73,18 @@ pub(super) enum Verdict {
     RangeDeleted(Deleted),
     /// Of an atomic delete-range over more keys than may be.
     RangeTooLarge,
+}
+
+impl Memory {
+    /// What two shards remember, as one.
+    pub(super) fn unite(&mut self, other: Memory) {
+        self.results.extend(other.results);
+        for (client, mark) in other.marks {
+            let known = self.marks.entry(client).or_default();
+            *known = mark.max(*known);
+        }
+        self.floor_ms = self.floor_ms.max(other.floor_ms);
+    }
 }
 
 impl Write {

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use coracle_client::admin::{
-    Balancer, BalancingChange, Control, OperationId, OperationKind, OperationState, PlanOptions,
+    Balancer, BalancingChange, Control, MergeStep, OperationId, OperationKind, OperationState,
+    PlanOptions, SplitAt, SplitStep,
 };
 use coracle_client::testing::FakeCluster;
 use coracle_client::topology::NodeState;
@@ -168,4 +169,50 @@ async fn any_node_can_be_asked_and_settings_stay() {
     assert_eq!(zero.kind(), ErrorKind::InvalidArgument);
     let pause = admin.control(None, Control::Pause).await.expect_err("nothing to pause");
     assert_eq!((pause.kind(), pause.outcome()), (ErrorKind::Conflict, Outcome::NotApplied));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shard_is_split_merged_again_and_nothing_is_lost() {
+    let cluster = with_a_spare();
+    let kv = cluster.client().await;
+    for number in 0..50 {
+        kv.put(format!("k{number}"), "1").await.expect("a put");
+    }
+    let admin = kv.admin();
+    let first = admin.map().await.expect("a map").shards[1].clone();
+    let looked = admin.split_shard(first.id, SplitAt::Size, true).await.expect("a look");
+    assert!(looked.operation.is_none() && looked.at > first.start);
+    let begun = admin.split_shard(first.id, SplitAt::Position(looked.at), false).await;
+    let begun = begun.expect("a split").operation.expect("it is begun");
+    let split = begun.split.clone().expect("a split");
+    assert_eq!(
+        (begun.kind, split.step, split.at),
+        (OperationKind::Split, SplitStep::Done, looked.at)
+    );
+    let child = split.child.expect("it has an id");
+    let map = admin.map().await.expect("a map");
+    let born = map.shard(child).expect("it is there");
+    assert_eq!((born.start, born.end), (looked.at, first.end));
+    let key = (0..50).map(|number| format!("k{number}"));
+    let all = kv.multi_get(key.clone()).await.expect("all");
+    assert!(all.iter().all(Option::is_some));
+    kv.put("k7", "2").await.expect("a put");
+    let position = admin.position("default", b"k7").await.expect("known").expect("it stands");
+    let holds = |shard: &&coracle_client::topology::Shard| {
+        shard.id.0 != 0 && shard.start <= position && (shard.end == 0 || position < shard.end)
+    };
+    assert_eq!(map.shards.iter().filter(holds).count(), 1);
+    assert_eq!(admin.position("nowhere", b"k7").await.expect("known"), None);
+    let wrong = admin.merge_shards(child, first.id, false).await.expect_err("the wrong way");
+    assert_eq!(wrong.kind(), ErrorKind::InvalidArgument);
+    let undone = admin.control(Some(begun.id), Control::Undo).await.expect("undone");
+    let merge = undone.merge.clone().expect("a merge");
+    assert_eq!((undone.undoes, merge.step), (Some(begun.id), MergeStep::Done));
+    assert_eq!((merge.left, merge.right), (first.id, child));
+    let map = admin.map().await.expect("a map");
+    assert_eq!(map.shard(first.id).expect("it stays").end, first.end);
+    let all = kv.multi_get(key).await.expect("all");
+    assert!(all.iter().all(Option::is_some));
+    let load = admin.split_shard(first.id, SplitAt::Load, false).await.expect_err("none");
+    assert_eq!(load.reason(), Some("UNSUPPORTED"));
 }

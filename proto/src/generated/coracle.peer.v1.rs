@@ -125,20 +125,20 @@ pub struct Forward {
     pub unreachable: ::prost::alloc::string::String,
 }
 /// Cluster-level questions between nodes.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ClusterCommand {
     /// Matches answer to question.
     #[prost(uint64, tag = "1")]
     pub call: u64,
     #[prost(
         oneof = "cluster_command::Kind",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
     )]
     pub kind: ::core::option::Option<cluster_command::Kind>,
 }
 /// Nested message and enum types in `ClusterCommand`.
 pub mod cluster_command {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Kind {
         /// You are in: identity and first replicas (sent by the node on which init runs).
         #[prost(message, tag = "2")]
@@ -182,6 +182,9 @@ pub mod cluster_command {
         /// A question or a change of the operations, for the meta group's leader.
         #[prost(message, tag = "15")]
         Elastic(super::Elastic),
+        /// To a group's leader: a step of a split or a merge.
+        #[prost(message, tag = "16")]
+        Reshape(super::Reshape),
     }
 }
 /// Asks whether the node answers, and how a replica there is, or how the node is.
@@ -232,6 +235,83 @@ pub struct ChangeMembers {
     #[prost(uint64, tag = "6")]
     pub remove: u64,
 }
+/// A step of a split or a merge, on a group's leader. Done already is no error. The answer is the
+/// leader's coracle.v1.GroupStatus behind it.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Reshape {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// What is asked for.
+    #[prost(enumeration = "ReshapeStep", tag = "2")]
+    pub step: i32,
+    /// The epoch on which it was planned: under another one nothing is done.
+    #[prost(uint64, tag = "3")]
+    pub epoch: u64,
+    /// Of a merge: the operation.
+    #[prost(uint64, tag = "4")]
+    pub operation: u64,
+    /// Of a split: the first position of the child.
+    #[prost(uint64, tag = "5")]
+    pub at: u64,
+    /// Of a split the child, of a merge the other group.
+    #[prost(uint64, tag = "6")]
+    pub other: u64,
+    /// Of a split: by replica of the group, that of the child. Of an absorb: that of the other group.
+    #[prost(message, repeated, tag = "7")]
+    pub replicas: ::prost::alloc::vec::Vec<ReplicaPair>,
+    /// Of a prepare: the group is the one that takes the other in.
+    #[prost(bool, tag = "8")]
+    pub absorbs: bool,
+    /// Of an absorb: arc and epoch of the other group, as bytes of coracle.v1.Shard.
+    #[prost(bytes = "bytes", tag = "9")]
+    pub descriptor: ::prost::bytes::Bytes,
+    /// Of an absorb: the index at which the other group froze.
+    #[prost(uint64, tag = "10")]
+    pub frozen_at: u64,
+    /// The keyspaces, each a coracle.v1.Keyspace, read after the epoch was; and the seed of the positions.
+    #[prost(bytes = "bytes", repeated, tag = "11")]
+    pub keyspaces: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// See keyspaces.
+    #[prost(uint64, tag = "12")]
+    pub hash_seed: u64,
+}
+/// Two replicas on one node.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ReplicaPair {
+    /// Of the group that is addressed.
+    #[prost(uint64, tag = "1")]
+    pub replica: u64,
+    /// Of the other one.
+    #[prost(uint64, tag = "2")]
+    pub other: u64,
+}
+/// Where a group might be split.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SplitPoints {
+    /// The position with half of the bytes on each side; none where there are too few keys.
+    #[prost(uint64, optional, tag = "1")]
+    pub by_size: ::core::option::Option<u64>,
+    /// About how many bytes the arc's own keys take.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    /// By part of the arc.
+    #[prost(message, repeated, tag = "3")]
+    pub load: ::prost::alloc::vec::Vec<LoadBucket>,
+}
+/// How often a part of an arc was met, of late.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LoadBucket {
+    /// Its first position; it ends where the next one begins.
+    #[prost(uint64, tag = "1")]
+    pub start: u64,
+    /// Keys read.
+    #[prost(uint64, tag = "2")]
+    pub reads: u64,
+    /// Keys written.
+    #[prost(uint64, tag = "3")]
+    pub writes: u64,
+}
 /// Hands leadership to a voter that holds the whole log. Another leader already is no error.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HandOver {
@@ -246,7 +326,7 @@ pub struct HandOver {
 /// answer's body is its response.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Elastic {
-    #[prost(oneof = "elastic::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "elastic::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub kind: ::core::option::Option<elastic::Kind>,
 }
 /// Nested message and enum types in `Elastic`.
@@ -277,6 +357,12 @@ pub mod elastic {
         /// coracle.v1.SetNodeWeightRequest.
         #[prost(bytes, tag = "8")]
         NodeWeight(::prost::bytes::Bytes),
+        /// coracle.v1.SplitShardRequest.
+        #[prost(bytes, tag = "9")]
+        Split(::prost::bytes::Bytes),
+        /// coracle.v1.MergeShardsRequest.
+        #[prost(bytes, tag = "10")]
+        Merge(::prost::bytes::Bytes),
     }
 }
 /// Removes a replica of the receiving node with all that it holds, and remembers its id. One that was
@@ -394,6 +480,12 @@ pub struct Operations {
     /// See coracle.v1.Balancing.
     #[prost(uint32, tag = "7")]
     pub threshold: u32,
+    /// See coracle.v1.Balancing; 0 means the default.
+    #[prost(uint64, tag = "8")]
+    pub split_bytes: u64,
+    /// See coracle.v1.Balancing; 0 means the default.
+    #[prost(uint64, tag = "9")]
+    pub split_load: u64,
 }
 /// See LeavingReplicas.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -486,6 +578,59 @@ impl MemberChange {
             "MEMBER_CHANGE_REMOVE_LEARNER" => Some(Self::RemoveLearner),
             "MEMBER_CHANGE_VOTERS" => Some(Self::Voters),
             "MEMBER_CHANGE_FINISH" => Some(Self::Finish),
+            _ => None,
+        }
+    }
+}
+/// What a group's leader shall do to split it, or to merge it with a neighbour.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum ReshapeStep {
+    /// Nothing: only the answer is wanted.
+    Unspecified = 0,
+    /// Everything from a position on becomes a group of its own.
+    Split = 1,
+    /// A merge is announced.
+    Prepare = 2,
+    /// The right one of the two serves nothing any more.
+    Freeze = 3,
+    /// It serves again: the merge is cancelled.
+    Thaw = 4,
+    /// The left one takes the right one in.
+    Absorb = 5,
+    /// The merge is over for the left one.
+    End = 6,
+    /// Where the group might be split: the answer is a SplitPoints.
+    Points = 7,
+}
+impl ReshapeStep {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "RESHAPE_STEP_UNSPECIFIED",
+            Self::Split => "RESHAPE_STEP_SPLIT",
+            Self::Prepare => "RESHAPE_STEP_PREPARE",
+            Self::Freeze => "RESHAPE_STEP_FREEZE",
+            Self::Thaw => "RESHAPE_STEP_THAW",
+            Self::Absorb => "RESHAPE_STEP_ABSORB",
+            Self::End => "RESHAPE_STEP_END",
+            Self::Points => "RESHAPE_STEP_POINTS",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "RESHAPE_STEP_UNSPECIFIED" => Some(Self::Unspecified),
+            "RESHAPE_STEP_SPLIT" => Some(Self::Split),
+            "RESHAPE_STEP_PREPARE" => Some(Self::Prepare),
+            "RESHAPE_STEP_FREEZE" => Some(Self::Freeze),
+            "RESHAPE_STEP_THAW" => Some(Self::Thaw),
+            "RESHAPE_STEP_ABSORB" => Some(Self::Absorb),
+            "RESHAPE_STEP_END" => Some(Self::End),
+            "RESHAPE_STEP_POINTS" => Some(Self::Points),
             _ => None,
         }
     }

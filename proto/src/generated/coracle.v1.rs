@@ -2575,6 +2575,30 @@ pub struct GroupStatus {
     /// Keys written a second through this replica, likewise.
     #[prost(uint64, tag = "14")]
     pub writes_per_second: u64,
+    /// First position of its arc, as replicated; 0 also of one that has none.
+    #[prost(uint64, tag = "15")]
+    pub start: u64,
+    /// One past the last position; 0 means 2^64.
+    #[prost(uint64, tag = "16")]
+    pub end: u64,
+    /// The merge that was announced to it; 0 means none.
+    #[prost(uint64, tag = "17")]
+    pub merging: u64,
+    /// The merge for which it serves nothing; 0 means none.
+    #[prost(uint64, tag = "18")]
+    pub frozen_for: u64,
+    /// The index at which it froze.
+    #[prost(uint64, tag = "19")]
+    pub frozen_at: u64,
+    /// Since this epoch it holds no key outside its arc; 0 where that is not known.
+    #[prost(uint64, tag = "20")]
+    pub foreign_free: u64,
+    /// The last merge that took something in; 0 means none.
+    #[prost(uint64, tag = "21")]
+    pub absorbed: u64,
+    /// All of what that took in is durable here.
+    #[prost(bool, tag = "22")]
+    pub absorbed_durable: bool,
 }
 /// A member of a group, as the group's leader sees it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2926,6 +2950,71 @@ pub struct SetNodeStateResponse {
     #[prost(message, optional, tag = "2")]
     pub operation: ::core::option::Option<ClusterOperation>,
 }
+/// A shard that becomes two.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ShardSplit {
+    /// The shard that is split.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// The first position of the child.
+    #[prost(uint64, tag = "2")]
+    pub at: u64,
+    /// How far it is.
+    #[prost(enumeration = "SplitStep", tag = "3")]
+    pub step: i32,
+    /// The new shard; 0 as long as it has no id.
+    #[prost(uint64, tag = "4")]
+    pub child: u64,
+    /// Its replicas, each with the one that it comes from in replaces.
+    #[prost(message, repeated, tag = "5")]
+    pub replicas: ::prost::alloc::vec::Vec<Replica>,
+    /// The shard's epoch on which it was planned.
+    #[prost(uint64, tag = "6")]
+    pub epoch: u64,
+    /// By what the position was chosen.
+    #[prost(enumeration = "SplitBy", tag = "7")]
+    pub by: i32,
+    /// The cluster began it by itself.
+    #[prost(bool, tag = "8")]
+    pub automatic: bool,
+    /// How often it was planned.
+    #[prost(uint32, tag = "9")]
+    pub attempts: u32,
+}
+/// Two neighbours that become one.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ShardMerge {
+    /// The one that stays.
+    #[prost(uint64, tag = "1")]
+    pub left: u64,
+    /// The one that is taken in.
+    #[prost(uint64, tag = "2")]
+    pub right: u64,
+    /// How far it is.
+    #[prost(enumeration = "MergeStep", tag = "3")]
+    pub step: i32,
+    /// The left one's epoch on which it was planned.
+    #[prost(uint64, tag = "4")]
+    pub left_epoch: u64,
+    /// The right one's.
+    #[prost(uint64, tag = "5")]
+    pub right_epoch: u64,
+    /// The right one as it was when it was taken in: the map has it no more.
+    #[prost(message, optional, tag = "6")]
+    pub taken: ::core::option::Option<Shard>,
+    /// Wall clock at which the right one serves again if it is not decided, in milliseconds.
+    #[prost(uint64, tag = "7")]
+    pub freeze_until_ms: u64,
+    /// The index at which the right one froze.
+    #[prost(uint64, tag = "8")]
+    pub frozen_at: u64,
+    /// How often it was cancelled by itself: it is tried again a few times.
+    #[prost(uint32, tag = "9")]
+    pub attempts: u32,
+    /// Where the right one's arc began.
+    #[prost(uint64, tag = "10")]
+    pub boundary: u64,
+}
 /// One move of an operation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct OperationMove {
@@ -3002,6 +3091,76 @@ pub struct ClusterOperation {
     /// The same was tried so often before, and failed: each time it is waited longer.
     #[prost(uint32, tag = "14")]
     pub failures: u32,
+    /// Of a split.
+    #[prost(message, optional, tag = "15")]
+    pub split: ::core::option::Option<ShardSplit>,
+    /// Of a merge.
+    #[prost(message, optional, tag = "16")]
+    pub merge: ::core::option::Option<ShardMerge>,
+}
+/// See AdminService.SplitShard.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SplitShardRequest {
+    /// The shard.
+    #[prost(uint64, tag = "1")]
+    pub shard: u64,
+    /// Where, inside its arc and not its first position. Without it: by.
+    #[prost(uint64, optional, tag = "2")]
+    pub at: ::core::option::Option<u64>,
+    /// By what the position is chosen; by size where neither is said.
+    #[prost(enumeration = "SplitBy", tag = "3")]
+    pub by: i32,
+    /// Only says what would be done.
+    #[prost(bool, tag = "4")]
+    pub validate_only: bool,
+}
+/// See AdminService.SplitShard.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SplitShardResponse {
+    /// What was begun; none with validate_only.
+    #[prost(message, optional, tag = "1")]
+    pub operation: ::core::option::Option<ClusterOperation>,
+    /// The first position of the new shard.
+    #[prost(uint64, tag = "2")]
+    pub at: u64,
+    /// First position of the shard.
+    #[prost(uint64, tag = "3")]
+    pub start: u64,
+    /// One past its last; 0 means 2^64.
+    #[prost(uint64, tag = "4")]
+    pub end: u64,
+    /// About how many bytes it holds now.
+    #[prost(uint64, tag = "5")]
+    pub bytes: u64,
+}
+/// See AdminService.MergeShards.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MergeShardsRequest {
+    /// The one that stays.
+    #[prost(uint64, tag = "1")]
+    pub left: u64,
+    /// Its right neighbour.
+    #[prost(uint64, tag = "2")]
+    pub right: u64,
+    /// Only says what would be done.
+    #[prost(bool, tag = "3")]
+    pub validate_only: bool,
+}
+/// See AdminService.MergeShards.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MergeShardsResponse {
+    /// What was begun; none with validate_only.
+    #[prost(message, optional, tag = "1")]
+    pub operation: ::core::option::Option<ClusterOperation>,
+    /// Replicas of the right one that move first.
+    #[prost(message, repeated, tag = "2")]
+    pub moves: ::prost::alloc::vec::Vec<PlannedMove>,
+    /// First position of the merged shard.
+    #[prost(uint64, tag = "3")]
+    pub start: u64,
+    /// One past its last; 0 means 2^64.
+    #[prost(uint64, tag = "4")]
+    pub end: u64,
 }
 /// See AdminService.ListOperations.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3061,6 +3220,13 @@ pub struct Balancing {
     /// As long as no node has more than its share by so many thousandths of it, nothing moves for balance.
     #[prost(uint32, tag = "7")]
     pub threshold: u32,
+    /// A shard of so many bytes is split by itself, where balancing is automatic.
+    #[prost(uint64, tag = "8")]
+    pub split_bytes: u64,
+    /// So is one of which so many keys a second are read and written for a minute, twice as many as of
+    /// others.
+    #[prost(uint64, tag = "9")]
+    pub split_load: u64,
 }
 /// See AdminService.SetBalancing. What is not said stays.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3080,6 +3246,12 @@ pub struct SetBalancingRequest {
     /// See Balancing.
     #[prost(uint32, optional, tag = "5")]
     pub threshold: ::core::option::Option<u32>,
+    /// See Balancing: not 0.
+    #[prost(uint64, optional, tag = "6")]
+    pub split_bytes: ::core::option::Option<u64>,
+    /// See Balancing: not 0.
+    #[prost(uint64, optional, tag = "7")]
+    pub split_load: ::core::option::Option<u64>,
 }
 /// See AdminService.SetBalancing.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -3106,6 +3278,10 @@ pub enum OperationKind {
     Balance = 5,
     /// Back to where another operation began.
     Undo = 6,
+    /// One shard becomes two.
+    Split = 7,
+    /// Two neighbours become one.
+    Merge = 8,
 }
 impl OperationKind {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -3121,6 +3297,8 @@ impl OperationKind {
             Self::Repair => "OPERATION_KIND_REPAIR",
             Self::Balance => "OPERATION_KIND_BALANCE",
             Self::Undo => "OPERATION_KIND_UNDO",
+            Self::Split => "OPERATION_KIND_SPLIT",
+            Self::Merge => "OPERATION_KIND_MERGE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -3133,6 +3311,135 @@ impl OperationKind {
             "OPERATION_KIND_REPAIR" => Some(Self::Repair),
             "OPERATION_KIND_BALANCE" => Some(Self::Balance),
             "OPERATION_KIND_UNDO" => Some(Self::Undo),
+            "OPERATION_KIND_SPLIT" => Some(Self::Split),
+            "OPERATION_KIND_MERGE" => Some(Self::Merge),
+            _ => None,
+        }
+    }
+}
+/// How far a split is. Each is recorded before it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SplitStep {
+    /// Not said.
+    Unspecified = 0,
+    /// It waits until nothing of the shard moves.
+    Plan = 1,
+    /// The child has its ids: the group is asked to split.
+    Split = 2,
+    /// The map has both.
+    Done = 3,
+}
+impl SplitStep {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SPLIT_STEP_UNSPECIFIED",
+            Self::Plan => "SPLIT_STEP_PLAN",
+            Self::Split => "SPLIT_STEP_SPLIT",
+            Self::Done => "SPLIT_STEP_DONE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SPLIT_STEP_UNSPECIFIED" => Some(Self::Unspecified),
+            "SPLIT_STEP_PLAN" => Some(Self::Plan),
+            "SPLIT_STEP_SPLIT" => Some(Self::Split),
+            "SPLIT_STEP_DONE" => Some(Self::Done),
+            _ => None,
+        }
+    }
+}
+/// By what the position of a split is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum SplitBy {
+    /// A position was given.
+    Unspecified = 0,
+    /// As many bytes on each side.
+    Size = 1,
+    /// As much to do on each side.
+    Load = 2,
+}
+impl SplitBy {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "SPLIT_BY_UNSPECIFIED",
+            Self::Size => "SPLIT_BY_SIZE",
+            Self::Load => "SPLIT_BY_LOAD",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "SPLIT_BY_UNSPECIFIED" => Some(Self::Unspecified),
+            "SPLIT_BY_SIZE" => Some(Self::Size),
+            "SPLIT_BY_LOAD" => Some(Self::Load),
+            _ => None,
+        }
+    }
+}
+/// How far a merge is. Each is recorded before it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum MergeStep {
+    /// Not said.
+    Unspecified = 0,
+    /// Replicas of the right one come to the nodes of the left one.
+    Gather = 1,
+    /// Both are told, and the left one drops what earlier splits have left behind.
+    Prepare = 2,
+    /// The right one stops to serve: half a second at most.
+    Freeze = 3,
+    /// It is decided: the left one takes the right one in.
+    Absorb = 4,
+    /// The map has one; it waits until every replica of it holds all durably.
+    Flush = 5,
+    /// The right one's replicas go; the left one is told that it is over.
+    End = 6,
+    /// It is decided: both go on as they were.
+    Cancel = 7,
+    /// It is over.
+    Done = 8,
+}
+impl MergeStep {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "MERGE_STEP_UNSPECIFIED",
+            Self::Gather => "MERGE_STEP_GATHER",
+            Self::Prepare => "MERGE_STEP_PREPARE",
+            Self::Freeze => "MERGE_STEP_FREEZE",
+            Self::Absorb => "MERGE_STEP_ABSORB",
+            Self::Flush => "MERGE_STEP_FLUSH",
+            Self::End => "MERGE_STEP_END",
+            Self::Cancel => "MERGE_STEP_CANCEL",
+            Self::Done => "MERGE_STEP_DONE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "MERGE_STEP_UNSPECIFIED" => Some(Self::Unspecified),
+            "MERGE_STEP_GATHER" => Some(Self::Gather),
+            "MERGE_STEP_PREPARE" => Some(Self::Prepare),
+            "MERGE_STEP_FREEZE" => Some(Self::Freeze),
+            "MERGE_STEP_ABSORB" => Some(Self::Absorb),
+            "MERGE_STEP_FLUSH" => Some(Self::Flush),
+            "MERGE_STEP_END" => Some(Self::End),
+            "MERGE_STEP_CANCEL" => Some(Self::Cancel),
+            "MERGE_STEP_DONE" => Some(Self::Done),
             _ => None,
         }
     }
@@ -3588,6 +3895,56 @@ pub mod admin_service_client {
                 .insert(GrpcMethod::new("coracle.v1.AdminService", "SetNodeState"));
             self.inner.unary(req, path, codec).await
         }
+        /// Begins to split a shard: what its arc holds from a position on becomes a shard of its own.
+        pub async fn split_shard(
+            &mut self,
+            request: impl tonic::IntoRequest<super::SplitShardRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SplitShardResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/SplitShard",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "SplitShard"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Begins to merge a shard with its right neighbour.
+        pub async fn merge_shards(
+            &mut self,
+            request: impl tonic::IntoRequest<super::MergeShardsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MergeShardsResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/coracle.v1.AdminService/MergeShards",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("coracle.v1.AdminService", "MergeShards"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Gives a node more or fewer replicas than others.
         pub async fn set_node_weight(
             &mut self,
@@ -3798,6 +4155,22 @@ pub mod admin_service_server {
             request: tonic::Request<super::SetNodeStateRequest>,
         ) -> std::result::Result<
             tonic::Response<super::SetNodeStateResponse>,
+            tonic::Status,
+        >;
+        /// Begins to split a shard: what its arc holds from a position on becomes a shard of its own.
+        async fn split_shard(
+            &self,
+            request: tonic::Request<super::SplitShardRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::SplitShardResponse>,
+            tonic::Status,
+        >;
+        /// Begins to merge a shard with its right neighbour.
+        async fn merge_shards(
+            &self,
+            request: tonic::Request<super::MergeShardsRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::MergeShardsResponse>,
             tonic::Status,
         >;
         /// Gives a node more or fewer replicas than others.
@@ -4308,6 +4681,96 @@ pub mod admin_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetNodeStateSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/SplitShard" => {
+                    #[allow(non_camel_case_types)]
+                    struct SplitShardSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::SplitShardRequest>
+                    for SplitShardSvc<T> {
+                        type Response = super::SplitShardResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::SplitShardRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::split_shard(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SplitShardSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/coracle.v1.AdminService/MergeShards" => {
+                    #[allow(non_camel_case_types)]
+                    struct MergeShardsSvc<T: AdminService>(pub Arc<T>);
+                    impl<
+                        T: AdminService,
+                    > tonic::server::UnaryService<super::MergeShardsRequest>
+                    for MergeShardsSvc<T> {
+                        type Response = super::MergeShardsResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::MergeShardsRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as AdminService>::merge_shards(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = MergeShardsSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -457,6 +457,7 @@ pub(super) fn balancing(snapshot: &Snapshot, known: &Knowledge, now: Instant) ->
         v1::BalancerState::Starting
     } else {
         let plan = planned(snapshot, known, Goal::Balance, now);
+        reasons.extend(known.unsplit.values().cloned());
         reasons.extend(plan.stalls.iter().map(ToString::to_string));
         match reasons.is_empty() {
             true => v1::BalancerState::Ready,
@@ -471,6 +472,8 @@ pub(super) fn balancing(snapshot: &Snapshot, known: &Knowledge, now: Instant) ->
         down_after_ms: operations.down_after_ms(),
         disk_fill_max: operations.disk_fill_max(),
         threshold: operations.threshold,
+        split_bytes: operations.split_bytes(),
+        split_load: operations.split_load(),
     }
 }
 

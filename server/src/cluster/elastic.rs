@@ -18,16 +18,16 @@ use super::balance::{self, act, balancing, plan_within, planned, settings, told,
 use super::knowledge::SILENT;
 use super::operations::{self, Work};
 use super::points::Point;
-use super::{Cluster, done, refused};
+use super::{Cluster, done, refused, reshape};
 use crate::placement::cut;
 use crate::placement::model::{Goal, Stall};
 use crate::records::operations::is_active;
 use crate::records::{RecordsError, Snapshot};
 
 /// Why a request is refused; the reason is of the closed list.
-type Refusal = (Reason, String);
+pub(super) type Refusal = (Reason, String);
 
-fn conflict(why: impl Into<String>) -> Refusal {
+pub(super) fn conflict(why: impl Into<String>) -> Refusal {
     (Reason::Conflict, why.into())
 }
 
@@ -54,6 +54,8 @@ impl Cluster {
             Asked::Control(bytes) => self.control_here(bytes).await,
             Asked::Balancing(bytes) => self.balancing_here(bytes).await,
             Asked::NodeWeight(bytes) => self.node_weight_here(bytes).await,
+            Asked::Split(bytes) => self.split_here(decode(bytes)).await,
+            Asked::Merge(bytes) => self.merge_here(decode(bytes)).await,
         };
         match answered {
             Ok(body) => peer::CommandDone { body, ..Default::default() },
@@ -211,6 +213,10 @@ impl Cluster {
             let why = "at least one move at a time, and 10 s before a node counts as lost";
             return Err(refused_for(Reason::InvalidArgument, why));
         }
+        if request.split_bytes == Some(0) || request.split_load == Some(0) {
+            let why = "what is split by itself has some size, and something to do";
+            return Err(refused_for(Reason::InvalidArgument, why));
+        }
         if request.disk_fill_max.is_some_and(|fill| !(1..=1_000).contains(&fill)) {
             let why = "a disk may get full up to something between 0 and 100 %";
             return Err(refused_for(Reason::InvalidArgument, why));
@@ -223,6 +229,8 @@ impl Cluster {
             operations.down_after_ms = request.down_after_ms.unwrap_or(operations.down_after_ms);
             operations.disk_fill_max = request.disk_fill_max.unwrap_or(operations.disk_fill_max);
             operations.threshold = request.threshold.unwrap_or(operations.threshold);
+            operations.split_bytes = request.split_bytes.unwrap_or(operations.split_bytes);
+            operations.split_load = request.split_load.unwrap_or(operations.split_load);
             Ok(true)
         });
         let snapshot = changed.await.map_err(|error| self.unpacked(error))?;
@@ -249,7 +257,7 @@ impl Cluster {
     }
 
     /// Changes the records; returns the operation that the change names.
-    async fn change_elastic(
+    pub(super) async fn change_elastic(
         &self,
         mut change: impl FnMut(&mut Snapshot) -> Result<u64, Refusal> + Send,
     ) -> Result<v1::ClusterOperation, peer::CommandDone> {
@@ -281,7 +289,7 @@ fn packed((reason, why): Refusal) -> String {
     format!("{}\n{why}", reason.as_str())
 }
 
-fn refused_for(reason: Reason, why: &str) -> peer::CommandDone {
+pub(super) fn refused_for(reason: Reason, why: &str) -> peer::CommandDone {
     let (reason, error) = (reason.as_str().to_owned(), why.to_owned());
     peer::CommandDone { error, reason, ..Default::default() }
 }
@@ -303,7 +311,7 @@ fn decode<M: Message + Default>(bytes: Bytes) -> Result<M, peer::CommandDone> {
         .map_err(|error| refused_for(Reason::InvalidArgument, &format!("not a request: {error}")))
 }
 
-fn encode(message: &impl Message) -> Result<Bytes, peer::CommandDone> {
+pub(super) fn encode(message: &impl Message) -> Result<Bytes, peer::CommandDone> {
     Ok(message.encode_to_vec().into())
 }
 
@@ -352,7 +360,14 @@ fn set_node_state(
     Ok(())
 }
 
-fn control(
+/// A merge that is decided only ends forwards.
+fn is_decided(operation: &v1::ClusterOperation) -> bool {
+    use v1::MergeStep::{Absorb, Done, End, Flush};
+    let merge = operation.merge.as_ref();
+    merge.is_some_and(|merge| matches!(merge.step(), Absorb | Flush | End | Done))
+}
+
+pub(super) fn control(
     snapshot: &mut Snapshot,
     request: &v1::ControlOperationRequest,
     now_ms: u64,
@@ -379,6 +394,10 @@ fn control(
             if is_active(&found) {
                 let why = format!("operation {} is under way: cancel it first", found.id);
                 return Err(conflict(why));
+            }
+            if found.split.is_some() || found.merge.is_some() {
+                snapshot.operations.manual = true;
+                return reshape::begin_undo(snapshot, &found, now_ms).map_err(conflict);
             }
             let work = operations::reversed(&found);
             if work.moves.is_empty() {
@@ -408,6 +427,10 @@ fn control(
     }
     if found.kind() == OperationKind::Balance && request.control() == OperationControl::Cancel {
         snapshot.operations.manual = true;
+    }
+    if request.control() == OperationControl::Cancel && is_decided(&found) {
+        let why = format!("operation {} is past the point where it could be taken back", found.id);
+        return Err(conflict(why));
     }
     let list = &mut snapshot.operations.list;
     let operation = list.iter_mut().find(|operation| operation.id == found.id);

@@ -24,9 +24,24 @@ pub(super) const SILENT: Duration = Duration::from_secs(5);
 /// have different maps for a moment.
 const LOST_AFTER: Duration = Duration::from_secs(10);
 
+/// How balancing is set, for those who watch; all 0 on nodes that do not lead the meta group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct BalancingSet {
+    /// Operations under way.
+    pub active: usize,
+    /// It moves replicas by itself.
+    pub automatic: bool,
+    /// The size at which a shard is split by itself.
+    pub split_bytes: u64,
+    /// The keys a second from which one is.
+    pub split_load: u64,
+}
+
 /// See the module. Forgotten by one that leads no more.
 #[derive(Debug, Clone, Default)]
 pub struct Knowledge {
+    /// How balancing is set.
+    pub(super) set: BalancingSet,
     /// By node: since when it is silent.
     pub(super) silent: BTreeMap<u64, Instant>,
     /// By node: its disk, as it last said.
@@ -39,6 +54,8 @@ pub struct Knowledge {
     pub(super) leaders: BTreeMap<u64, u64>,
     /// Shards whose leaders were asked to hand over, until that is heeded.
     pub(super) handed_over: BTreeSet<u64>,
+    /// By shard: why it is not split by itself, though it is large or busy.
+    pub(super) unsplit: BTreeMap<u64, String>,
     /// By replica: since when its node says that it is damaged, or not there.
     pub(super) damaged: BTreeMap<u64, Instant>,
     /// Where no replica comes for now: nodes, and shards with nodes.
@@ -81,6 +98,16 @@ impl Knowledge {
             }
         }
         leads
+    }
+
+    /// How balancing is set, and how much is under way.
+    pub(super) fn note(&mut self, operations: &Operations) {
+        self.set = BalancingSet {
+            active: operations.active().count(),
+            automatic: !operations.manual,
+            split_bytes: operations.split_bytes(),
+            split_load: operations.split_load(),
+        };
     }
 
     /// What is known of nodes and shards that are there no more goes.

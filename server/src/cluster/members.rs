@@ -143,6 +143,21 @@ impl Cluster {
         if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
     }
 
+    /// Has a node remove a replica for ever.
+    pub(super) async fn tell_destroy(
+        &self,
+        node: u64,
+        destroy: peer::DestroyReplica,
+    ) -> Result<(), String> {
+        if self.membership.identity().is_some_and(|(_, own)| own.0 == node) {
+            return self.destroy_here(destroy).await;
+        }
+        let target = Target::Node(NodeId(node));
+        let kind = Kind::DestroyReplica(destroy);
+        let answer = self.commands.command(target, kind, COMMAND_TIMEOUT).await?;
+        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
+    }
+
     /// Removes a replica of this node for ever. It goes on where that takes longer than the caller
     /// waits, who asks again.
     pub(super) async fn destroy_here(&self, asked: peer::DestroyReplica) -> Result<(), String> {
@@ -162,6 +177,12 @@ impl Cluster {
         }
         if probe.replica == 0 {
             return peer::CommandDone::default();
+        }
+        let running = self.host.group(ShardId(probe.shard));
+        let running = running.filter(|group| group.replica().0 == probe.replica);
+        if let Some(group) = running.filter(|group| group.status().failed.is_none()) {
+            let body = self.replica_status(&group, false).encode_to_vec().into();
+            return peer::CommandDone { body, ..Default::default() };
         }
         let role = match self.host.condition(ReplicaId(probe.replica)) {
             Condition::Runs => "",

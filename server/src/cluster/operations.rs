@@ -59,6 +59,8 @@ fn mends(kind: OperationKind) -> bool {
 pub(super) fn begin(snapshot: &mut Snapshot, work: Work, now_ms: u64) -> Result<u64, String> {
     let operations = &snapshot.operations;
     let active: Vec<&v1::ClusterOperation> = operations.active().collect();
+    let reshapes = |other: &v1::ClusterOperation| other.split.is_some() || other.merge.is_some();
+    let active: Vec<_> = active.into_iter().filter(|other| !reshapes(other)).collect();
     let other =
         active.iter().find(|other| has_the_cluster(work.kind) || has_the_cluster(other.kind()));
     let mends = mends(work.kind);
@@ -140,7 +142,10 @@ pub(super) fn extend(snapshot: &mut Snapshot, id: u64, moves: &[v1::PlannedMove]
 }
 
 /// A planned move as an operation keeps it: with the replica that goes.
-fn entered(map: &v1::ShardMap, planned: &v1::PlannedMove) -> Result<v1::OperationMove, String> {
+pub(super) fn entered(
+    map: &v1::ShardMap,
+    planned: &v1::PlannedMove,
+) -> Result<v1::OperationMove, String> {
     let shard = map.shards.iter().find(|shard| shard.id == planned.shard);
     let shard = shard.ok_or_else(|| format!("there is no shard s{}", planned.shard))?;
     let from = match planned.from_node {
@@ -384,7 +389,9 @@ fn start_one(
 
 /// Ends what has nothing left to do.
 fn end(snapshot: &mut Snapshot, operation: &mut v1::ClusterOperation, now_ms: u64) {
-    if operation.moves.iter().any(|step| !has_ended(step.state())) {
+    // Splits and merges end by themselves (`super::reshape`).
+    let reshapes = operation.split.is_some() || operation.merge.is_some();
+    if reshapes || operation.moves.iter().any(|step| !has_ended(step.state())) {
         return;
     }
     let failed = operation.moves.iter().filter(|step| step.state() == OperationState::Failed);

@@ -115,8 +115,9 @@ impl Cluster {
     /// Has replicas and leaders come and go, where this node leads the meta group.
     pub async fn tend_replicas(&self, stop: CancellationToken) {
         let (survey, spread) = (self.survey(&stop), self.spread_leaders(&stop));
+        let (tend, reshape) = (self.tend_all(&stop), self.reshape_all(&stop));
         // Each at its own pace: a node that hangs, or an election, holds up nothing else.
-        futures_util::future::join3(self.tend_all(&stop), survey, spread).await;
+        futures_util::future::join4(tend, survey, spread, reshape).await;
     }
 
     async fn tend_all(&self, stop: &CancellationToken) {
@@ -142,6 +143,7 @@ impl Cluster {
         let Ok(snapshot) = self.records.load().await else {
             return;
         };
+        self.knowledge.lock().note(&snapshot.operations);
         self.note_silence(&snapshot.map, tending);
         let joining = snapshot.map.shards.iter().flat_map(|shard| &shard.replicas);
         let joining = joining.filter(|replica| replica.joining).map(|replica| replica.id);
@@ -248,7 +250,12 @@ impl Cluster {
             let worked = tending.worked.get(&shard.id);
             worked.is_none_or(|at| now.duration_since(*at) >= AUDIT_INTERVAL)
         };
-        let shards = snapshot.map.shards.iter().filter(|shard| is_tended(shard));
+        // What is split or merged changes arcs, epochs and members by itself.
+        let shards = snapshot
+            .map
+            .shards
+            .iter()
+            .filter(|shard| is_tended(shard) && !snapshot.operations.is_reshaped(shard.id));
         let mut due: Vec<&v1::Shard> =
             shards.filter(|shard| has_work(shard) || audit_due(shard)).collect();
         due.sort_by_key(|shard| tending.worked.get(&shard.id).copied());
@@ -468,16 +475,6 @@ impl Cluster {
             return Err((told.error, instead));
         }
         v1::GroupStatus::decode(told.body).map_err(|error| (error.to_string(), None))
-    }
-
-    async fn tell_destroy(&self, node: u64, destroy: peer::DestroyReplica) -> Result<(), String> {
-        if self.membership.identity().is_some_and(|(_, own)| own.0 == node) {
-            return self.destroy_here(destroy).await;
-        }
-        let target = Target::Node(NodeId(node));
-        let kind = Kind::DestroyReplica(destroy);
-        let answer = self.commands.command(target, kind, COMMAND_TIMEOUT).await?;
-        if answer.error.is_empty() { Ok(()) } else { Err(answer.error) }
     }
 
     /// Records changes. Returns the map that is to be told, if there were any.

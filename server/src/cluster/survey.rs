@@ -17,6 +17,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::knowledge::BalancingSet;
 use super::members::{ABSENT, DAMAGED, member_statuses};
 use super::{Cluster, PUBLISH_TIMEOUT, Target};
 
@@ -43,6 +44,11 @@ impl Cluster {
     pub(super) fn leads_meta(&self) -> bool {
         let group = self.host.group(META_SHARD);
         group.is_some_and(|group| group.status().state == Standing::Leader)
+    }
+
+    /// How balancing is set, where this node leads the meta group.
+    pub fn balancing_set(&self) -> BalancingSet {
+        self.knowledge.lock().set
     }
 
     async fn ask_all(&self) {
@@ -100,8 +106,11 @@ impl Cluster {
         running.chain(self.lost()).collect()
     }
 
-    fn replica_status(&self, group: &Group, members: bool) -> v1::GroupStatus {
+    /// How a replica of this node is.
+    pub(super) fn replica_status(&self, group: &Group, members: bool) -> v1::GroupStatus {
         let (status, rates) = (group.status(), self.loads.rates(group.shard()));
+        let (held, merge) = (group.descriptor(), group.merge_status());
+        let (start, end) = held.as_ref().and_then(|held| held.arc).unwrap_or_default();
         v1::GroupStatus {
             shard: group.shard().0,
             replica: group.replica().0,
@@ -118,12 +127,20 @@ impl Cluster {
             last_index: status.last_index.unwrap_or(0),
             applied_index: status.applied.map_or(0, |at| at.index),
             first_index: status.purged.map_or(0, |at| at.index + 1),
-            epoch: group.descriptor().map_or(0, |descriptor| descriptor.epoch),
+            epoch: held.map_or(0, |held| held.epoch),
             state_bytes: group.state_bytes(),
             joint: status.joint,
             members: if members { member_statuses(group) } else { Vec::new() },
             reads_per_second: rates.reads,
             writes_per_second: rates.writes,
+            start,
+            end,
+            merging: merge.merging.unwrap_or(0),
+            frozen_for: merge.frozen.map_or(0, |frozen| frozen.merge),
+            frozen_at: merge.frozen.map_or(0, |frozen| frozen.index),
+            foreign_free: merge.foreign_free.unwrap_or(0),
+            absorbed: merge.absorbed.map_or(0, |absorbed| absorbed.merge),
+            absorbed_durable: merge.absorbed.is_some_and(|absorbed| absorbed.flushed),
         }
     }
 

@@ -19,12 +19,17 @@ pub(super) fn collect(
     // Of groups that are led elsewhere by now nothing is left.
     metrics.replica_lag_entries.clear();
     metrics.replica_lag_seconds.clear();
+    metrics.shard_reads_per_second.clear();
+    metrics.shard_writes_per_second.clear();
     for group in &groups {
         let status = group.status();
         led += i64::from(status.state == Standing::Leader);
         orphaned += i64::from(status.leader.is_none());
         let shard = format!("s{}", group.shard());
         metrics.shard_size_bytes.with([shard.as_str()]).set(group.state_bytes() as i64);
+        let rates = member.cluster.loads.rates(group.shard());
+        metrics.shard_reads_per_second.with([shard.as_str()]).set(rates.reads as i64);
+        metrics.shard_writes_per_second.with([shard.as_str()]).set(rates.writes as i64);
         for (replica, lag) in group.lags() {
             let Some(member) = status.members.get(&replica) else { continue };
             if replica == group.replica().0 {
@@ -43,6 +48,12 @@ pub(super) fn collect(
     let sent = member.host.snapshot_bytes_sent();
     metrics.snapshot_sent_bytes.inc_by(sent.saturating_sub(metrics.snapshot_sent_bytes.get()));
     metrics.log_size_bytes.set(member.log.stats().bytes_on_disk as i64);
+    let balancing = member.cluster.balancing_set();
+    metrics.operations_active.set(balancing.active as i64);
+    metrics.balancer_automatic.set(i64::from(balancing.automatic));
+    metrics.balancer_split_bytes.set(i64::try_from(balancing.split_bytes).unwrap_or(i64::MAX));
+    let load = i64::try_from(balancing.split_load).unwrap_or(i64::MAX);
+    metrics.balancer_split_keys_per_second.set(load);
     if let Some(space) = space {
         metrics.disk_free_bytes.set(space.free_bytes as i64);
         metrics.disk_total_bytes.set(space.total_bytes as i64);

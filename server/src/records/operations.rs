@@ -18,6 +18,12 @@ const DOWN_AFTER_MS: u64 = 5 * 60 * 1_000;
 /// How full a disk may get by moves, in thousandths, unless it is set.
 const DISK_FILL_MAX: u32 = 850;
 
+/// The size at which a shard is split by itself, unless it is set: a copy of it takes half an hour at the
+/// speed of one move.
+const SPLIT_BYTES: u64 = 64 << 30;
+/// The keys a second from which one is, unless it is set: with less, one leader is not short of anything.
+const SPLIT_LOAD: u64 = 2_000;
+
 /// The record of operations.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Operations {
@@ -35,6 +41,10 @@ pub struct Operations {
     pub disk_fill_max: u32,
     /// As long as no node is above its share by so many thousandths of it, nothing moves for balance.
     pub threshold: u32,
+    /// 0 means the default.
+    pub split_bytes: u64,
+    /// 0 means the default.
+    pub split_load: u64,
 }
 
 impl Operations {
@@ -48,6 +58,8 @@ impl Operations {
             down_after_ms: self.down_after_ms,
             disk_fill_max: self.disk_fill_max,
             threshold: self.threshold,
+            split_bytes: self.split_bytes,
+            split_load: self.split_load,
         }
     }
 
@@ -61,6 +73,8 @@ impl Operations {
             down_after_ms: record.down_after_ms,
             disk_fill_max: record.disk_fill_max,
             threshold: record.threshold,
+            split_bytes: record.split_bytes,
+            split_load: record.split_load,
         })
     }
 
@@ -79,6 +93,16 @@ impl Operations {
         if self.disk_fill_max == 0 { DISK_FILL_MAX } else { self.disk_fill_max }
     }
 
+    /// The size at which a shard is split by itself.
+    pub fn split_bytes(&self) -> u64 {
+        if self.split_bytes == 0 { SPLIT_BYTES } else { self.split_bytes }
+    }
+
+    /// So many keys a second a shard has to do at least before it is split by itself.
+    pub fn split_load(&self) -> u64 {
+        if self.split_load == 0 { SPLIT_LOAD } else { self.split_load }
+    }
+
     /// Those that have not ended.
     pub fn active(&self) -> impl Iterator<Item = &v1::ClusterOperation> {
         self.list.iter().filter(|operation| is_active(operation))
@@ -88,10 +112,22 @@ impl Operations {
         self.list.iter().find(|operation| operation.id == id)
     }
 
-    /// Whether a move of this shard is under way or to come.
+    /// Whether something of this shard is under way or to come: a move, a split, a merge.
     pub(crate) fn is_busy(&self, shard: u64) -> bool {
         let moves = self.active().flat_map(|operation| &operation.moves);
         moves.into_iter().any(|step| step.shard == shard && !has_ended(step.state()))
+            || self.active().any(|operation| reshapes(operation, shard))
+    }
+
+    /// Whether this shard is being split or merged, so that its members stay as they are and its arc and
+    /// epoch are the business of that operation alone.
+    pub(crate) fn is_reshaped(&self, shard: u64) -> bool {
+        self.active().any(|operation| reshapes(operation, shard) && holds_still(operation))
+    }
+
+    /// Whether a split or a merge of this shard has begun, however little of it.
+    pub(crate) fn will_be_reshaped(&self, shard: u64) -> bool {
+        self.active().any(|operation| reshapes(operation, shard))
     }
 
     /// Whether a move of this shard is under way.
@@ -119,6 +155,20 @@ impl Operations {
             operation.transfers.clear();
         });
     }
+}
+
+/// Whether an operation splits a shard, or merges it.
+fn reshapes(operation: &v1::ClusterOperation, shard: u64) -> bool {
+    let split = operation.split.as_ref().is_some_and(|split| split.shard == shard);
+    let merge = operation.merge.as_ref();
+    split || merge.is_some_and(|merge| merge.left == shard || merge.right == shard)
+}
+
+/// Whether it has come so far that its groups' members must not change.
+fn holds_still(operation: &v1::ClusterOperation) -> bool {
+    let split = operation.split.as_ref();
+    split.is_some_and(|split| split.step() == v1::SplitStep::Split)
+        || operation.merge.as_ref().is_some_and(|merge| merge.step() > v1::MergeStep::Gather)
 }
 
 /// Whether it has not ended.

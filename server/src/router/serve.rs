@@ -6,6 +6,7 @@ use coracle_proto::reason::Fault;
 use coracle_proto::shard_map::{KeyspaceId, ShardId, ShardMap};
 use coracle_proto::v1;
 use coracle_proto::v1::pipeline_response::Result as Answer;
+use coracle_raft::apply::Reply;
 use coracle_raft::clock::HybridTime;
 use coracle_raft::command::{self, Change};
 use coracle_raft::group::Group;
@@ -54,13 +55,10 @@ impl Router {
             }
             Task::Write { request, answer } => {
                 self.parts.gate.check(plan.shard, only_deletes(&request))?;
-                self.parts.loads.count(plan.shard, 0, request.operations.len() as u64);
-                let written = group.write(request, deadline).await;
-                let written = written.map_err(|error| told(error.into()))?;
-                steps.add(Step::Queue, written.queued);
-                steps.add(Step::Replicate, written.replicated);
+                let reply = self.write(group, plan.shard, request, deadline, steps);
+                let reply = reply.await.map_err(told)?;
                 let served = self.served(plan.shard, Position::default(), true);
-                answer::written(written.reply, answer, served, map)
+                answer::written(reply, answer, served, map)
             }
             _ => Box::pin(self.serve_rarer(map, group, plan, call, steps)).await,
         }
@@ -84,17 +82,13 @@ impl Router {
             }
             Task::DeleteRange(spec) => {
                 self.parts.gate.check(plan.shard, true)?;
-                self.parts.loads.count(plan.shard, 0, 1);
                 let next = range::step(group, &spec, plan.epoch, deadline).await.map_err(told)?;
                 steps.add(Step::Read, began.elapsed());
                 let reply = match next {
                     range::Step::Decided(reply) => reply,
                     range::Step::Propose(request) => {
-                        let written = group.write(request, deadline).await;
-                        let written = written.map_err(|error| told(error.into()))?;
-                        steps.add(Step::Queue, written.queued);
-                        steps.add(Step::Replicate, written.replicated);
-                        written.reply
+                        let reply = self.write(group, plan.shard, request, deadline, steps);
+                        reply.await.map_err(told)?
                     }
                 };
                 let served = self.served(plan.shard, Position::default(), true);
@@ -122,6 +116,22 @@ impl Router {
                 Ok(Answer::PinVersion(v1::PinVersionResponse { until_ms, served }))
             }
         }
+    }
+
+    /// Writes through a group of this node.
+    async fn write(
+        &self,
+        group: &Group,
+        shard: ShardId,
+        request: command::Request,
+        deadline: Instant,
+        steps: &mut Steps,
+    ) -> Result<Reply, Refusal> {
+        self.parts.loads.count(shard, 0, request.operations.len() as u64);
+        let written = group.write(request, deadline).await?;
+        steps.add(Step::Queue, written.queued);
+        steps.add(Step::Replicate, written.replicated);
+        Ok(written.reply)
     }
 
     /// Reads keys by a group of this node.

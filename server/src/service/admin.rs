@@ -175,6 +175,20 @@ impl AdminService for Admin {
         self.ask(elastic::Kind::NodeState, request).await
     }
 
+    async fn split_shard(
+        &self,
+        request: Request<v1::SplitShardRequest>,
+    ) -> Result<Response<v1::SplitShardResponse>, Status> {
+        self.ask(elastic::Kind::Split, request).await
+    }
+
+    async fn merge_shards(
+        &self,
+        request: Request<v1::MergeShardsRequest>,
+    ) -> Result<Response<v1::MergeShardsResponse>, Status> {
+        self.ask(elastic::Kind::Merge, request).await
+    }
+
     async fn set_node_weight(
         &self,
         request: Request<v1::SetNodeWeightRequest>,

@@ -13,6 +13,7 @@ mod python;
 mod ranges;
 mod read_replicas;
 mod replicas;
+mod reshape;
 mod session;
 mod stop;
 

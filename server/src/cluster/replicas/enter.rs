@@ -93,7 +93,9 @@ pub(super) fn planned(snapshot: &Snapshot, outlook: &Outlook) -> LearnerPlan {
             && !outlook.silent.contains_key(&node.id)
             && !outlook.avoided.nodes.contains(&node.id),
     });
-    let placed = map.shards.iter().filter(|shard| has_read_replicas(shard)).map(|shard| Placed {
+    let stays = |shard: &&v1::Shard| !snapshot.operations.will_be_reshaped(shard.id);
+    let shards = map.shards.iter().filter(|shard| has_read_replicas(shard)).filter(stays);
+    let placed = shards.map(|shard| Placed {
         shard: ShardId(shard.id),
         voters: {
             let voters = shard.replicas.iter().filter(|replica| !is_read_replica(replica));
@@ -167,7 +169,13 @@ pub(super) fn enter_plan(snapshot: &mut Snapshot, outlook: &Outlook) -> bool {
 
 /// Enters a change. False when it stands already, or makes no sense any more.
 pub(super) fn enter(snapshot: &mut Snapshot, change: &Change) -> bool {
-    let Snapshot { map, ids, leaving, .. } = snapshot;
+    let Snapshot { map, ids, leaving, operations, .. } = snapshot;
+    if let Change::Epoch { shard, .. } | Change::Voters { shard, .. } = change
+        && operations.is_reshaped(*shard)
+    {
+        // Decided upon before it was: an epoch without its arc would send everybody to a wrong place.
+        return false;
+    }
     match *change {
         Change::Settle { shard, replica } => find(map, shard).is_some_and(|shard| {
             let mut replicas = shard.replicas.iter_mut();
