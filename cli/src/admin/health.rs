@@ -181,7 +181,6 @@ pub(super) mod tests {
             zone: ["a", "b", "c"][(id as usize - 1) % 3].to_owned(),
             state: NodeState::Active,
             version: String::new(),
-            weight: 1_000,
         });
         let replicas = (1..=3).map(|id| Replica {
             id: ReplicaId(id),

@@ -14,7 +14,7 @@ use coracle_raft::clock::Clock;
 use coracle_raft::command::{Change, Operation, Request, RequestId};
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::group::{Group, SplitPlan};
-use coracle_raft::host::{Host, Options};
+use coracle_raft::host::{Host, LogBudget, Options};
 use coracle_raft::lease::Timing;
 use coracle_raft::state_machine::ReadState;
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
@@ -56,7 +56,7 @@ async fn start(dir: &Path, engines: Arc<dyn Engines>, count: u64) -> Node {
         shards: dir.join("shards"),
         timing: Timing::default(),
         log: log.clone(),
-        log_bytes_target: 64 << 20,
+        log_budget: LogBudget { disk_bytes: 64 << 20, index_bytes: 8 << 20 },
         engines,
         exec,
         clock: Arc::new(WallClock),

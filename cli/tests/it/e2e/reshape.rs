@@ -24,8 +24,7 @@ async fn shards(client: &Client) -> BTreeSet<ShardId> {
 
 async fn has_all(client: &Client) {
     let found: Vec<_> = client.scan(..).prefix("fixed/").stream().collect().await;
-    let keys: Vec<_> =
-        found.into_iter().map(|entry| entry.expect("a scan goes on").key).collect();
+    let keys: Vec<_> = found.into_iter().map(|entry| entry.expect("a scan goes on").key).collect();
     let unique: BTreeSet<_> = keys.iter().cloned().collect();
     assert_eq!((keys.len(), unique.len()), (KEYS, KEYS));
 }
