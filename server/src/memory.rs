@@ -58,7 +58,7 @@ pub(crate) fn observe(
         metrics.memory_bytes.with([part]).set(bytes as i64);
     }
     if let Some(bytes) = config::resident_bytes(fs) {
-        metrics.process_resident_memory_bytes.set(bytes as i64);
+        metrics.resident_memory_bytes.set(bytes as i64);
     }
 }
 

@@ -208,7 +208,7 @@ metrics! {
             "Size of the file system where the data directory lives";
     }
     "Memory" {
-        process_resident_memory_bytes: Gauge, "process_resident_memory_bytes", [],
+        resident_memory_bytes: Gauge, "coracle_resident_memory_bytes", [],
             "Resident memory of the process";
         memory_bytes: Family<Gauge, 1>, "coracle_memory_bytes", ["part"],
             "What the parts with a budget hold; the rest of the process's memory is code, stacks and what the allocator keeps";
@@ -237,6 +237,10 @@ const LABELS: &[(&str, &str)] = &[
     ("git", "commit of the build"),
     ("method", "gRPC method: `Get`, `Put`, …"),
     ("node", "this node: `n1`"),
+    (
+        "part",
+        "of the memory: `block_cache`, `write_buffers`, `log_cache`, `log_index`, `log_queue`, `requests`",
+    ),
     ("peer", "another node: `n2`"),
     ("reason", "the error's reason from the closed list; empty for `OK` and for foreign errors"),
     ("rocksdb", "version of RocksDB"),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use coracle_client::admin::{Init, NodeStatus};
+use coracle_client::admin::{BalancingChange, Init, NodeStatus};
 use coracle_client::topology::NodeState;
 use coracle_client::{Client, NodeId, ShardId};
 use rand::RngExt;
@@ -266,8 +266,12 @@ impl Cluster {
         leaders
     }
 
-    /// Hands the leadership of every shard to one node.
+    /// Hands the leadership of every shard to one node, for good: nothing is balanced any more, else
+    /// leaders would soon be spread by what they have to do.
     pub async fn lead_all(&self, at: usize) -> Result<(), String> {
+        let manual = BalancingChange { automatic: Some(false), ..BalancingChange::default() };
+        let set = self.client.admin().set_balancing(manual).await;
+        set.map_err(|error| format!("balance nothing: {error}"))?;
         let (deadline, to) = (Instant::now() + START_DEADLINE, self.status(at).await?.node.id);
         loop {
             let leaders = self.leaders().await;

@@ -33,6 +33,7 @@ fn touch(metrics: &Metrics) {
     metrics.clock_offset_seconds.with(["n2"]).set(-0.25);
     metrics.replica_lag_entries.with(["s1", "n2"]).set(3);
     metrics.replica_lag_seconds.with(["s1", "n2"]).set(0.5);
+    metrics.memory_bytes.with(["log_cache"]).set(5);
 }
 
 #[test]
