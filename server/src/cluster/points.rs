@@ -187,7 +187,20 @@ impl Point {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Holding(pub Duration);
 
+/// While tests hold steps, nodes that are silent are given up sooner: what follows is to be met too.
+const HELD_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Holding {
+    /// How long one waits for a node that is silent, where that is usually so long.
+    pub(super) fn patience(self, usual: Duration) -> Duration {
+        if self.0.is_zero() { usual } else { usual.min(HELD_PATIENCE) }
+    }
+
+    /// In milliseconds.
+    pub(super) fn ms(self) -> u64 {
+        u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Tells that a point was reached, and waits. `shard` and `replica` are 0 where it is about none.
     pub(super) async fn at(self, point: impl Into<Option<Point>>, shard: u64, replica: u64) {
         let Some(point) = point.into().filter(|_| !self.0.is_zero()) else {
@@ -221,7 +234,11 @@ mod tests {
         Holding::default().at(Point::Make, 1, 2).await;
         Holding(Duration::from_secs(1)).at(None, 1, 2).await;
         assert_eq!(began.elapsed(), Duration::ZERO);
-        Holding(Duration::from_secs(1)).at(Point::Make, 1, 2).await;
+        let held = Holding(Duration::from_secs(1));
+        held.at(Point::Make, 1, 2).await;
         assert_eq!(began.elapsed(), Duration::from_secs(1));
+        let minute = Duration::from_secs(60);
+        assert_eq!(Holding::default().patience(minute), minute);
+        assert!(held.patience(minute) < minute);
     }
 }

@@ -158,7 +158,7 @@ fn a_cancelled_operation_takes_back_what_does_not_vote_yet_and_begins_nothing() 
     snapshot.operations.list[0].cancelling = true;
     advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(joining(&snapshot), [], "it never will vote");
-    let left = peer::LeavingReplica { shard: 1, replica: 100, node: 4 };
+    let left = peer::LeavingReplica { shard: 1, replica: 100, node: 4, ..Default::default() };
     assert_eq!(snapshot.leaving, [left], "it is to be removed");
     assert_eq!(state(&snapshot, id), OperationState::Cancelled);
     assert_eq!((voters(&snapshot, 1), voters(&snapshot, 2)), (vec![1, 2, 3], vec![1, 2, 3]));
@@ -245,7 +245,12 @@ fn a_decommissioned_node_ends_empty_and_only_then() {
     assert!(extend(&mut snapshot, id, &[planned(2, 3, 5)]));
     advance(&mut snapshot, &NOBODY, NOW);
     settle(&mut snapshot);
-    snapshot.leaving.push(peer::LeavingReplica { shard: 2, replica: 23, node: 3 });
+    snapshot.leaving.push(peer::LeavingReplica {
+        shard: 2,
+        replica: 23,
+        node: 3,
+        ..Default::default()
+    });
     advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(state(&snapshot, id), OperationState::Running, "what it held is being removed");
     snapshot.leaving.clear();
@@ -310,7 +315,12 @@ fn a_move_to_a_node_that_is_given_up_fails_and_waits_for_nothing() {
     let id = begun(&mut snapshot, work(OperationKind::Repair, &[planned(1, 2, 4)]));
     give_up(&mut snapshot);
     // Its node can't remove it: it does not answer.
-    snapshot.leaving.push(peer::LeavingReplica { shard: 1, replica: 100, node: 4 });
+    snapshot.leaving.push(peer::LeavingReplica {
+        shard: 1,
+        replica: 100,
+        node: 4,
+        ..Default::default()
+    });
     advance(&mut snapshot, &BTreeSet::from([4]), NOW);
     assert_eq!(state(&snapshot, id), OperationState::Failed);
     assert!(!snapshot.operations.is_busy(1), "another node can take it");
