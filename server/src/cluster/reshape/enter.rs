@@ -1,12 +1,15 @@
 //! What splits and merges make of the records: each change by itself, in one write with the map.
 //!
-//! Owns how they begin, go on in the records, and end. Each entry names what it follows on: one of another
-//! controller that was faster makes it void. Does not decide what comes next.
+//! Owns how they begin, go on in the records, and end. Each entry names what it follows on ([`On`]): one of
+//! another controller that was faster makes it void. Does not decide what comes next.
 
 use coracle_proto::{peer, v1};
 use v1::{MergeStep, OperationKind, OperationState, SplitStep};
 
-use super::{ATTEMPTS_MAX, Entry, FREEZE_MAX_MS, are_neighbours, find, is_inside, is_voter, moves};
+use super::{
+    ATTEMPTS_MAX, Entry, On, are_neighbours, attempt, find, has_open_moves, is_decided, is_inside,
+    is_voter, moves,
+};
 use crate::cluster::operations;
 use crate::records::Snapshot;
 use crate::records::operations::has_ended;
@@ -18,11 +21,13 @@ const RESHAPES_MAX: usize = 16;
 pub(in crate::cluster) fn enter(
     snapshot: &mut Snapshot,
     id: u64,
-    entry: &Entry,
+    (on, entry): (On, &Entry),
     now_ms: u64,
 ) -> bool {
     let mut list = std::mem::take(&mut snapshot.operations.list);
-    let operation = list.iter_mut().find(|known| known.id == id && !has_ended(known.state()));
+    let operation = list
+        .iter_mut()
+        .find(|known| known.id == id && !has_ended(known.state()) && On::of(known) == on);
     let entered = operation.is_some_and(|operation| enter_one(snapshot, operation, entry, now_ms));
     snapshot.operations.list = list;
     entered
@@ -40,7 +45,7 @@ fn enter_one(
             return true;
         }
         Entry::GiveUp { why } => {
-            if operation.cancelling {
+            if operation.cancelling || is_decided(operation) {
                 return false;
             }
             (operation.cancelling, operation.message) = (true, why.clone());
@@ -142,6 +147,7 @@ fn enter_merge(
     entry: &Entry,
     now_ms: u64,
 ) -> bool {
+    let merge_id = attempt(operation);
     let Some(merge) = &mut operation.merge else { return false };
     let place =
         |snapshot: &Snapshot, id: u64| snapshot.map.shards.iter().position(|shard| shard.id == id);
@@ -157,8 +163,8 @@ fn enter_merge(
             merge.set_step(MergeStep::Prepare);
             operation.message.clear();
         }
-        (Entry::Freeze, MergeStep::Prepare, Some(_)) => {
-            merge.freeze_until_ms = now_ms + FREEZE_MAX_MS;
+        (Entry::Freeze { for_ms }, MergeStep::Prepare, Some(_)) => {
+            merge.freeze_until_ms = now_ms + for_ms;
             merge.set_step(MergeStep::Freeze);
         }
         (Entry::Absorb { frozen_at, epoch }, MergeStep::Freeze, Some(right)) => {
@@ -180,6 +186,8 @@ fn enter_merge(
                 shard: taken.id,
                 replica: replica.id,
                 node: replica.node,
+                taken_by: merge.left,
+                merge: merge_id,
             }));
             merge.set_step(MergeStep::End);
         }
@@ -213,6 +221,9 @@ fn enter_gather(
     moves: &[(u64, u64)],
     withdraw: &[(u64, u64, u64)],
 ) -> bool {
+    if has_open_moves(operation) {
+        return false;
+    }
     let right = operation.merge.as_ref().map_or(0, |merge| merge.right);
     let mut changed = false;
     for (from_node, to_node) in moves.iter().copied() {
@@ -228,7 +239,8 @@ fn enter_gather(
         let before = known.replicas.len();
         known.replicas.retain(|known| known.id != replica || is_voter(known));
         if known.replicas.len() < before {
-            snapshot.leaving.push(peer::LeavingReplica { shard, replica, node });
+            let left = peer::LeavingReplica { shard, replica, node, ..Default::default() };
+            snapshot.leaving.push(left);
             changed = true;
         }
     }
