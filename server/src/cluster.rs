@@ -22,6 +22,7 @@ mod balance;
 mod points;
 mod reshape;
 mod grow;
+mod shrink;
 mod elastic;
 mod leaders;
 mod replicas;

@@ -1,10 +1,11 @@
 //! Carries splits and merges out: asks replicas how they are, tells leaders what comes next.
 //!
 //! Owns the loop of the meta group's leader; a node's answer to its orders (`orders`), and what operators ask
-//! (`operator`). What happens next is decided in `reshape`, where a shard is split by itself in `grow`.
+//! (`operator`), or the cluster by itself (`unasked`). What happens next is decided in `reshape`.
 
 mod orders;
 mod operator;
+mod unasked;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::grow::{self, Growing};
+use self::unasked::Unasked;
 use super::points::Point;
 use super::reshape::{self, Entry, Next, On, Seen, SplitWork};
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target};
@@ -41,7 +42,7 @@ const HOPS_MAX: usize = 3;
 /// What a controller remembers, only as long as it leads the meta group.
 #[derive(Default)]
 struct Reshaping {
-    growing: Growing,
+    unasked: Unasked,
     /// By operation.
     orders: BTreeMap<u64, Orders>,
 }
@@ -87,7 +88,7 @@ impl Cluster {
     async fn reshape_once(&self, memory: &mut Reshaping) {
         let Ok(snapshot) = self.records.load().await else { return };
         self.remove_orphans(&snapshot).await;
-        self.grow(&snapshot, &mut memory.growing).await;
+        self.unasked(&snapshot, &mut memory.unasked).await;
         let reshapes =
             |known: &&v1::ClusterOperation| known.split.is_some() || known.merge.is_some();
         let ids: Vec<u64> =
@@ -363,36 +364,6 @@ impl Cluster {
             }
         }
         Err(why)
-    }
-
-    /// Splits what is large, or has much to do, by itself.
-    async fn grow(&self, snapshot: &Snapshot, growing: &mut Growing) {
-        let (known, now) = (self.knowledge.lock().clone(), Instant::now());
-        let Some((shard, by)) = growing.next(snapshot, &known, now) else { return };
-        let points = self.split_points(snapshot, shard.id).await;
-        let at = points.and_then(|points| grow::position(&shard, &points, by));
-        let begun = match at {
-            Err(why) => Err(why),
-            Ok(at) => {
-                let work = SplitWork { shard: shard.id, at, by, automatic: true, undoes: 0 };
-                let now_ms = self.records.now_ms();
-                let begun = self.records.change_all(|snapshot| {
-                    reshape::begin_split(snapshot, work, now_ms).map(|_| true)
-                });
-                begun.await.map(drop).map_err(|error| error.to_string())
-            }
-        };
-        if begun.is_ok() {
-            self.holding.at(Point::OperationRecorded, shard.id, 0).await;
-        }
-        match begun {
-            Ok(()) => tracing::info!(shard = shard.id, ?by, "a shard is split by itself"),
-            Err(why) => {
-                tracing::info!(shard = shard.id, ?by, why, "a shard is not split by itself");
-                growing.refused(shard.id, why, now);
-            }
-        }
-        self.knowledge.lock().unsplit = growing.reasons();
     }
 }
 

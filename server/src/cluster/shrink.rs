@@ -56,9 +56,8 @@ impl Shrinking {
         for pair in small.keys() {
             self.quiet.entry(*pair).or_insert(now);
         }
-        self.refused.retain(|pair, at| {
-            small.contains_key(pair) && now.duration_since(*at) < AGAIN_AFTER
-        });
+        self.refused
+            .retain(|pair, at| small.contains_key(pair) && now.duration_since(*at) < AGAIN_AFTER);
         // One at a time, as splits.
         let idle = snapshot.operations.active().next().is_none();
         if snapshot.operations.manual || !idle || !known.has_settled(&snapshot.map, now) {

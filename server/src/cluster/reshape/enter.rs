@@ -124,6 +124,9 @@ fn enter_split(
                 ..Default::default()
             };
             split.set_step(SplitStep::Done);
+            if !split.automatic {
+                snapshot.operations.asked_for(1);
+            }
             let shards = &mut snapshot.map.shards;
             (shards[at].end, shards[at].epoch) = (split.at, *epoch);
             shards.insert(at + 1, child);
@@ -194,6 +197,9 @@ fn enter_merge(
         (Entry::Ended { epoch }, MergeStep::End, _) => {
             snapshot.map.shards[left].epoch = *epoch;
             merge.set_step(MergeStep::Done);
+            if !merge.automatic {
+                snapshot.operations.asked_for(-1);
+            }
             close(operation, OperationState::Done, String::new(), now_ms);
         }
         (Entry::Cancel { why }, MergeStep::Prepare | MergeStep::Freeze, Some(_)) => {
@@ -302,6 +308,15 @@ pub(in crate::cluster) fn begin_merge(
     }))
 }
 
+/// Notes of a merge whether the cluster began it by itself.
+pub(in crate::cluster) fn by_itself(snapshot: &mut Snapshot, id: u64, automatic: bool) -> u64 {
+    let begun = snapshot.operations.list.iter_mut().find(|known| known.id == id);
+    if let Some(merge) = begun.and_then(|begun| begun.merge.as_mut()) {
+        merge.automatic = automatic;
+    }
+    id
+}
+
 /// Where two neighbours meet; the error is for whoever asked.
 pub(in crate::cluster) fn check_merge(
     snapshot: &Snapshot,
@@ -360,12 +375,15 @@ pub(in crate::cluster) fn begin_undo(
         return Err(format!("operation {} changed nothing", done.id));
     }
     if let Some(split) = &done.split {
-        return begin_merge(snapshot, (split.shard, split.child), done.id, now_ms);
+        let pair = (split.shard, split.child);
+        let begun = begin_merge(snapshot, pair, done.id, now_ms)?;
+        return Ok(by_itself(snapshot, begun, split.automatic));
     }
     let merge = done.merge.as_ref().ok_or("it was neither a split nor a merge")?;
     let work = SplitWork {
         shard: merge.left,
         at: merge.boundary,
+        automatic: merge.automatic,
         undoes: done.id,
         ..SplitWork::default()
     };

@@ -48,7 +48,7 @@ pub(super) fn next(
 }
 
 /// Whether one shard's arc ends where the other one's begins; both have one.
-pub(super) fn are_neighbours(left: &v1::Shard, right: &v1::Shard) -> bool {
+pub(in crate::cluster) fn are_neighbours(left: &v1::Shard, right: &v1::Shard) -> bool {
     left.id != 0 && right.id != 0 && left.id != right.id && left.end != 0 && left.end == right.start
 }
 

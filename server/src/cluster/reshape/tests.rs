@@ -4,6 +4,7 @@
 mod world;
 mod late;
 mod trouble;
+mod asked;
 
 use v1::{OperationControl, ReplicaRole};
 
