@@ -484,7 +484,8 @@ impl<'a> Register<'a> {
                 Some(seen) => (seen.version, seen.version),
                 None => {
                     let least = self.newest_at(&look).and_then(|write| write.version).unwrap_or(0);
-                    let changes_hands = self.least_index.keys().any(|shard| *shard != look.at.shard);
+                    let changes_hands =
+                        self.least_index.keys().any(|shard| *shard != look.at.shard);
                     let is_open = changes_hands && self.may_be_deleted(look.operation.end);
                     let elsewhere = self.deleted_elsewhere(&look).unwrap_or(0);
                     (least, if is_open { u64::MAX } else { least.max(elsewhere) })
