@@ -2,12 +2,14 @@
 //! something did not, 2 when it could not be tried.
 
 mod moves;
+mod mutants;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use coracle_storage::Mutant;
 use coracle_storage::log::testing::run_history;
 use coracle_storage::options::Sabotage;
 
@@ -21,6 +23,7 @@ use crate::sweep::{self, REPORT_MARK, Sweep};
 use crate::trace::Detail;
 
 pub use moves::{Elastic, Hot, Lost, Plan, Steps};
+pub use mutants::Mutants;
 
 /// The fault harness of Coracle.
 #[derive(Debug, Parser)]
@@ -49,6 +52,11 @@ pub enum Command {
         coracle-jepsen sim --seeds 1000\n  \
         coracle-jepsen sim --seed 17 --trace")]
     Sim(Sim),
+    /// The same with one of our own defects put in on purpose after the other: each must be found
+    #[command(after_help = "Examples:\n  \
+        coracle-jepsen mutants\n  \
+        coracle-jepsen mutants --only forgets-votes --seeds 50")]
+    Mutants(Mutants),
     /// Both judges over a history in a file: the order that the servers say, and a search for any order
     Check(Check),
     /// Random crash histories of the shared log, held against a model
@@ -116,6 +124,9 @@ pub struct Sim {
     /// Disks that lie about syncs: it must fail
     #[arg(long)]
     pub lying_disks: bool,
+    /// A defect that is put in on purpose (see `mutants`): it must fail
+    #[arg(long, value_name = "NAME", value_parser = mutants::named)]
+    pub mutant: Option<Mutant>,
     /// With --seed: print the report for another process
     #[arg(long, hide = true)]
     pub report: bool,
@@ -399,9 +410,10 @@ pub struct ScanReader {
 pub fn run(args: Args) -> ExitCode {
     let held = match args.command {
         Command::Sim(sim) => match sim.seed {
-            Some(seed) => Ok(one_seed(seed, &sim)),
+            Some(seed) => one_seed(seed, &sim),
             None => many_seeds(&sim),
         },
+        Command::Mutants(asked) => mutants::run(&asked),
         Command::Check(asked) => replay::check(&asked.history, asked.html.as_deref()),
         Command::LogHistories(histories) => Ok(log_histories(&histories)),
         Command::Failover(asked) => failover::run(&failover::Plan {
@@ -455,9 +467,16 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
-fn one_seed(seed: u64, sim: &Sim) -> bool {
+fn one_seed(seed: u64, sim: &Sim) -> Result<bool, String> {
     if let Some(filter) = &sim.log {
         tracing_subscriber::fmt().with_env_filter(filter).without_time().with_ansi(false).init();
+    }
+    if let Some(mutant) = sim.mutant
+        && !mutant.choose()
+    {
+        return Err(
+            "a release build has no defects to put in: build it without --release".to_owned()
+        );
     }
     let report = simulation::run(
         seed,
@@ -482,7 +501,12 @@ fn one_seed(seed: u64, sim: &Sim) -> bool {
         println!("faults: {}", faults.collect::<Vec<_>>().join(", "));
         report.violations.iter().for_each(|violation| println!("  {violation}"));
     }
-    report.violations.is_empty()
+    Ok(report.violations.is_empty())
+}
+
+/// Processes that run beside each other when nobody says how many.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn many_seeds(sim: &Sim) -> Result<bool, String> {
@@ -494,9 +518,12 @@ fn many_seeds(sim: &Sim) -> Result<bool, String> {
     if sim.lying_disks {
         args.push("--lying-disks".to_owned());
     }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let jobs = sim.jobs.unwrap_or(cores);
-    let sweep = Sweep { program, from: sim.from, seeds: sim.seeds, jobs, args };
+    if let Some(mutant) = sim.mutant {
+        args.extend(["--mutant".to_owned(), mutant.name().to_owned()]);
+    }
+    let jobs = sim.jobs.unwrap_or_else(cores);
+    let (from, seeds) = (sim.from, sim.seeds);
+    let sweep = Sweep { program, from, seeds, jobs, until_failure: false, args };
     let summary = sweep.run(|report| {
         println!("{}", sweep::line(report));
         for violation in &report.violations {

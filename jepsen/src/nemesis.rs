@@ -5,6 +5,7 @@ mod crashes;
 mod links;
 mod moves;
 mod replicas;
+mod reshapes;
 mod times;
 
 use std::cell::RefCell;
@@ -40,6 +41,8 @@ pub struct Mix {
     pub replicas: bool,
     /// Voters move from node to node.
     pub moves: bool,
+    /// Shards are split and merged.
+    pub reshapes: bool,
 }
 
 impl Mix {
@@ -56,6 +59,7 @@ impl Mix {
             stalls: has(),
             replicas: has(),
             moves: has(),
+            reshapes: has(),
         };
         mix.crashes |= !(mix.partitions || mix.flaky_links || mix.clocks || mix.stalls);
         mix
@@ -118,6 +122,7 @@ impl<'a> Nemesis<'a> {
             self.keep_alive(end),
             self.set_read_replicas(end),
             self.move_voters(end),
+            self.reshape(end),
         );
     }
 

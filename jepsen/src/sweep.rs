@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,8 @@ pub struct Sweep {
     pub seeds: u64,
     /// Processes at a time.
     pub jobs: usize,
+    /// No seed is begun after one on which something did not hold.
+    pub until_failure: bool,
     /// What each is asked for, beside its seed.
     pub args: Vec<String>,
 }
@@ -46,18 +48,20 @@ impl Sweep {
     /// Runs all seeds; `each` hears of every report.
     pub fn run(&self, each: impl Fn(&Report) + Sync) -> Summary {
         let began = Instant::now();
-        let next = AtomicU64::new(0);
+        let (next, ends) = (AtomicU64::new(0), AtomicBool::new(false));
         let reports = Mutex::new(BTreeMap::new());
         thread::scope(|scope| {
             for _ in 0..self.jobs.max(1) {
                 scope.spawn(|| {
                     loop {
                         let at = next.fetch_add(1, Ordering::SeqCst);
-                        if at >= self.seeds {
+                        if at >= self.seeds || ends.load(Ordering::SeqCst) {
                             return;
                         }
                         let report = self.one(self.from + at);
                         each(&report);
+                        let failed = !report.violations.is_empty();
+                        ends.fetch_or(self.until_failure && failed, Ordering::SeqCst);
                         let mut reports = reports.lock().expect("nobody panics with the lock");
                         reports.insert(report.seed, report);
                     }

@@ -21,8 +21,8 @@
 //! minute.
 
 use bytes::{BufMut, Bytes, BytesMut};
-use coracle_storage::Error;
 use coracle_storage::state::{Key, Kind, Overlay, View, key};
+use coracle_storage::{Error, Mutant};
 
 use crate::command::RequestId;
 use crate::wire::{Malformed, Reader};
@@ -159,7 +159,9 @@ impl Dedup {
         if mark.is_some_and(|mark| id.sequence < mark.lowest_unanswered) {
             return Ok(Admission::WindowPassed);
         }
-        if let Some(result) = overlay.get(&key::result(id.client, id.sequence, id.birth_ms))? {
+        if !Mutant::ForgetsRequestIds.is_in()
+            && let Some(result) = overlay.get(&key::result(id.client, id.sequence, id.birth_ms))?
+        {
             return Ok(Admission::Known(result));
         }
         if id.birth_ms > now_ms.saturating_add(BIRTH_AHEAD_MS_MAX) {

@@ -46,7 +46,7 @@ mod merge;
 mod past;
 mod split;
 
-pub use merge::{Absorbed, Frozen, MergePlan, MergeStatus, PrepareMerge};
+pub use merge::{Absorbed, Frozen, MERGE_BYTES_MAX, MergePlan, MergeStatus, PrepareMerge};
 pub use past::Reclaimed;
 pub use split::{Split, SplitPlan, SplitPoints};
 

@@ -12,6 +12,7 @@
 
 use std::time::Duration;
 
+use coracle_storage::Mutant;
 use tokio::time::Instant;
 
 /// The times of consensus. They relate to each other: see [`Timing::check`].
@@ -43,6 +44,9 @@ impl Timing {
 
     /// The oldest quorum answer on which a leader serves a read without asking again.
     pub fn read_lease(&self) -> Duration {
+        if Mutant::LeaseTooLong.is_in() {
+            return self.lease() * 20;
+        }
         self.lease() * 3 / 4
     }
 
@@ -74,6 +78,9 @@ pub(crate) struct Embargo(Option<Instant>);
 impl Embargo {
     /// For a replica that was there before this process: it may have answered a leader just before.
     pub(crate) fn after_restart(timing: &Timing) -> Self {
+        if Mutant::NoEmbargo.is_in() {
+            return Self::none();
+        }
         Self(Some(Instant::now() + timing.lease()))
     }
 

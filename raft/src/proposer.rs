@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use coracle_storage::Mutant;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use openraft::impls::ProgressResponder;
@@ -131,6 +132,7 @@ impl Proposer {
             // The task answers everything that it ever took; a dropped answer means that it was
             // torn down with entries under way.
             Ok(Err(_)) => Err(GroupError::Unknown("the group stopped".to_owned())),
+            Err(_) if Mutant::UnknownIsNotApplied.is_in() => Err(GroupError::Expired),
             Err(_) => Err(GroupError::Unknown("the deadline passed".to_owned())),
         }
     }
@@ -335,7 +337,10 @@ impl Task {
             let group = self.state.clock_and_ceiling();
             self.stamps = Stamps {
                 term,
-                last: group.clock.max(group.ceiling),
+                last: match Mutant::IgnoresCeilings.is_in() {
+                    true => group.clock,
+                    false => group.clock.max(group.ceiling),
+                },
                 committed_ceiling: group.ceiling,
             };
         }
@@ -392,7 +397,9 @@ impl Task {
             let _ = answer.send(Err(GroupError::ClockOutOfBound));
             return Box::pin(std::future::ready(()));
         }
-        self.stamps.last = self.stamps.last.max(version);
+        if !Mutant::FixesNothing.is_in() {
+            self.stamps.last = self.stamps.last.max(version);
+        }
         if version <= self.stamps.committed_ceiling {
             let _ = answer.send(Ok(version));
             return Box::pin(std::future::ready(()));
@@ -430,7 +437,10 @@ fn answer_all(
     replicated: Duration,
 ) {
     match result {
-        Ok(replies) => {
+        Ok(mut replies) => {
+            if Mutant::SwapsAnswers.is_in() {
+                replies.0.reverse();
+            }
             assert_eq!(
                 replies.0.len(),
                 answers.len(),

@@ -20,7 +20,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use coracle_storage::ReplicaId;
+use coracle_storage::{Mutant, ReplicaId};
 use openraft::LinearizerOption;
 use openraft::errors::{LinearizableReadError, RaftError};
 use parking_lot::Mutex;
@@ -108,6 +108,9 @@ impl ReadPoints {
     /// The leader's own point, by a check that is made now. On another replica: who leads.
     pub(crate) async fn confirmed(&self) -> Result<(u64, ReadWay), GroupError> {
         self.0.leadership.leads()?;
+        if Mutant::SkipsReadIndex.is_in() {
+            return Ok((0, ReadWay::Lease));
+        }
         let (timing, asked) = (self.0.environment.timing(), Instant::now());
         let under_lease = LinearizerOption::new(Some(timing.read_lease()), false)
             .with_wait_timeout(Duration::ZERO);
@@ -126,6 +129,9 @@ impl ReadPoints {
 
     /// The leader's point, asked for now, within one lease. News of another leader are followed.
     pub(crate) async fn asked(&self) -> Result<u64, GroupError> {
+        if Mutant::FollowersDoNotAsk.is_in() {
+            return Ok(0);
+        }
         let until = Instant::now() + self.0.environment.timing().lease();
         loop {
             let leader = self.0.leadership.other_leader();
@@ -232,7 +238,7 @@ pub(crate) struct Age(Duration);
 impl Age {
     /// Whether it is within a bound, whatever the rates of the clocks that measure the two.
     pub(crate) fn is_within(self, bound: Duration) -> bool {
-        self.told() <= bound
+        self.told() <= bound || Mutant::IgnoresBounds.is_in()
     }
 
     /// As it is told: no clock within the margin has seen more time pass.

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use coracle_storage::ReplicaId;
 use coracle_storage::exec::Exec;
 use coracle_storage::fs::Fs;
 use coracle_storage::state::{Engines, FilterState, OpenState, ReplicaState, checkpoint};
+use coracle_storage::{Mutant, ReplicaId};
 use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
@@ -108,6 +108,11 @@ impl StateMachine {
 
     /// A checkpoint of the state as it is. Called between batches, so files and position agree.
     async fn checkpoint(&mut self) -> io::Result<(SnapshotMeta, Arc<CheckpointDir>)> {
+        if Mutant::SnapshotBehindIndex.is_in()
+            && let Some(dir) = self.recent.as_ref().and_then(|(_, _, dir)| dir.upgrade())
+        {
+            return Ok((self.meta(), dir));
+        }
         if let Some((made, meta, dir)) = &self.recent
             && made.elapsed() < CHECKPOINT_FRESH
             && let Some(dir) = dir.upgrade()
@@ -295,6 +300,11 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
                 batch.push(entry);
                 responders.push_back(responder);
             }
+            if Mutant::AppliesOutOfOrder.is_in()
+                && let [first, second, ..] = &mut batch[..]
+            {
+                std::mem::swap(&mut first.payload, &mut second.payload);
+            }
             let began = Instant::now();
             self.apply_all(batch, responders).await?;
             self.observer.stage(Stage::Apply, began.elapsed());
@@ -418,7 +428,9 @@ impl RaftSnapshotBuilder<TypeConfig> for DurableBuilder {
 /// Makes the state durable, lets compaction go by `filter`, which was taken before, and removes what
 /// it could not.
 fn flush(store: &ReplicaState, filter: FilterState) -> Result<u64, coracle_storage::Error> {
-    store.flush()?;
+    if !Mutant::PurgesBeyondFlush.is_in() {
+        store.flush()?;
+    }
     // Only what is durable may decide what is dropped: a crash that replays must judge every
     // condition as before.
     store.filter().set(filter);

@@ -160,8 +160,9 @@ impl Records {
         map: v1::ShardMap,
         ids: peer::IdCounters,
     ) -> Result<(), RecordsError> {
-        let (leaving, operations) = (Vec::new(), Operations::default());
-        let snapshot = Snapshot { map, ids, leaving, operations, version: 0 };
+        let shards_asked = map.shards.iter().filter(|shard| shard.id != META_SHARD.0).count();
+        let operations = Operations { shards_asked: shards_asked as u64, ..Operations::default() };
+        let snapshot = Snapshot { map, ids, leaving: Vec::new(), operations, version: 0 };
         self.write(&snapshot, Condition::IfAbsent).await.map(drop)
     }
 

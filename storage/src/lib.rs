@@ -7,6 +7,7 @@ pub mod fs;
 mod replica;
 pub mod error;
 pub mod options;
+pub mod mutant;
 pub mod log;
 pub mod state;
 
@@ -14,4 +15,5 @@ pub use error::Error;
 pub use exec::{Exec, Job, RealExec, Task, Wake};
 pub use fs::{File, Fs, OpenMode, RealFs, Space};
 pub use log::{Damage, Done, Log, LogEntry, LogStats, Pin, Recovery, ReplicaId, ReplicaLogState};
+pub use mutant::Mutant;
 pub use options::LogOptions;

@@ -9,6 +9,9 @@
 //! before one that had completed when it began. A write of unknown outcome takes the version under
 //! which somebody saw its value; where nobody did, it may or may not have happened. The work is
 //! sorting: O(n log n).
+//!
+//! A key changes hands when its shard is split or merged. Entries of two shards have no order that
+//! answers tell, so they are not compared; versions are, and they rise all the same.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -47,13 +50,25 @@ pub fn check(history: &History) -> Vec<Violation> {
 fn check_sessions(operations: &[Operation]) -> Vec<Violation> {
     let mut found = Vec::new();
     let mut seen: BTreeMap<(u32, u64), (u64, u64)> = BTreeMap::new();
+    // By client and key, wherever the key was then.
+    let mut versions: BTreeMap<(u32, &str), (u64, u64)> = BTreeMap::new();
     for operation in operations {
-        let Outcome::Ok(
-            Answer::Read { at, .. } | Answer::Written { at, .. } | Answer::Mismatch { at, .. },
-        ) = &operation.outcome
-        else {
-            continue;
+        let (at, version) = match &operation.outcome {
+            Outcome::Ok(Answer::Read { at, seen } | Answer::Mismatch { at, seen }) => {
+                (at, seen.as_ref().map(|seen| seen.version))
+            }
+            Outcome::Ok(Answer::Written { at, version }) => (at, Some(*version)),
+            _ => continue,
         };
+        if let Some(version) = version {
+            let known = versions.entry((operation.client, &operation.key)).or_default();
+            if operation.action == Action::SessionGet && version < known.0 {
+                let why = format!("it saw version {version}, {} had been seen", known.0);
+                let (key, calls) = (operation.key.clone(), vec![known.1, operation.call]);
+                found.push(Violation { rule: SESSION, key, why, calls });
+            }
+            *known = (*known).max((version, operation.call));
+        }
         let newest = seen.entry((operation.client, at.shard)).or_insert((0, operation.call));
         let (index, by) = *newest;
         if operation.action == Action::SessionGet && at.index < index {
@@ -75,14 +90,28 @@ struct Write<'a> {
     operation: &'a Operation,
     /// Of an acknowledged write: what it was told. Of an unknown one: where it was seen.
     version: Option<u64>,
-    /// The entry; of a write that was only seen, an entry at or behind it.
-    index: u64,
-    is_exact: bool,
+    /// Of an acknowledged write: its entry.
+    exact: Option<Position>,
+    /// By shard: its entry, or where it was only seen, the first by which it stood.
+    stands: BTreeMap<u64, u64>,
 }
 
 impl Write<'_> {
     fn is_delete(&self) -> bool {
         self.operation.action.is_delete()
+    }
+
+    /// Somebody saw it there.
+    fn seen_at(&mut self, at: Position) {
+        if self.exact.is_none_or(|exact| exact.shard != at.shard) {
+            let index = self.stands.entry(at.shard).or_insert(at.index);
+            *index = at.index.min(*index);
+        }
+    }
+
+    /// Where it stands in a shard's log, at the latest.
+    fn stands_in(&self, shard: u64) -> u64 {
+        self.stands.get(&shard).copied().unwrap_or(u64::MAX)
     }
 }
 
@@ -115,14 +144,23 @@ impl<'a> Look<'a> {
     }
 }
 
+/// Where in the order of versions a completed operation stands.
+#[derive(Clone, Copy)]
+struct Standing {
+    least: u64,
+    most: u64,
+    is_write: bool,
+}
+
 struct Register<'a> {
     key: &'a str,
     operations: &'a [Operation],
     looks: Vec<Look<'a>>,
     /// By version.
     writes: Vec<Write<'a>>,
-    /// The least index of each write and those behind it: rises, so that it can be searched.
-    least_index: Vec<u64>,
+    /// By shard: the least index of each write and those behind it: rises, so that it can be
+    /// searched.
+    least_index: BTreeMap<u64, Vec<u64>>,
     /// When writes began of which nobody knows whether they happened: deletes leave no value to see.
     unknown_deletes: Vec<usize>,
     found: Vec<Violation>,
@@ -138,7 +176,7 @@ impl<'a> Register<'a> {
             operations,
             looks: operations.iter().filter_map(Look::of).collect(),
             writes: Vec::new(),
-            least_index: Vec::new(),
+            least_index: BTreeMap::new(),
             unknown_deletes: operations.iter().filter(unknown_delete).map(|o| o.begin).collect(),
             found: Vec::new(),
         }
@@ -146,11 +184,17 @@ impl<'a> Register<'a> {
 
     fn check(mut self) -> Vec<Violation> {
         self.writes = self.resolve();
-        self.least_index = vec![u64::MAX; self.writes.len()];
-        let mut least = u64::MAX;
-        for (at, write) in self.writes.iter().enumerate().rev() {
-            least = least.min(write.index);
-            self.least_index[at] = least;
+        let shards: BTreeSet<u64> =
+            self.writes.iter().flat_map(|write| write.stands.keys().copied()).collect();
+        for shard in shards {
+            let mut least = u64::MAX;
+            let from_behind = self.writes.iter().rev().map(|write| {
+                least = least.min(write.stands_in(shard));
+                least
+            });
+            let mut rising: Vec<u64> = from_behind.collect();
+            rising.reverse();
+            self.least_index.insert(shard, rising);
         }
         self.check_rising();
         for look in std::mem::take(&mut self.looks) {
@@ -218,15 +262,16 @@ impl<'a> Register<'a> {
         let mut refused: BTreeMap<&str, u64> = BTreeMap::new();
         let mut writes = Vec::new();
         for operation in self.operations {
-            let (version, index) = match &operation.outcome {
-                Outcome::Ok(Answer::Written { version, at }) => (Some(*version), at.index),
-                Outcome::Unknown => (None, u64::MAX),
+            let (version, exact) = match &operation.outcome {
+                Outcome::Ok(Answer::Written { version, at }) => (Some(*version), Some(*at)),
+                Outcome::Unknown => (None, None),
                 Outcome::Ok(_) | Outcome::Fail => {
                     refused.extend(operation.action.value().map(|value| (value, operation.call)));
                     continue;
                 }
             };
-            let write = Write { operation, version, index, is_exact: version.is_some() };
+            let stands = exact.iter().map(|at| (at.shard, at.index)).collect();
+            let write = Write { operation, version, exact, stands };
             match operation.action.value() {
                 Some(value) => {
                     by_value.insert(value, write);
@@ -263,9 +308,7 @@ impl<'a> Register<'a> {
                 let why = format!("{value:?} stands at versions {known} and {}", seen.version);
                 problems.push((APPLIED_ONCE, why, calls));
             }
-            if !write.is_exact {
-                write.index = write.index.min(look.at.index);
-            }
+            write.seen_at(look.at);
         }
         for (rule, why, calls) in problems {
             self.violation(rule, why, &calls);
@@ -283,14 +326,17 @@ impl<'a> Register<'a> {
                 problems.push((format!("version {:?} was given twice", pair[0].version), calls));
             }
         }
-        let exact: Vec<&Write<'_>> = self.writes.iter().filter(|write| write.is_exact).collect();
-        for pair in exact.windows(2) {
-            if pair[0].index > pair[1].index {
+        let mut last: BTreeMap<u64, (u64, &Write<'_>)> = BTreeMap::new();
+        for write in &self.writes {
+            let Some(at) = write.exact else { continue };
+            if let Some((index, before)) = last.insert(at.shard, (at.index, write))
+                && index > at.index
+            {
                 let why = format!(
-                    "version {:?} is in entry {}, the later {:?} in entry {}",
-                    pair[0].version, pair[0].index, pair[1].version, pair[1].index
+                    "version {:?} is in entry {index}, the later {:?} in entry {}",
+                    before.version, write.version, at.index
                 );
-                problems.push((why, [pair[0].operation.call, pair[1].operation.call]));
+                problems.push((why, [before.operation.call, write.operation.call]));
             }
         }
         for (why, calls) in problems {
@@ -298,30 +344,38 @@ impl<'a> Register<'a> {
         }
     }
 
-    /// The newest write that certainly stands at or before an entry.
-    fn newest_at(&self, index: u64) -> Option<&Write<'a>> {
-        let behind = self.least_index.partition_point(|least| *least <= index);
+    /// The newest write that certainly stands at or before what a look saw of its shard's log.
+    fn newest_at(&self, look: &Look<'_>) -> Option<&Write<'a>> {
+        let least_index = self.least_index.get(&look.at.shard)?;
+        let behind = least_index.partition_point(|least| *least <= look.upto);
         // The last whose least is small enough is itself the least of what follows.
         behind.checked_sub(1).map(|at| &self.writes[at])
     }
 
     fn check_seen(&mut self, look: &Look<'_>, seen: &Seen) {
-        let newer = self.newest_at(look.upto);
+        let newer = self.newest_at(look);
         let newer = newer.filter(|write| write.version > Some(seen.version));
         if let Some(newer) = newer {
             let why = format!(
                 "{:?} at version {} was read in entry {}, where version {:?} already stood (entry {})",
-                seen.value, seen.version, look.upto, newer.version, newer.index
+                seen.value,
+                seen.version,
+                look.upto,
+                newer.version,
+                newer.stands_in(look.at.shard)
             );
             let calls = [newer.operation.call, look.operation.call];
             self.violation(NEWEST, why, &calls);
         }
         let own = self.writes.binary_search_by_key(&Some(seen.version), |write| write.version);
         let own = own.ok().map(|at| &self.writes[at]);
-        if let Some(own) = own.filter(|own| own.is_exact && own.index > look.at.index) {
+        let exact = own.and_then(|own| Some((own, own.exact?)));
+        if let Some((own, exact)) =
+            exact.filter(|(_, at)| at.shard == look.at.shard && at.index > look.at.index)
+        {
             let why = format!(
                 "{:?} was written by entry {} and read up to entry {}",
-                seen.value, own.index, look.at.index
+                seen.value, exact.index, look.at.index
             );
             let calls = [own.operation.call, look.operation.call];
             self.violation(FUTURE, why, &calls);
@@ -329,22 +383,37 @@ impl<'a> Register<'a> {
     }
 
     fn check_absent(&mut self, look: &Look<'_>) {
-        let Some(newest) = self.newest_at(look.upto).filter(|write| !write.is_delete()) else {
+        let Some(newest) = self.newest_at(look).filter(|write| !write.is_delete()) else {
             return;
         };
         let is_in_midst = look.upto < look.at.index;
-        let in_same_entry = |write: &Write<'_>| write.is_delete() && write.index == look.at.index;
+        let in_same_entry = |write: &Write<'_>| {
+            write.is_delete() && write.stands_in(look.at.shard) == look.at.index
+        };
         let may_be_deleted = self.may_be_deleted(look.operation.end)
+            || self.deleted_elsewhere(look) > newest.version
             || (is_in_midst && self.writes.iter().any(in_same_entry));
         if may_be_deleted {
             return;
         }
         let why = format!(
             "absent in entry {}, but version {:?} was written in entry {} and nobody deleted it",
-            look.at.index, newest.version, newest.index
+            look.at.index,
+            newest.version,
+            newest.stands_in(look.at.shard)
         );
         let calls = [newest.operation.call, look.operation.call];
         self.violation(ABSENT, why, &calls);
+    }
+
+    /// The newest delete that another shard's log has, and that may have come before a look.
+    fn deleted_elsewhere(&self, look: &Look<'_>) -> Option<u64> {
+        let elsewhere = |write: &&Write<'_>| {
+            write.is_delete()
+                && !write.stands.contains_key(&look.at.shard)
+                && write.operation.begin < look.operation.end
+        };
+        self.writes.iter().rev().find(elsewhere).and_then(|write| write.version)
     }
 
     /// Whether a delete of unknown outcome began before this place.
@@ -401,17 +470,28 @@ impl<'a> Register<'a> {
         }
     }
 
-    /// The version at which each completed operation stands: what it wrote or saw. For an absent key
-    /// it is the newest write up to its entry: if that was not the delete, a later one was.
-    fn standings(&self) -> BTreeMap<u64, (u64, bool)> {
+    /// Between which versions each completed operation stands. For an absent key that is the newest
+    /// write up to its entry (if that was not the delete, a later one was), up to what another shard
+    /// may have deleted.
+    fn standings(&self) -> BTreeMap<u64, Standing> {
         let mut standings = BTreeMap::new();
         for write in &self.writes {
-            standings.extend(write.version.map(|version| (write.operation.call, (version, true))));
+            let wrote = |version| Standing { least: version, most: version, is_write: true };
+            standings.extend(write.version.map(|version| (write.operation.call, wrote(version))));
         }
         for look in self.operations.iter().filter_map(Look::of) {
-            let absent = || self.newest_at(look.upto).and_then(|write| write.version).unwrap_or(0);
-            let version = look.seen.map_or_else(absent, |seen| seen.version);
-            standings.insert(look.operation.call, (version, false));
+            let (least, most) = match look.seen {
+                Some(seen) => (seen.version, seen.version),
+                None => {
+                    let least = self.newest_at(&look).and_then(|write| write.version).unwrap_or(0);
+                    let changes_hands =
+                        self.least_index.keys().any(|shard| *shard != look.at.shard);
+                    let is_open = changes_hands && self.may_be_deleted(look.operation.end);
+                    let elsewhere = self.deleted_elsewhere(&look).unwrap_or(0);
+                    (least, if is_open { u64::MAX } else { least.max(elsewhere) })
+                }
+            };
+            standings.insert(look.operation.call, Standing { least, most, is_write: false });
         }
         standings
     }
@@ -430,12 +510,12 @@ impl<'a> Register<'a> {
         let mut problems = Vec::new();
         for (_, is_end, at) in places {
             let operation = &self.operations[at];
-            let Some(&(version, is_write)) = standings.get(&operation.call) else {
+            let Some(&Standing { least, most, is_write }) = standings.get(&operation.call) else {
                 continue;
             };
             if is_end {
                 if matches!(operation.outcome, Outcome::Ok(_)) {
-                    completed = completed.max((version, operation.call));
+                    completed = completed.max((least, operation.call));
                 }
                 continue;
             }
@@ -445,9 +525,9 @@ impl<'a> Register<'a> {
             if matches!(operation.action, Action::SessionGet | Action::BoundedGet { .. }) {
                 continue;
             }
-            if version < newest || (is_write && version == newest) {
+            if most < newest || (is_write && most == newest) {
                 let verb = if is_write { "wrote" } else { "saw" };
-                let why = format!("it {verb} version {version}, {newest} had been answered before");
+                let why = format!("it {verb} version {most}, {newest} had been answered before");
                 problems.push((why, vec![by, operation.call]));
             }
         }
@@ -463,10 +543,10 @@ impl Register<'_> {
         let standings = self.standings();
         let mut answered: Vec<(u64, (u64, u64))> = Vec::new();
         for operation in self.operations {
-            if let (Outcome::Ok(_), Some(&(version, _))) =
+            if let (Outcome::Ok(_), Some(standing)) =
                 (&operation.outcome, standings.get(&operation.call))
             {
-                answered.push((operation.end_us, (version, operation.call)));
+                answered.push((operation.end_us, (standing.least, operation.call)));
             }
         }
         answered.sort_unstable();
@@ -486,7 +566,7 @@ impl Register<'_> {
             let since = operation.begin_us.saturating_sub(ms * 1_000);
             let before = answered.partition_point(|(end_us, _)| *end_us < since);
             let newest = before.checked_sub(1).map(|at| answered[at].1);
-            let seen = standings.get(&operation.call).map_or(0, |(version, _)| *version);
+            let seen = standings.get(&operation.call).map_or(0, |standing| standing.most);
             if let Some((version, by)) = newest.filter(|(version, _)| *version > seen) {
                 let why = format!(
                     "it saw version {seen}, {version} had been answered more than {ms} ms before"

@@ -16,6 +16,7 @@ use coracle_client::{Builder, Client};
 use coracle_server::config::{Config, Sources};
 use coracle_server::identity::Locking;
 use coracle_server::node::{Node, Parts};
+use coracle_storage::Mutant;
 use coracle_storage::fs::faulty::{Dice, FaultyFs, Loss};
 use coracle_storage::state::MapEngines;
 use parking_lot::Mutex;
@@ -146,11 +147,15 @@ impl Cluster {
     /// A client on a host of its own, with a luck of its own.
     pub fn client(&self, name: &str) -> Builder {
         let seeds = (0..self.len()).map(|at| listen(at, 7400));
-        Client::builder()
+        let builder = Client::builder()
             .seeds(seeds)
             .name(name)
             .net(self.net.host(name))
-            .seed(self.dice.borrow_mut().roll())
+            .seed(self.dice.borrow_mut().roll());
+        match Mutant::RetriesUnderNewIds.is_in() {
+            true => builder.unsafe_fresh_request_ids_for_tests(),
+            false => builder,
+        }
     }
 
     /// Starts a node on what its machine has kept.

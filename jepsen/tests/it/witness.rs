@@ -487,3 +487,79 @@ fn write_that_appears_below_a_version_that_was_read_at() {
     script.put("b", 14, 2);
     script.expect("a read at a version");
 }
+
+/// The same answer, by another shard.
+fn by(shard: u64, answer: Answer) -> Answer {
+    let moved = |at: Position| Position { shard, ..at };
+    match answer {
+        Answer::Read { seen, at } => Answer::Read { seen, at: moved(at) },
+        Answer::Written { version, at } => Answer::Written { version, at: moved(at) },
+        Answer::Mismatch { seen, at } => Answer::Mismatch { seen, at: moved(at) },
+        other => other,
+    }
+}
+
+impl Script {
+    fn of_shard(&self, shard: u64, action: Action, answer: Answer) {
+        let call = self.begin(action);
+        self.end(call, by(shard, answer));
+    }
+}
+
+#[test]
+fn a_key_that_goes_to_a_younger_log_and_back_is_good() {
+    let script = Script::default();
+    script.put("a", 10, 50);
+    script.of_shard(2, Action::Get, read(Some(("a", 10)), 1));
+    script.of_shard(2, put("b"), written(20, 2));
+    script.of_shard(2, Action::SessionGet, read(Some(("b", 20)), 2));
+    script.of_shard(2, Action::Delete, written(30, 3));
+    script.of_shard(3, Action::Get, read(None, 1));
+    script.get(None, 60);
+    script.put("c", 40, 61);
+    script.get(Some(("c", 40)), 61);
+    script.expect_none();
+}
+
+#[test]
+fn a_write_that_is_lost_in_a_split_is_found() {
+    let script = Script::default();
+    script.put("a", 10, 50);
+    script.put("b", 20, 51);
+    script.of_shard(2, Action::Get, read(Some(("a", 10)), 1));
+    script.expect("no operation stands before one that had completed");
+    let script = Script::default();
+    script.put("a", 10, 50);
+    script.of_shard(2, Action::Get, read(None, 1));
+    script.expect("no operation stands before one that had completed");
+}
+
+#[test]
+fn a_delete_that_is_lost_in_a_merge_is_found() {
+    let script = Script::default();
+    script.put("a", 10, 50);
+    script.of_shard(2, Action::Get, read(Some(("a", 10)), 1));
+    script.of_shard(2, Action::Delete, written(30, 3));
+    script.get(Some(("a", 10)), 60);
+    script.expect("no operation stands before one that had completed");
+}
+
+#[test]
+fn what_was_seen_in_a_young_log_is_not_forgotten_there() {
+    let script = Script::default();
+    script.put("a", 10, 50);
+    script.put("b", 20, 51);
+    let late = script.begin(Action::Get);
+    script.of_shard(2, Action::Get, read(Some(("b", 20)), 1));
+    script.end(late, by(2, read(Some(("a", 10)), 2)));
+    script.expect("the newest write up to its place");
+}
+
+#[test]
+fn a_session_that_goes_back_over_a_split_is_found() {
+    let script = Script::default();
+    script.put("a", 10, 50);
+    script.put("b", 20, 51);
+    script.of_shard(2, Action::SessionGet, read(Some(("a", 10)), 1));
+    script.expect("a session read is not behind");
+}

@@ -248,7 +248,7 @@ pub struct Reshape {
     /// The epoch on which it was planned: under another one nothing is done.
     #[prost(uint64, tag = "3")]
     pub epoch: u64,
-    /// Of a merge: the operation.
+    /// Of a merge: which one it is, another with each attempt of an operation.
     #[prost(uint64, tag = "4")]
     pub operation: u64,
     /// Of a split: the first position of the child.
@@ -424,8 +424,8 @@ pub struct CommandDone {
     /// The answer's body: of a join an Adopt, of create_keyspace and update_keyspace a
     /// coracle.v1.Keyspace, of change_members the leader's coracle.v1.GroupStatus, of
     /// set_read_replicas a coracle.v1.SetReadReplicasResponse, of a probe for a replica a
-    /// coracle.v1.GroupStatus of which only shard, replica and role are there (recovering, absent,
-    /// or nothing where it runs), of a probe for the node a NodeReport.
+    /// coracle.v1.GroupStatus, where it does not run only with shard, replica and role (recovering,
+    /// absent, or nothing), of a probe for the node a NodeReport.
     #[prost(bytes = "bytes", tag = "3")]
     pub body: ::prost::bytes::Bytes,
     /// The node to ask instead; 0 means none known.
@@ -499,6 +499,13 @@ pub struct LeavingReplica {
     /// The node that holds it.
     #[prost(uint64, tag = "3")]
     pub node: u64,
+    /// The shard that has taken its shard in; 0 means none. Its node's replica of that shard may need this
+    /// one's files until it holds all of them durably.
+    #[prost(uint64, tag = "4")]
+    pub taken_by: u64,
+    /// By which merge.
+    #[prost(uint64, tag = "5")]
+    pub merge: u64,
 }
 /// Which of the four connections this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

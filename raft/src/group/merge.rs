@@ -28,6 +28,9 @@ pub use crate::merge_status::{Absorbed, Frozen, MergeStatus};
 use crate::rules::Rules;
 use crate::types::ShardId;
 
+/// How much a group may hold that is taken in: both serve nothing for as long as it takes to copy it.
+pub const MERGE_BYTES_MAX: u64 = 256 << 20;
+
 /// A merge as it is announced to one of its two groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrepareMerge {

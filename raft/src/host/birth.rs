@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_storage::state::{MetaName, OpenState, ReplicaState, key};
-use coracle_storage::{Error, ReplicaId};
+use coracle_storage::{Error, Mutant, ReplicaId};
 use futures_util::future::BoxFuture;
 use tokio::sync::oneshot;
 
@@ -165,6 +165,10 @@ impl Host {
         self.environment.births.reach(of, SplitStep::Checkpointed).await;
         let engines = self.environment.engines.clone();
         let (from, to) = (first, second.clone());
+        let mut state = state;
+        if Mutant::ChildClockGoesBack.is_in() {
+            (state.clock, state.ceiling) = (0, 0);
+        }
         let rewrite = move || {
             engines.destroy(&to)?;
             let child = ReplicaState::open(&*engines, &from, OpenState { create: false })?;

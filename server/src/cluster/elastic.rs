@@ -360,13 +360,6 @@ fn set_node_state(
     Ok(())
 }
 
-/// A merge that is decided only ends forwards.
-fn is_decided(operation: &v1::ClusterOperation) -> bool {
-    use v1::MergeStep::{Absorb, Done, End, Flush};
-    let merge = operation.merge.as_ref();
-    merge.is_some_and(|merge| matches!(merge.step(), Absorb | Flush | End | Done))
-}
-
 pub(super) fn control(
     snapshot: &mut Snapshot,
     request: &v1::ControlOperationRequest,
@@ -428,7 +421,7 @@ pub(super) fn control(
     if found.kind() == OperationKind::Balance && request.control() == OperationControl::Cancel {
         snapshot.operations.manual = true;
     }
-    if request.control() == OperationControl::Cancel && is_decided(&found) {
+    if request.control() == OperationControl::Cancel && reshape::is_decided(&found) {
         let why = format!("operation {} is past the point where it could be taken back", found.id);
         return Err(conflict(why));
     }

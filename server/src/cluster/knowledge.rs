@@ -11,7 +11,7 @@ use prost::Message;
 use tokio::time::Instant;
 use v1::NodeState;
 
-use super::members::{ABSENT, DAMAGED};
+use super::members::is_lost_role;
 use crate::placement::model::{Disk, Duty};
 use crate::records::Operations;
 
@@ -48,6 +48,8 @@ pub struct Knowledge {
     pub(super) disks: BTreeMap<u64, Disk>,
     /// By shard: what its leader says a copy takes, in bytes.
     pub(super) bytes: BTreeMap<u64, u64>,
+    /// Shards whose leaders say that they hold nothing of what is others' since a split.
+    pub(super) tidy: BTreeSet<u64>,
     /// By shard and node: keys read and written a second by the replica there.
     pub(super) loads: BTreeMap<(u64, u64), u64>,
     /// By shard: who leads it.
@@ -56,7 +58,7 @@ pub struct Knowledge {
     pub(super) handed_over: BTreeSet<u64>,
     /// By shard: why it is not split by itself, though it is large or busy.
     pub(super) unsplit: BTreeMap<u64, String>,
-    /// By replica: since when its node says that it is damaged, or not there.
+    /// By replica: since when its node says that it is damaged, not there, or has stopped.
     pub(super) damaged: BTreeMap<u64, Instant>,
     /// Where no replica comes for now: nodes, and shards with nodes.
     pub(super) avoided_nodes: BTreeSet<u64>,
@@ -85,7 +87,7 @@ impl Knowledge {
         self.loads.retain(|(_, at), _| *at != node);
         for replica in &report.replicas {
             let Ok(replica) = v1::GroupStatus::decode(replica.clone()) else { continue };
-            if [DAMAGED, ABSENT].contains(&&*replica.role) {
+            if is_lost_role(&replica.role) {
                 self.damaged.entry(replica.replica).or_insert(now);
                 continue;
             }
@@ -95,6 +97,10 @@ impl Knowledge {
             if replica.role == "leader" {
                 leads.insert(replica.shard, replica.term);
                 self.bytes.insert(replica.shard, replica.state_bytes);
+                match replica.foreign_free > 0 {
+                    true => self.tidy.insert(replica.shard),
+                    false => self.tidy.remove(&replica.shard),
+                };
             }
         }
         leads
@@ -114,11 +120,14 @@ impl Knowledge {
     pub(super) fn follow(&mut self, map: &v1::ShardMap) {
         let is_node = |id: &u64| map.nodes.iter().any(|node| node.id == *id);
         let is_shard = |id: &u64| map.shards.iter().any(|shard| shard.id == *id);
-        let replicas: BTreeSet<u64> =
-            map.shards.iter().flat_map(|s| &s.replicas).map(|r| r.id).collect();
+        // What a node said of its replicas before it fell silent was of its end, or will be said again.
+        let replicas = map.shards.iter().flat_map(|shard| &shard.replicas);
+        let replicas = replicas.filter(|replica| !self.silent.contains_key(&replica.node));
+        let replicas: BTreeSet<u64> = replicas.map(|replica| replica.id).collect();
         self.disks.retain(|node, _| is_node(node));
         self.reported.retain(|node, _| is_node(node));
         self.bytes.retain(|shard, _| is_shard(shard));
+        self.tidy.retain(is_shard);
         self.loads.retain(|(shard, node), _| is_shard(shard) && is_node(node));
         self.damaged.retain(|replica, _| replicas.contains(replica));
     }

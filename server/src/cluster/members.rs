@@ -3,6 +3,8 @@
 //! Owns the answer of a node to `ChangeMembers`, `HandOver` and `DestroyReplica`. Does not plan (see
 //! `super::replicas`).
 
+use std::time::Duration;
+
 use coracle_proto::shard_map::{NodeId, ShardId};
 use coracle_proto::{peer, v1};
 use coracle_raft::error::ChangeError;
@@ -22,6 +24,14 @@ use super::{COMMAND_TIMEOUT, Cluster, Target, refused};
 pub(super) const DAMAGED: &str = "recovering";
 /// How it calls one that is not there.
 pub(super) const ABSENT: &str = "absent";
+
+/// How it calls one that was running, and has stopped.
+pub(super) const STOPPED: &str = "stopped";
+
+/// Whether a replica that its node calls so does not come back by itself.
+pub(super) fn is_lost_role(role: &str) -> bool {
+    [DAMAGED, ABSENT, STOPPED].contains(&role)
+}
 
 /// The members of a group, as its leader on this node sees them; none where another leads.
 pub(super) fn member_statuses(group: &Group) -> Vec<v1::MemberStatus> {
@@ -167,6 +177,27 @@ impl Cluster {
             Ok(destroyed) => destroyed.map_err(|error| error.to_string()),
             Err(_) => Err(format!("replica {} is still being removed", asked.replica)),
         }
+    }
+
+    /// Asks a replica's node how it is. A node that is just starting, or that does not answer in time, says
+    /// nothing.
+    pub(super) async fn probe(
+        &self,
+        shard: u64,
+        replica: v1::Replica,
+        timeout: Duration,
+    ) -> Option<v1::GroupStatus> {
+        let probe = peer::Probe { shard, replica: replica.id, node: false };
+        let own = self.membership.identity().is_some_and(|(_, own)| own.0 == replica.node);
+        let answer = match own {
+            true => self.answer_probe(probe),
+            false => {
+                let target = Target::Node(NodeId(replica.node));
+                self.commands.command(target, Kind::Probe(probe), timeout).await.ok()?
+            }
+        };
+        let status = v1::GroupStatus::decode(answer.body).ok()?;
+        (status.replica == replica.id).then_some(status)
     }
 
     /// Says how a replica of this node is, or the node, where that is asked for.

@@ -229,7 +229,8 @@ fn take_back(snapshot: &mut Snapshot, step: &v1::OperationMove) -> bool {
     };
     let comes = |replica: &v1::Replica| replica.id == step.to_replica && replica.joining;
     let left = shard.replicas.iter().filter(|replica| comes(replica)).map(|replica| {
-        peer::LeavingReplica { shard: step.shard, replica: replica.id, node: replica.node }
+        let (shard, replica, node) = (step.shard, replica.id, replica.node);
+        peer::LeavingReplica { shard, replica, node, ..Default::default() }
     });
     let before = leaving.len();
     leaving.extend(left);

@@ -56,13 +56,67 @@ pub enum Point {
     Finish,
     /// It is ended.
     Finished,
+    /// The child of a split has its ids; its group knows nothing.
+    SplitPlanned,
+    /// A group is about to be told to split.
+    Split,
+    /// It has split; the map does not say so.
+    SplitDone,
+    /// The map has both.
+    SplitRecorded,
+    /// A split is cancelled: its group is about to be told, so that no order of before is heeded.
+    SplitCancel,
+    /// It knows.
+    SplitCancelled,
+    /// The records say that the split is not under way: it ends, or is planned anew.
+    SplitTakenBack,
+    /// Replicas of the right one of a merge are to move to the left one's nodes.
+    GatherBegun,
+    /// A merge is recorded with the epochs of both; no group knows of it.
+    MergePlanned,
+    /// One of the two groups is about to be told.
+    Announce,
+    /// It knows.
+    Announced,
+    /// The time within which the right one is to be frozen runs; its group was not told.
+    FreezePlanned,
+    /// It is about to be told.
+    Freeze,
+    /// It is frozen.
+    Frozen,
+    /// The records say that it is taken in.
+    AbsorbDecided,
+    /// The left one is about to be told.
+    Absorb,
+    /// It has taken it in; the map has both still.
+    Absorbed,
+    /// The map has one.
+    MergeRecorded,
+    /// Every replica holds all of it, and the records say which ones go.
+    MergeFlushed,
+    /// The left one is about to be told that the merge is over.
+    EndMerge,
+    /// It knows; the records do not say so.
+    MergeEnded,
+    /// The records say that a merge is cancelled.
+    CancelDecided,
+    /// The right one is about to be told that it goes on.
+    Thaw,
+    /// It serves.
+    Thawed,
+    /// The left one is about to be told that nothing comes.
+    Release,
+    /// It knows.
+    Released,
+    /// The records say that the merge is not under way: it ends, or is tried again.
+    MergeTakenBack,
     /// An operation is recorded as ended.
     OperationEnded,
 }
 
 impl Point {
     /// Every point, in the order in which work comes by.
-    pub const ALL: [Point; 24] = [
+    pub const ALL: [Point; 51] = [
         Point::OperationRecorded,
         Point::MoveBegun,
         Point::Make,
@@ -86,6 +140,33 @@ impl Point {
         Point::Forgotten,
         Point::Finish,
         Point::Finished,
+        Point::SplitPlanned,
+        Point::Split,
+        Point::SplitDone,
+        Point::SplitRecorded,
+        Point::SplitCancel,
+        Point::SplitCancelled,
+        Point::SplitTakenBack,
+        Point::GatherBegun,
+        Point::MergePlanned,
+        Point::Announce,
+        Point::Announced,
+        Point::FreezePlanned,
+        Point::Freeze,
+        Point::Frozen,
+        Point::AbsorbDecided,
+        Point::Absorb,
+        Point::Absorbed,
+        Point::MergeRecorded,
+        Point::MergeFlushed,
+        Point::EndMerge,
+        Point::MergeEnded,
+        Point::CancelDecided,
+        Point::Thaw,
+        Point::Thawed,
+        Point::Release,
+        Point::Released,
+        Point::MergeTakenBack,
         Point::OperationEnded,
     ];
 
@@ -106,7 +187,20 @@ impl Point {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Holding(pub Duration);
 
+/// While tests hold steps, nodes that are silent are given up sooner: what follows is to be met too.
+const HELD_PATIENCE: Duration = Duration::from_secs(5);
+
 impl Holding {
+    /// How long one waits for a node that is silent, where that is usually so long.
+    pub(super) fn patience(self, usual: Duration) -> Duration {
+        if self.0.is_zero() { usual } else { usual.min(HELD_PATIENCE) }
+    }
+
+    /// In milliseconds.
+    pub(super) fn ms(self) -> u64 {
+        u64::try_from(self.0.as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Tells that a point was reached, and waits. `shard` and `replica` are 0 where it is about none.
     pub(super) async fn at(self, point: impl Into<Option<Point>>, shard: u64, replica: u64) {
         let Some(point) = point.into().filter(|_| !self.0.is_zero()) else {
@@ -140,7 +234,11 @@ mod tests {
         Holding::default().at(Point::Make, 1, 2).await;
         Holding(Duration::from_secs(1)).at(None, 1, 2).await;
         assert_eq!(began.elapsed(), Duration::ZERO);
-        Holding(Duration::from_secs(1)).at(Point::Make, 1, 2).await;
+        let held = Holding(Duration::from_secs(1));
+        held.at(Point::Make, 1, 2).await;
         assert_eq!(began.elapsed(), Duration::from_secs(1));
+        let minute = Duration::from_secs(60);
+        assert_eq!(Holding::default().patience(minute), minute);
+        assert!(held.patience(minute) < minute);
     }
 }

@@ -46,7 +46,7 @@ use self::enter::{Change, Outlook, enter, enter_plan, is_tended, is_voter};
 use self::patience::Patience;
 use self::step::{Home, Membership, Recorded, Seen, Step, next};
 use super::knowledge::{Knowledge, SILENT};
-use super::members::{ABSENT, DAMAGED};
+use super::members::is_lost_role;
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
 use super::{balance, operations};
 use crate::records::{RecordsError, Snapshot};
@@ -221,7 +221,8 @@ impl Cluster {
         if acts {
             tending.acted = Some(now);
         }
-        let silent = tending.silent.iter().filter(|(_, since)| now - **since >= GRACE);
+        let grace = self.holding.patience(GRACE);
+        let silent = tending.silent.iter().filter(|(_, since)| now - **since >= grace);
         let given_up: BTreeSet<u64> = silent.map(|(node, _)| *node).collect();
         let enter = |snapshot: &mut Snapshot| {
             let learners = enter_plan(snapshot, &outlook);
@@ -260,8 +261,9 @@ impl Cluster {
             shards.filter(|shard| has_work(shard) || audit_due(shard)).collect();
         due.sort_by_key(|shard| tending.worked.get(&shard.id).copied());
         due.truncate(SHARDS_AT_ONCE);
+        let grace = self.holding.patience(GRACE);
         let homes: BTreeMap<u64, Home> =
-            snapshot.map.nodes.iter().map(|node| (node.id, tending.home(node))).collect();
+            snapshot.map.nodes.iter().map(|node| (node.id, tending.home(node, grace))).collect();
         let silent: BTreeSet<u64> = tending.silent.keys().copied().collect();
         let stuck = tending.patience.stuck(now);
         let mut jobs = Vec::new();
@@ -439,20 +441,10 @@ impl Cluster {
         if !expected || !unheard || job.silent.contains(&member.node) {
             return false;
         }
-        let probe = peer::Probe { shard: job.shard.id, replica: member.replica, node: false };
-        let own = self.membership.identity().is_some_and(|(_, own)| own.0 == member.node);
-        let answer = match own {
-            true => Ok(self.answer_probe(probe)),
-            false => {
-                let target = Target::Node(NodeId(member.node));
-                self.commands.command(target, Kind::Probe(probe), PUBLISH_TIMEOUT).await
-            }
-        };
-        // A node that is just starting says nothing.
-        let told = answer.ok().and_then(|answer| v1::GroupStatus::decode(answer.body).ok());
-        told.is_some_and(|told| {
-            told.replica == member.replica && [DAMAGED, ABSENT].contains(&&*told.role)
-        })
+        let (id, node) = (member.replica, member.node);
+        let replica = v1::Replica { id, node, ..Default::default() };
+        let told = self.probe(job.shard.id, replica, PUBLISH_TIMEOUT).await;
+        told.is_some_and(|told| is_lost_role(&told.role))
     }
 
     /// Asks whoever leads a group. The error names who leads instead, where that is known.
@@ -564,11 +556,11 @@ impl Tending {
         }
     }
 
-    fn home(&self, node: &v1::Node) -> Home {
+    fn home(&self, node: &v1::Node, grace: Duration) -> Home {
         match (node.state(), self.silent.get(&node.id)) {
             // One that answers can remove what it holds.
             (v1::NodeState::Gone | v1::NodeState::Decommissioned, Some(_)) => Home::Gone,
-            (_, Some(since)) if since.elapsed() >= GRACE => Home::Silent,
+            (_, Some(since)) if since.elapsed() >= grace => Home::Silent,
             _ => Home::Hoped,
         }
     }

@@ -11,8 +11,11 @@
 //! the map has both, in one change. A **merge** first gathers the right one's replicas where the left one's
 //! are, announces itself, freezes the right one for half a second at most, and is then decided, by one change
 //! of the records: absorb, or cancel. What is cancelled raises both epochs, so that a late order fails, and
-//! is tried again a few times.
+//! is tried again a few times. Groups know each attempt as a merge of its own: who was paused in one cannot
+//! take the next one back.
 
+mod merge;
+mod hold;
 mod enter;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,8 +25,12 @@ use peer::ReshapeStep;
 use v1::{MergeStep, OperationState, SplitStep};
 
 pub(super) use self::enter::{
-    SplitWork, begin_merge, begin_split, begin_undo, check_free, check_merge, enter,
+    SplitWork, begin_merge, begin_split, begin_undo, by_itself, check_free, check_merge, enter,
 };
+pub(super) use self::hold::{around, behind};
+pub(super) use self::merge::{apart, are_neighbours, check_size, has_taken, is_decided, needed_by};
+use self::merge::is_voter;
+use super::members::is_lost_role;
 use crate::records::Snapshot;
 use crate::records::operations::has_ended;
 
@@ -35,6 +42,9 @@ const ATTEMPTS_MAX: u32 = 5;
 const AGAIN_AFTER_MS: u64 = 1_000;
 /// How many entries a replica may lack that is to freeze within [`FREEZE_MAX_MS`].
 const LAG_MAX: u64 = 1_000;
+/// Bits of a merge's id that tell its attempts apart.
+const ATTEMPT_BITS: u32 = 8;
+const _: () = assert!(ATTEMPTS_MAX < 1 << ATTEMPT_BITS);
 
 /// What replicas and nodes say.
 #[derive(Debug, Clone, Default)]
@@ -45,8 +55,12 @@ pub(super) struct Seen {
     pub(super) silent: BTreeSet<u64>,
     /// Nodes that do not come back.
     pub(super) lost: BTreeSet<u64>,
+    /// The node that leads a group and has refused the last order to it.
+    pub(super) refused_by: Option<u64>,
     /// Wall clock.
     pub(super) now_ms: u64,
+    /// How long a test holds each step.
+    pub(super) hold_ms: u64,
 }
 
 impl Seen {
@@ -56,8 +70,25 @@ impl Seen {
         its.max_by_key(|status| (status.epoch, status.applied_index))
     }
 
+    /// Who leads a shard, by its own word; of several the one of the highest term.
+    fn leading(&self, shard: u64) -> Option<&v1::GroupStatus> {
+        let is_leader = |it: &&v1::GroupStatus| it.role == "leader" && it.leader_node != 0;
+        let its = self.replicas.values().filter(|it| it.shard == shard).filter(is_leader);
+        its.max_by_key(|status| status.term)
+    }
+
+    /// Its node.
+    pub(super) fn leader(&self, shard: u64) -> Option<u64> {
+        self.leading(shard).map(|status| status.leader_node)
+    }
+
     fn of(&self, replica: &v1::Replica) -> Option<&v1::GroupStatus> {
         self.replicas.get(&replica.id)
+    }
+
+    /// Its node says that it does not run there any more.
+    fn is_broken(&self, replica: &v1::Replica) -> bool {
+        self.of(replica).is_some_and(|status| is_lost_role(&status.role))
     }
 }
 
@@ -70,6 +101,15 @@ pub(super) enum Next {
     Look,
     /// A group's leader is told.
     Ask(Box<peer::Reshape>),
+    /// Another node is to lead a shard.
+    HandOver {
+        /// The shard.
+        shard: u64,
+        /// Who leads it.
+        from: u64,
+        /// Who shall.
+        to: u64,
+    },
     /// The records change.
     Enter(Entry),
 }
@@ -87,8 +127,8 @@ pub(super) enum Entry {
     Gather { moves: Vec<(u64, u64)>, withdraw: Vec<(u64, u64, u64)> },
     /// Both are told of the merge.
     Prepare,
-    /// The right one freezes.
-    Freeze,
+    /// The right one freezes, for so long at most.
+    Freeze { for_ms: u64 },
     /// It is decided: it is taken in.
     Absorb { frozen_at: u64, epoch: u64 },
     /// The left one has taken it in: the map has one.
@@ -105,6 +145,24 @@ pub(super) enum Entry {
     End { state: OperationState, message: String },
     /// It is to be cancelled, because a group refuses it.
     GiveUp { why: String },
+}
+
+/// What a change of the records follows on. On anything else it is void: another controller was faster, and
+/// what was seen tells nothing of where it has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct On {
+    step: i32,
+    attempts: u32,
+}
+
+impl On {
+    pub(super) fn of(operation: &v1::ClusterOperation) -> Self {
+        match (&operation.split, &operation.merge) {
+            (Some(split), _) => On { step: split.step, attempts: split.attempts },
+            (None, Some(merge)) => On { step: merge.step, attempts: merge.attempts },
+            (None, None) => On { step: 0, attempts: 0 },
+        }
+    }
 }
 
 fn failed(why: impl Into<String>) -> Next {
@@ -137,8 +195,9 @@ pub(super) fn asked(
     }
     let Some(merge) = &operation.merge else { return Vec::new() };
     match merge.step() {
-        MergeStep::Gather => Vec::new(),
-        MergeStep::Flush | MergeStep::End | MergeStep::Absorb => of(merge.left).collect(),
+        MergeStep::Gather if has_open_moves(operation) => Vec::new(),
+        MergeStep::Gather => of(merge.right).collect(),
+        MergeStep::Flush | MergeStep::End => of(merge.left).collect(),
         _ => of(merge.left).chain(of(merge.right)).collect(),
     }
 }
@@ -147,7 +206,7 @@ pub(super) fn asked(
 pub(super) fn next(snapshot: &Snapshot, operation: &v1::ClusterOperation, seen: &Seen) -> Next {
     match (&operation.split, &operation.merge) {
         (Some(split), _) => split_next(snapshot, operation, split, seen),
-        (None, Some(merge)) => merge_next(snapshot, operation, merge, seen),
+        (None, Some(merge)) => merge::next(snapshot, operation, merge, seen),
         (None, None) => failed("neither a split nor a merge"),
     }
 }
@@ -167,6 +226,10 @@ fn moves(snapshot: &Snapshot, shard: &v1::Shard) -> bool {
 /// Whether a position is inside an arc, and not its first.
 pub(super) fn is_inside(shard: &v1::Shard, at: u64) -> bool {
     at > shard.start && (shard.end == 0 || at < shard.end)
+}
+
+fn has_open_moves(operation: &v1::ClusterOperation) -> bool {
+    operation.moves.iter().any(|step| !has_ended(step.state()))
 }
 
 fn is_paused(operation: &v1::ClusterOperation) -> bool {
@@ -231,280 +294,13 @@ fn order(
     step: ReshapeStep,
     epoch: u64,
 ) -> peer::Reshape {
-    let (step, operation) = (step.into(), operation.id);
+    let (step, operation) = (step.into(), attempt(operation));
     peer::Reshape { shard, step, epoch, operation, ..Default::default() }
 }
 
-fn merge_next(
-    snapshot: &Snapshot,
-    operation: &v1::ClusterOperation,
-    merge: &v1::ShardMerge,
-    seen: &Seen,
-) -> Next {
-    let (left, right) = (find(snapshot, merge.left), find(snapshot, merge.right));
-    match (merge.step(), left, right) {
-        (MergeStep::Absorb, Some(left), Some(_)) => absorb(operation, merge, left, seen),
-        (MergeStep::Flush, Some(left), _) => flush(operation, left, seen),
-        (MergeStep::End, Some(left), _) => end(operation, merge, left, seen),
-        (MergeStep::Cancel, Some(_), Some(_)) => back(operation, merge, seen),
-        (MergeStep::Freeze, Some(left), Some(right)) => {
-            freeze(operation, merge, (left, right), seen)
-        }
-        (MergeStep::Prepare, Some(left), Some(right)) => {
-            prepare(operation, merge, (left, right), seen)
-        }
-        (_, Some(left), Some(right)) => gather(snapshot, operation, merge, (left, right), seen),
-        _ => failed("one of the two shards is there no more"),
-    }
-}
-
-/// Whether one shard's arc ends where the other one's begins; both have one.
-pub(super) fn are_neighbours(left: &v1::Shard, right: &v1::Shard) -> bool {
-    left.id != 0 && right.id != 0 && left.id != right.id && left.end != 0 && left.end == right.start
-}
-
-/// Nodes of either shard for which this holds.
-fn nodes<'a>(
-    (left, right): (&'a v1::Shard, &'a v1::Shard),
-    of: &'a BTreeSet<u64>,
-) -> impl Iterator<Item = u64> + 'a {
-    let replicas = left.replicas.iter().chain(&right.replicas);
-    replicas.map(|replica| replica.node).filter(|node| of.contains(node))
-}
-
-fn gather(
-    snapshot: &Snapshot,
-    operation: &v1::ClusterOperation,
-    merge: &v1::ShardMerge,
-    (left, right): (&v1::Shard, &v1::Shard),
-    seen: &Seen,
-) -> Next {
-    let pair = (left, right);
-    let is_open = |step: &v1::OperationMove| !has_ended(step.state());
-    if operation.moves.iter().any(is_open) {
-        return wait("replicas move to the same nodes");
-    }
-    if operation.cancelling {
-        return cancelled();
-    }
-    if !are_neighbours(left, right) {
-        return failed("they are no neighbours any more");
-    }
-    let mut steps = operation.moves.iter();
-    if let Some(step) = steps.find(|step| step.state() == OperationState::Failed) {
-        return failed(step.message.clone());
-    }
-    if let Some(node) = nodes(pair, &seen.lost).next() {
-        return failed(format!("n{node} is lost: what it held is made anew first"));
-    }
-    if let Some(node) = nodes(pair, &seen.silent).next() {
-        return wait(format!("n{node} does not answer"));
-    }
-    if is_paused(operation) {
-        return wait("paused");
-    }
-    if moves(snapshot, left) || moves(snapshot, right) {
-        return wait("it waits until nothing of the shards moves");
-    }
-    let (moves, withdraw) = (apart(left, right), in_the_way(left, right));
-    if !moves.is_empty() || !withdraw.is_empty() {
-        return Next::Enter(Entry::Gather { moves, withdraw });
-    }
-    let pause = match merge.attempts {
-        0 => 0,
-        attempts => AGAIN_AFTER_MS << attempts.min(ATTEMPTS_MAX),
-    };
-    match seen.now_ms < merge.freeze_until_ms.saturating_add(pause) {
-        true => Next::Wait(operation.message.clone()),
-        false => Next::Enter(Entry::Prepare),
-    }
-}
-
-fn is_voter(replica: &v1::Replica) -> bool {
-    replica.role() == v1::ReplicaRole::Voter
-}
-
-/// Voters of the right one that are not where the left one's are, and where they go; 0 is nowhere.
-pub(super) fn apart(left: &v1::Shard, right: &v1::Shard) -> Vec<(u64, u64)> {
-    let on = |shard: &v1::Shard| -> BTreeSet<u64> {
-        shard.replicas.iter().filter(|replica| is_voter(replica)).map(|r| r.node).collect()
-    };
-    let (left, right) = (on(left), on(right));
-    let mut from = right.difference(&left).copied();
-    let mut to = left.difference(&right).copied();
-    let mut moves = Vec::new();
-    loop {
-        match (from.next(), to.next()) {
-            (None, None) => return moves,
-            (from, to) => moves.push((from.unwrap_or(0), to.unwrap_or(0))),
-        }
-    }
-}
-
-/// Read replicas of one on nodes where the other has nothing: shard, replica, node. They come again.
-fn in_the_way(left: &v1::Shard, right: &v1::Shard) -> Vec<(u64, u64, u64)> {
-    let lone = |shard: &v1::Shard, other: &v1::Shard| -> Vec<(u64, u64, u64)> {
-        let lone = shard.replicas.iter().filter(|replica| {
-            !is_voter(replica) && other.replicas.iter().all(|o| o.node != replica.node)
-        });
-        lone.map(|replica| (shard.id, replica.id, replica.node)).collect()
-    };
-    [lone(left, right), lone(right, left)].concat()
-}
-
-fn prepare(
-    operation: &v1::ClusterOperation,
-    merge: &v1::ShardMerge,
-    (left, right): (&v1::Shard, &v1::Shard),
-    seen: &Seen,
-) -> Next {
-    let pair = (left, right);
-    let stop = |why: String| Next::Enter(Entry::Cancel { why });
-    if operation.cancelling {
-        return stop(operation.message.clone());
-    }
-    if let Some(node) = nodes(pair, &seen.silent).chain(nodes(pair, &seen.lost)).next() {
-        return stop(format!("n{node} does not answer"));
-    }
-    for (shard, epoch, absorbs) in
-        [(left, merge.left_epoch, true), (right, merge.right_epoch, false)]
-    {
-        let Some(group) = seen.shard(shard.id) else {
-            return wait(format!("s{} does not answer", shard.id));
-        };
-        if group.epoch > epoch {
-            return stop(format!("the members of s{} have changed", shard.id));
-        }
-        if group.merging != operation.id {
-            let other = if absorbs { merge.right } else { merge.left };
-            let order = order(operation, shard.id, ReshapeStep::Prepare, epoch);
-            return Next::Ask(Box::new(peer::Reshape { other, absorbs, ..order }));
-        }
-    }
-    let clean = |replica: &v1::Replica| seen.of(replica).is_some_and(|it| it.foreign_free > 0);
-    if !left.replicas.iter().all(clean) {
-        return wait(format!("s{} drops what earlier splits have left behind", left.id));
-    }
-    let near = seen.shard(right.id).map_or(0, |group| group.applied_index);
-    let near = |replica: &v1::Replica| {
-        seen.of(replica).is_some_and(|it| it.applied_index + LAG_MAX >= near)
-    };
-    if !right.replicas.iter().all(near) {
-        return wait(format!("replicas of s{} are behind", right.id));
-    }
-    match is_paused(operation) {
-        true => wait("paused"),
-        false => Next::Enter(Entry::Freeze),
-    }
-}
-
-fn freeze(
-    operation: &v1::ClusterOperation,
-    merge: &v1::ShardMerge,
-    (left, right): (&v1::Shard, &v1::Shard),
-    seen: &Seen,
-) -> Next {
-    let frozen =
-        |replica: &v1::Replica| seen.of(replica).filter(|status| status.frozen_for == operation.id);
-    let all: Vec<Option<&v1::GroupStatus>> = right.replicas.iter().map(frozen).collect();
-    if operation.cancelling || seen.now_ms >= merge.freeze_until_ms {
-        let why = match operation.cancelling {
-            true => operation.message.clone(),
-            false => format!("s{} was not frozen everywhere within half a second", right.id),
-        };
-        return Next::Enter(Entry::Cancel { why });
-    }
-    let passed = |shard: &v1::Shard, epoch| seen.shard(shard.id).is_some_and(|it| it.epoch > epoch);
-    // A freeze leaves the epoch as it is: anything else that raised it has ended this.
-    if passed(left, merge.left_epoch) || passed(right, merge.right_epoch) {
-        return Next::Enter(Entry::Cancel { why: "another controller has ended it".to_owned() });
-    }
-    if let Some(first) = all.iter().flatten().next() {
-        return match all.iter().all(Option::is_some) {
-            true => {
-                let (frozen_at, epoch) = (first.frozen_at, first.epoch);
-                Next::Enter(Entry::Absorb { frozen_at, epoch })
-            }
-            false => Next::Look,
-        };
-    }
-    let order = order(operation, right.id, ReshapeStep::Freeze, merge.right_epoch);
-    Next::Ask(Box::new(order))
-}
-
-fn absorb(
-    operation: &v1::ClusterOperation,
-    merge: &v1::ShardMerge,
-    left: &v1::Shard,
-    seen: &Seen,
-) -> Next {
-    let Some(taken) = &merge.taken else { return wait("it is not known what is taken in") };
-    let Some(group) = seen.shard(left.id) else {
-        return wait(format!("s{} does not answer", left.id));
-    };
-    if group.absorbed == operation.id || (group.epoch > merge.left_epoch && group.end == taken.end)
-    {
-        return Next::Enter(Entry::Taken { epoch: group.epoch });
-    }
-    let pair = |replica: &v1::Replica| {
-        let other = taken.replicas.iter().find(|other| other.node == replica.node)?;
-        Some(peer::ReplicaPair { replica: replica.id, other: other.id })
-    };
-    let order = peer::Reshape {
-        other: taken.id,
-        replicas: left.replicas.iter().filter_map(pair).collect(),
-        descriptor: prost::Message::encode_to_vec(taken).into(),
-        frozen_at: merge.frozen_at,
-        ..order(operation, left.id, ReshapeStep::Absorb, merge.left_epoch)
-    };
-    Next::Ask(Box::new(order))
-}
-
-fn flush(operation: &v1::ClusterOperation, left: &v1::Shard, seen: &Seen) -> Next {
-    let durable = |replica: &&v1::Replica| {
-        seen.lost.contains(&replica.node)
-            || seen.of(replica).is_some_and(|it| it.absorbed == operation.id && it.absorbed_durable)
-    };
-    match left.replicas.iter().find(|replica| !durable(replica)) {
-        Some(replica) => wait(format!("n{} does not hold all of it durably yet", replica.node)),
-        None => Next::Enter(Entry::Flushed),
-    }
-}
-
-fn end(
-    operation: &v1::ClusterOperation,
-    merge: &v1::ShardMerge,
-    left: &v1::Shard,
-    seen: &Seen,
-) -> Next {
-    match seen.shard(left.id) {
-        None => wait(format!("s{} does not answer", left.id)),
-        Some(group) if group.epoch > merge.left_epoch && group.merging != operation.id => {
-            Next::Enter(Entry::Ended { epoch: group.epoch })
-        }
-        Some(_) => {
-            Next::Ask(Box::new(order(operation, left.id, ReshapeStep::End, merge.left_epoch)))
-        }
-    }
-}
-
-/// Both epochs rise: no order of before can still be heeded.
-fn back(operation: &v1::ClusterOperation, merge: &v1::ShardMerge, seen: &Seen) -> Next {
-    let mut epochs = Vec::new();
-    for (shard, epoch, step) in [
-        (merge.right, merge.right_epoch, ReshapeStep::Thaw),
-        (merge.left, merge.left_epoch, ReshapeStep::End),
-    ] {
-        let Some(group) = seen.shard(shard) else {
-            return wait(format!("s{shard} does not answer"));
-        };
-        let is_free = group.merging != operation.id && group.frozen_for != operation.id;
-        if group.epoch <= epoch || !is_free {
-            return Next::Ask(Box::new(order(operation, shard, step, group.epoch.max(epoch))));
-        }
-        epochs.push(group.epoch);
-    }
-    Next::Enter(Entry::Back { right: epochs[0], left: epochs[1] })
+/// How groups know an attempt of an operation: never used before, and rising.
+fn attempt(operation: &v1::ClusterOperation) -> u64 {
+    operation.id << ATTEMPT_BITS | u64::from(On::of(operation).attempts)
 }
 
 #[cfg(test)]

@@ -1,31 +1,30 @@
 //! Carries splits and merges out: asks replicas how they are, tells leaders what comes next.
 //!
-//! Owns the loop of the meta group's leader, a node's answer to its orders, and what operators ask. What
-//! happens next is decided in `reshape`, where a shard is split by itself in `grow`.
+//! Owns the loop of the meta group's leader; a node's answer to its orders (`orders`), and what operators ask
+//! (`operator`), or the cluster by itself (`unasked`). What happens next is decided in `reshape`.
+
+mod orders;
+mod operator;
+mod unasked;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use coracle_proto::reason::Reason;
-use coracle_proto::shard_map::{NodeId, ShardId};
+use coracle_proto::shard_map::NodeId;
 use coracle_proto::{peer, v1};
-use coracle_raft::descriptor::Descriptor;
-use coracle_raft::error::ChangeError;
-use coracle_raft::group::{Group, MergePlan, PrepareMerge, SplitPlan};
-use coracle_raft::rules::Rules;
-use coracle_storage::ReplicaId;
 use peer::ReshapeStep;
 use peer::cluster_command::Kind;
 use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::elastic::{conflict, encode, refused_for};
-use super::grow::{self, Growing};
-use super::reshape::{self, Entry, Next, Seen, SplitWork};
-use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, done, refused};
+use self::unasked::Unasked;
+use super::points::Point;
+use super::reshape::{self, Entry, Next, On, Seen, SplitWork};
+use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target};
 use crate::records::Snapshot;
+use crate::records::operations::has_ended;
 
 /// Between two looks at what is to be done.
 const RESHAPE_INTERVAL: Duration = Duration::from_millis(100);
@@ -43,18 +42,27 @@ const HOPS_MAX: usize = 3;
 /// What a controller remembers, only as long as it leads the meta group.
 #[derive(Default)]
 struct Reshaping {
-    growing: Growing,
-    /// By operation: how often a group has refused it.
-    refusals: BTreeMap<u64, u32>,
-    /// By operation: how many orders were given, which finds another node where nobody leads.
-    orders: BTreeMap<u64, usize>,
+    unasked: Unasked,
+    /// By operation.
+    orders: BTreeMap<u64, Orders>,
+}
+
+/// What became of the orders of an operation.
+#[derive(Debug, Clone, Copy, Default)]
+struct Orders {
+    /// How many were given, which finds another node where nobody leads.
+    given: usize,
+    /// How often a group has refused one, since a step was last taken.
+    refusals: u32,
+    /// The node that refused the last one.
+    refused_by: Option<u64>,
 }
 
 /// Why an order was not carried out.
 struct NotDone {
     why: String,
-    /// The group understood it, and will not.
-    refused: bool,
+    /// The group understood it, and will not: by whom it was led.
+    refused_by: Option<u64>,
 }
 
 impl Cluster {
@@ -80,22 +88,17 @@ impl Cluster {
     async fn reshape_once(&self, memory: &mut Reshaping) {
         let Ok(snapshot) = self.records.load().await else { return };
         self.remove_orphans(&snapshot).await;
-        self.grow(&snapshot, &mut memory.growing).await;
+        self.unasked(&snapshot, &mut memory.unasked).await;
         let reshapes =
             |known: &&v1::ClusterOperation| known.split.is_some() || known.merge.is_some();
         let ids: Vec<u64> =
             snapshot.operations.active().filter(reshapes).map(|known| known.id).collect();
-        memory.refusals.retain(|id, _| ids.contains(id));
         memory.orders.retain(|id, _| ids.contains(id));
         let turns = ids.into_iter().map(|id| {
-            let refusals = memory.refusals.get(&id).copied().unwrap_or(0);
-            let orders = memory.orders.get(&id).copied().unwrap_or(0);
-            async move { (id, self.turn(id, refusals, orders).await) }
+            let orders = memory.orders.get(&id).copied().unwrap_or_default();
+            async move { (id, self.turn(id, orders).await) }
         });
-        for (id, (refusals, orders)) in futures_util::future::join_all(turns).await {
-            memory.refusals.insert(id, refusals);
-            memory.orders.insert(id, orders);
-        }
+        memory.orders.extend(futures_util::future::join_all(turns).await);
     }
 
     /// Replicas of shards that the map has no more: their nodes are told, as often as it takes.
@@ -108,11 +111,10 @@ impl Cluster {
             let node = snapshot.map.nodes.iter().find(|node| node.id == leaving.node);
             let gone = node.is_none_or(|node| node.state() == v1::NodeState::Gone);
             let is_silent = known.silent.contains_key(&leaving.node);
-            let destroy = peer::DestroyReplica { shard: leaving.shard, replica: leaving.replica };
             async move {
                 let over = match is_silent {
                     true => gone,
-                    false => self.tell_destroy(leaving.node, destroy).await.is_ok(),
+                    false => self.remove_orphan(snapshot, leaving).await,
                 };
                 over.then_some(leaving.replica)
             }
@@ -129,19 +131,43 @@ impl Cluster {
         });
         if let Err(error) = forgotten.await {
             tracing::info!(%error, "replicas that are gone could not be forgotten");
+            return;
+        }
+        for replica in over {
+            self.holding.at(Point::Forgotten, 0, replica).await;
         }
     }
 
-    /// One operation's turn: as far as it goes. Returns how often it was refused, and ordered something.
-    async fn turn(&self, id: u64, mut refusals: u32, mut orders: usize) -> (u32, usize) {
+    /// Has a node destroy a replica, unless another one there may still need its files.
+    async fn remove_orphan(&self, snapshot: &Snapshot, leaving: &peer::LeavingReplica) -> bool {
+        if let Some(needed_by) = reshape::needed_by(snapshot, leaving) {
+            let status = self.probe(leaving.taken_by, *needed_by, PUBLISH_TIMEOUT).await;
+            if !status.is_some_and(|status| reshape::has_taken(leaving, &status)) {
+                return false;
+            }
+        }
+        let peer::LeavingReplica { shard, replica, node, .. } = *leaving;
+        self.holding.at(Point::Destroy, shard, replica).await;
+        let told = self.tell_destroy(node, peer::DestroyReplica { shard, replica }).await;
+        if told.is_ok() {
+            self.holding.at(Point::Destroyed, shard, replica).await;
+        }
+        told.is_ok()
+    }
+
+    /// One operation's turn: as far as it goes. Returns what became of its orders.
+    async fn turn(&self, id: u64, mut orders: Orders) -> Orders {
         let until = Instant::now() + TURN;
         while Instant::now() < until {
             let Ok(snapshot) = self.records.load().await else { break };
             let Some(operation) = snapshot.operations.active().find(|known| known.id == id) else {
                 break;
             };
-            let seen = self.seen(&snapshot, operation).await;
-            let next = match refusals >= REFUSALS_MAX && !operation.cancelling {
+            let seen = self.seen(&snapshot, operation, orders.refused_by).await;
+            let given_up = orders.refusals >= REFUSALS_MAX
+                && !operation.cancelling
+                && !reshape::is_decided(operation);
+            let next = match given_up {
                 true => Next::Enter(Entry::GiveUp { why: operation.message.clone() }),
                 false => reshape::next(&snapshot, operation, &seen),
             };
@@ -153,28 +179,55 @@ impl Cluster {
                 Next::Look => tokio::time::sleep(SOON).await,
                 Next::Enter(entry) => {
                     tracing::info!(operation = id, ?entry, "a shard is reshaped");
-                    refusals = 0;
-                    if !self.enter(id, &entry).await {
+                    (orders.refusals, orders.refused_by) = (0, None);
+                    if !self.enter(operation, &entry).await {
                         break;
                     }
                 }
+                Next::HandOver { shard, from, to } => {
+                    tracing::info!(operation = id, shard, from, to, "another is to lead");
+                    let hand_over = peer::HandOver { shard, to_node: to };
+                    if let Err(why) = self.tell_hand_over(NodeId(from), hand_over).await {
+                        self.say(id, &why).await;
+                        break;
+                    }
+                    // It leads as soon as it says so.
+                    tokio::time::sleep(SOON).await;
+                }
                 Next::Ask(order) => {
-                    let leader = leader(&seen, order.shard);
-                    let to = leader.or_else(|| self.whom(&snapshot, order.shard, orders));
-                    orders += 1;
+                    let leader = seen.leader(order.shard).map(NodeId);
+                    let to = leader.or_else(|| self.whom(&snapshot, order.shard, orders.given));
+                    orders.given += 1;
                     let Some(to) = to else { break };
-                    let order = with_rules(*order, &snapshot);
-                    tracing::info!(operation = id, step = ?order.step(), shard = order.shard, "an order");
-                    if let Err(NotDone { why, refused }) = self.tell_reshape(to, order).await {
+                    if let Err(NotDone { why, refused_by }) =
+                        self.give(operation, to, with_rules(*order, &snapshot)).await
+                    {
                         tracing::info!(operation = id, why, "an order was not heeded");
-                        refusals += u32::from(refused);
+                        orders.refusals += u32::from(refused_by.is_some());
+                        orders.refused_by = refused_by;
                         self.say(id, &why).await;
                         break;
                     }
                 }
             }
         }
-        (refusals, orders)
+        orders
+    }
+
+    /// Gives an order, between the points around it.
+    async fn give(
+        &self,
+        operation: &v1::ClusterOperation,
+        to: NodeId,
+        order: peer::Reshape,
+    ) -> Result<(), NotDone> {
+        let (shard, step) = (order.shard, order.step());
+        tracing::info!(operation = operation.id, ?step, shard, "an order");
+        let (before, after) = reshape::around(operation, step);
+        self.holding.at(before, shard, 0).await;
+        self.tell_reshape(to, order).await?;
+        self.holding.at(after, shard, 0).await;
+        Ok(())
     }
 
     /// Records why it does not go on, once.
@@ -189,15 +242,16 @@ impl Cluster {
         }
     }
 
-    async fn enter(&self, id: u64, entry: &Entry) -> bool {
-        let now_ms = self.records.now_ms();
+    async fn enter(&self, operation: &v1::ClusterOperation, entry: &Entry) -> bool {
+        let (id, on, now_ms) = (operation.id, On::of(operation), self.records.now_ms());
         let mut entered = false;
         let changed = self.records.change_all(|snapshot| {
-            entered = reshape::enter(snapshot, id, entry, now_ms);
+            entered = reshape::enter(snapshot, id, (on, entry), now_ms);
             Ok(entered)
         });
         match changed.await {
             Ok(snapshot) if entered => {
+                self.hold_behind(operation, entry, &snapshot).await;
                 let own = self.map.update_from_proto(&snapshot.map);
                 let arcs = matches!(entry, Entry::Split { .. } | Entry::Taken { .. });
                 // Where arcs have changed routes of before are refused: who asks next is to find the new.
@@ -216,25 +270,32 @@ impl Cluster {
         }
     }
 
+    /// Behind what was recorded.
+    async fn hold_behind(&self, known: &v1::ClusterOperation, entry: &Entry, now: &Snapshot) {
+        let split = known.split.as_ref().map(|split| split.shard);
+        let merge = known.merge.as_ref().map(|merge| merge.left);
+        let shard = split.or(merge).unwrap_or(0);
+        self.holding.at(reshape::behind(entry), shard, 0).await;
+        let known = now.operations.find(known.id);
+        let ended = known.is_some_and(|known| has_ended(known.state()));
+        self.holding.at(ended.then_some(Point::OperationEnded), shard, 0).await;
+    }
+
     /// What the replicas say that matter for the operation's step.
-    async fn seen(&self, snapshot: &Snapshot, operation: &v1::ClusterOperation) -> Seen {
+    async fn seen(
+        &self,
+        snapshot: &Snapshot,
+        operation: &v1::ClusterOperation,
+        refused_by: Option<u64>,
+    ) -> Seen {
         let (known, now) = (self.knowledge.lock().clone(), Instant::now());
         let freezes = operation.merge.as_ref().is_some_and(|it| it.step() == v1::MergeStep::Freeze);
         let timeout = if freezes { FREEZE_PROBE_TIMEOUT } else { PUBLISH_TIMEOUT };
         let asked = reshape::asked(snapshot, operation).into_iter();
         let asked = asked.filter(|(_, replica)| !known.silent.contains_key(&replica.node));
         let ask = asked.map(|(shard, replica)| async move {
-            let probe = peer::Probe { shard, replica: replica.id, node: false };
-            let own = self.membership.identity().is_some_and(|(_, own)| own.0 == replica.node);
-            let answer = match own {
-                true => self.answer_probe(probe),
-                false => {
-                    let target = Target::Node(NodeId(replica.node));
-                    self.commands.command(target, Kind::Probe(probe), timeout).await.ok()?
-                }
-            };
-            let status = v1::GroupStatus::decode(answer.body).ok()?;
-            (status.replica == replica.id).then_some((replica.id, status))
+            let status = self.probe(shard, replica, timeout).await?;
+            Some((replica.id, status))
         });
         let replicas = futures_util::future::join_all(ask).await.into_iter().flatten().collect();
         let nodes = &snapshot.map.nodes;
@@ -243,7 +304,9 @@ impl Cluster {
             replicas,
             silent: known.silent.keys().copied().collect(),
             lost: lost.map(|node| node.id).collect(),
+            refused_by,
             now_ms: self.records.now_ms(),
+            hold_ms: self.holding.ms(),
         }
     }
 
@@ -259,7 +322,7 @@ impl Cluster {
 
     /// Has a group's leader do it, wherever it is.
     async fn tell_reshape(&self, to: NodeId, order: peer::Reshape) -> Result<Bytes, NotDone> {
-        let not_done = |why: String| NotDone { why, refused: false };
+        let not_done = |why: String| NotDone { why, refused_by: None };
         let mut to = to;
         for _ in 0..HOPS_MAX {
             let answer = match self.membership.identity().is_some_and(|(_, own)| own == to) {
@@ -274,54 +337,12 @@ impl Cluster {
                 return Ok(answer.body);
             }
             if answer.ask_node == 0 || answer.ask_node == to.0 {
-                return Err(NotDone { why: answer.error, refused: !answer.reason.is_empty() });
+                let refused_by = (!answer.reason.is_empty()).then_some(to.0);
+                return Err(NotDone { why: answer.error, refused_by });
             }
             to = NodeId(answer.ask_node);
         }
         Err(not_done("nobody leads the group for long".to_owned()))
-    }
-
-    /// Does a step of a split or a merge, where this node leads the group.
-    pub(super) async fn reshape_here(&self, asked: peer::Reshape) -> peer::CommandDone {
-        let shard = ShardId(asked.shard);
-        let Some(group) = self.host.group(shard) else {
-            return refused(format!("shard {shard} has no replica on this node"));
-        };
-        if asked.step() == ReshapeStep::Points {
-            return match points(&group, &asked).await {
-                Ok(points) => {
-                    let body = points.encode_to_vec().into();
-                    peer::CommandDone { body, ..Default::default() }
-                }
-                Err(why) => refused(why),
-            };
-        }
-        let ordered = match order(&asked) {
-            Ok(ordered) => ordered,
-            Err(why) => return refused(why),
-        };
-        match carry_out(&group, ordered).await {
-            Ok(()) => {
-                let body = self.replica_status(&group, false).encode_to_vec().into();
-                peer::CommandDone { body, ..Default::default() }
-            }
-            Err(error) => {
-                let ask_node = match &error {
-                    ChangeError::NotLeader { leader } => leader.map_or(0, |node| node.0),
-                    _ => 0,
-                };
-                let reason = match &error {
-                    ChangeError::Refused(_) => Reason::Conflict.as_str().to_owned(),
-                    _ => String::new(),
-                };
-                peer::CommandDone {
-                    error: error.to_string(),
-                    ask_node,
-                    reason,
-                    ..Default::default()
-                }
-            }
-        }
     }
 
     /// Where a shard might be split, by its leader.
@@ -344,130 +365,6 @@ impl Cluster {
         }
         Err(why)
     }
-
-    /// Splits what is large, or has much to do, by itself.
-    async fn grow(&self, snapshot: &Snapshot, growing: &mut Growing) {
-        let (known, now) = (self.knowledge.lock().clone(), Instant::now());
-        let Some((shard, by)) = growing.next(snapshot, &known, now) else { return };
-        let points = self.split_points(snapshot, shard.id).await;
-        let at = points.and_then(|points| grow::position(&shard, &points, by));
-        let begun = match at {
-            Err(why) => Err(why),
-            Ok(at) => {
-                let work = SplitWork { shard: shard.id, at, by, automatic: true, undoes: 0 };
-                let now_ms = self.records.now_ms();
-                let begun = self.records.change_all(|snapshot| {
-                    reshape::begin_split(snapshot, work, now_ms).map(|_| true)
-                });
-                begun.await.map(drop).map_err(|error| error.to_string())
-            }
-        };
-        match begun {
-            Ok(()) => tracing::info!(shard = shard.id, ?by, "a shard is split by itself"),
-            Err(why) => {
-                tracing::info!(shard = shard.id, ?by, why, "a shard is not split by itself");
-                growing.refused(shard.id, why, now);
-            }
-        }
-        self.knowledge.lock().unsplit = growing.reasons();
-    }
-
-    /// What an operator asks: a split.
-    pub(super) async fn split_here(
-        &self,
-        request: Result<v1::SplitShardRequest, peer::CommandDone>,
-    ) -> Result<Bytes, peer::CommandDone> {
-        let request = request?;
-        let snapshot = self.records.load().await.map_err(|error| done(Err(error), self))?;
-        let shard = find(&snapshot, request.shard)?;
-        let points = self.split_points(&snapshot, shard.id).await;
-        let bytes = points.as_ref().map_or(0, |points| points.bytes);
-        let by = match (request.at, request.by()) {
-            (Some(_), _) => v1::SplitBy::Unspecified,
-            (None, v1::SplitBy::Load) => v1::SplitBy::Load,
-            (None, _) => v1::SplitBy::Size,
-        };
-        let at = match request.at {
-            Some(at) => at,
-            None => points
-                .and_then(|points| grow::position(shard, &points, by))
-                .map_err(|why| refused_for(Reason::Conflict, &why))?,
-        };
-        if !reshape::is_inside(shard, at) {
-            let why = format!(
-                "{at:016x} is not inside the arc of s{}, {:016x} up to {:016x}, behind its first position",
-                shard.id, shard.start, shard.end
-            );
-            return Err(refused_for(Reason::InvalidArgument, &why));
-        }
-        let mut response = v1::SplitShardResponse {
-            operation: None,
-            at,
-            start: shard.start,
-            end: shard.end,
-            bytes,
-        };
-        if request.validate_only {
-            let free = reshape::check_free(&snapshot, &[shard.id]);
-            free.map_err(|why| refused_for(Reason::Conflict, &why))?;
-            return encode(&response);
-        }
-        let now_ms = self.records.now_ms();
-        let work = SplitWork { shard: shard.id, at, by, ..SplitWork::default() };
-        let begun = self.change_elastic(|snapshot| {
-            reshape::begin_split(snapshot, work, now_ms).map_err(conflict)
-        });
-        response.operation = Some(begun.await?);
-        encode(&response)
-    }
-
-    /// What an operator asks: a merge.
-    pub(super) async fn merge_here(
-        &self,
-        request: Result<v1::MergeShardsRequest, peer::CommandDone>,
-    ) -> Result<Bytes, peer::CommandDone> {
-        let request = request?;
-        let snapshot = self.records.load().await.map_err(|error| done(Err(error), self))?;
-        let (left, right) = (find(&snapshot, request.left)?, find(&snapshot, request.right)?);
-        let pair = (left.id, right.id);
-        let checked = reshape::check_merge(&snapshot, pair);
-        let checked = checked.map_err(|why| refused_for(Reason::InvalidArgument, &why));
-        checked?;
-        let copies = self.knowledge.lock().bytes.get(&right.id).copied().unwrap_or(0);
-        let moves = reshape::apart(left, right).into_iter().map(|(from_node, to_node)| {
-            let bytes = if to_node == 0 { 0 } else { copies };
-            v1::PlannedMove { shard: right.id, from_node, to_node, bytes }
-        });
-        let mut response = v1::MergeShardsResponse {
-            operation: None,
-            moves: moves.collect(),
-            start: left.start,
-            end: right.end,
-        };
-        if request.validate_only {
-            let free = reshape::check_free(&snapshot, &[left.id, right.id]);
-            free.map_err(|why| refused_for(Reason::Conflict, &why))?;
-            return encode(&response);
-        }
-        let now_ms = self.records.now_ms();
-        let begun = self.change_elastic(|snapshot| {
-            reshape::begin_merge(snapshot, pair, 0, now_ms).map_err(conflict)
-        });
-        response.operation = Some(begun.await?);
-        encode(&response)
-    }
-}
-
-fn find(snapshot: &Snapshot, id: u64) -> Result<&v1::Shard, peer::CommandDone> {
-    let shard = snapshot.map.shards.iter().find(|shard| shard.id == id);
-    shard.ok_or_else(|| refused_for(Reason::UnknownShard, &format!("there is no shard s{id}")))
-}
-
-/// Who leads a shard, by its own word; of several the one of the highest term.
-fn leader(seen: &Seen, shard: u64) -> Option<NodeId> {
-    let its = seen.replicas.values().filter(|it| it.shard == shard && it.role == "leader");
-    let leader = its.max_by_key(|status| status.term)?;
-    (leader.leader_node != 0).then_some(NodeId(leader.leader_node))
 }
 
 /// The rules of keyspaces, out of the records: read after the epoch that the order names.
@@ -478,98 +375,4 @@ fn with_rules(order: peer::Reshape, snapshot: &Snapshot) -> peer::Reshape {
         hash_seed: snapshot.map.hash_seed,
         ..order
     }
-}
-
-/// What a group is told.
-enum Order {
-    Split(SplitPlan),
-    Prepare(PrepareMerge),
-    Freeze { merge: u64, epoch: u64 },
-    Thaw { merge: u64, epoch: u64 },
-    Absorb(MergePlan),
-    End { merge: u64, epoch: u64 },
-}
-
-fn order(asked: &peer::Reshape) -> Result<Order, String> {
-    let (merge, epoch) = (asked.operation, asked.epoch);
-    let pairs = asked.replicas.iter();
-    let replicas = pairs.map(|pair| (ReplicaId(pair.replica), ReplicaId(pair.other))).collect();
-    Ok(match asked.step() {
-        ReshapeStep::Split => Order::Split(SplitPlan {
-            epoch,
-            at: asked.at,
-            child: ShardId(asked.other),
-            replicas,
-            rules: rules(asked)?,
-        }),
-        ReshapeStep::Prepare => Order::Prepare(PrepareMerge {
-            merge,
-            epoch,
-            other: ShardId(asked.other),
-            absorbs: asked.absorbs,
-            rules: rules(asked)?,
-        }),
-        ReshapeStep::Freeze => Order::Freeze { merge, epoch },
-        ReshapeStep::Thaw => Order::Thaw { merge, epoch },
-        ReshapeStep::End => Order::End { merge, epoch },
-        ReshapeStep::Absorb => {
-            let other = v1::Shard::decode(asked.descriptor.clone());
-            let other = other.map_err(|error| format!("not a shard: {error}"))?;
-            let arc = Some((other.start, other.end));
-            Order::Absorb(MergePlan {
-                merge,
-                epoch,
-                other: Descriptor { shard: other.id, arc, epoch: other.epoch },
-                frozen_at: asked.frozen_at,
-                replicas,
-                rules: rules(asked)?,
-            })
-        }
-        ReshapeStep::Unspecified | ReshapeStep::Points => {
-            return Err("an order of no kind, or of one that this version does not know".to_owned());
-        }
-    })
-}
-
-fn rules(asked: &peer::Reshape) -> Result<Rules, String> {
-    let mut keyspaces = BTreeMap::new();
-    for bytes in &asked.keyspaces {
-        let keyspace = v1::Keyspace::decode(bytes.clone());
-        let keyspace = keyspace.map_err(|error| format!("not a keyspace: {error}"))?;
-        let keyspace = coracle_proto::shard_map::Keyspace::from_proto(&keyspace);
-        let keyspace = keyspace.map_err(|error| error.to_string())?;
-        if keyspace.id != coracle_proto::shard_map::SYSTEM_KEYSPACE {
-            keyspaces.insert(keyspace.id.0, keyspace.rule);
-        }
-    }
-    Ok(Rules { hash_seed: asked.hash_seed, keyspaces })
-}
-
-async fn carry_out(group: &Group, order: Order) -> Result<(), ChangeError> {
-    // Its end comes before that of whoever waits for the answer.
-    let deadline = Instant::now() + COMMAND_TIMEOUT * 3 / 4;
-    match order {
-        Order::Split(plan) => group.split(plan, deadline).await.map(drop),
-        Order::Prepare(plan) => group.prepare_merge(plan, deadline).await.map(drop),
-        Order::Freeze { merge, epoch } => {
-            let soon = Instant::now() + Duration::from_millis(reshape::FREEZE_MAX_MS);
-            group.freeze(merge, epoch, soon).await.map(drop)
-        }
-        Order::Thaw { merge, epoch } => group.thaw(merge, epoch, deadline).await.map(drop),
-        Order::Absorb(plan) => group.absorb(plan, deadline).await.map(drop),
-        Order::End { merge, epoch } => group.end_merge(merge, epoch, deadline).await.map(drop),
-    }
-}
-
-async fn points(group: &Group, asked: &peer::Reshape) -> Result<peer::SplitPoints, String> {
-    if !group.leads() {
-        return Err("it is led elsewhere".to_owned());
-    }
-    let points = group.split_points(rules(asked)?).await.map_err(|error| error.to_string())?;
-    let load = points.load.iter().map(|bucket| peer::LoadBucket {
-        start: bucket.start,
-        reads: bucket.reads,
-        writes: bucket.writes,
-    });
-    Ok(peer::SplitPoints { by_size: points.by_size, bytes: points.bytes, load: load.collect() })
 }

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::knowledge::BalancingSet;
-use super::members::{ABSENT, DAMAGED, member_statuses};
+use super::members::{ABSENT, DAMAGED, STOPPED, member_statuses};
 use super::{Cluster, PUBLISH_TIMEOUT, Target};
 
 /// Between two rounds of asking.
@@ -119,7 +119,7 @@ impl Cluster {
                 Standing::Follower => "follower",
                 Standing::Candidate => "candidate",
                 Standing::Learner => "learner",
-                Standing::Stopped => "stopped",
+                Standing::Stopped => STOPPED,
             }
             .to_owned(),
             term: status.term,

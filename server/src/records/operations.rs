@@ -45,6 +45,9 @@ pub struct Operations {
     pub split_bytes: u64,
     /// 0 means the default.
     pub split_load: u64,
+    /// Shards that the cluster was made with, and those that operators have split off since, less what
+    /// they have merged; 0 where nobody knows. What is merged by itself leaves so many.
+    pub shards_asked: u64,
 }
 
 impl Operations {
@@ -60,6 +63,7 @@ impl Operations {
             threshold: self.threshold,
             split_bytes: self.split_bytes,
             split_load: self.split_load,
+            shards_asked: self.shards_asked,
         }
     }
 
@@ -75,6 +79,7 @@ impl Operations {
             threshold: record.threshold,
             split_bytes: record.split_bytes,
             split_load: record.split_load,
+            shards_asked: record.shards_asked,
         })
     }
 
@@ -101,6 +106,13 @@ impl Operations {
     /// So many keys a second a shard has to do at least before it is split by itself.
     pub fn split_load(&self) -> u64 {
         if self.split_load == 0 { SPLIT_LOAD } else { self.split_load }
+    }
+
+    /// Operators want so many shards more, or fewer.
+    pub(crate) fn asked_for(&mut self, more: i64) {
+        if self.shards_asked > 0 {
+            self.shards_asked = self.shards_asked.saturating_add_signed(more).max(1);
+        }
     }
 
     /// Those that have not ended.

@@ -19,6 +19,7 @@ use coracle_raft::group::{Fixed, Group};
 use coracle_raft::leadership::Standing;
 use coracle_raft::state_machine::ReadState;
 use coracle_raft::types::Position;
+use coracle_storage::Mutant;
 use coracle_storage::state::Versioned;
 use tokio::time::Instant;
 
@@ -112,6 +113,7 @@ async fn look_up_otherwise(
             let look = move |state: &ReadState| {
                 vouches(state, epoch, &strangers).then(|| local.look(state, u64::MAX)).transpose()
             };
+            let index = if Mutant::ForgetsSessions.is_in() { 0 } else { index };
             let found = group.read_local(index, until, look).await??;
             let judged = found
                 .and_then(|mut found| found.judge_surely(judged_from, now_ms).then_some(found));
@@ -221,7 +223,7 @@ pub(crate) async fn still_there(
     if descriptor.as_ref().is_none_or(|descriptor| descriptor.arc != arc) {
         return Err(Refusal::Stale(descriptor));
     }
-    if version < oldest {
+    if version < oldest && !Mutant::ServesWhatIsGone.is_in() {
         return Err(Refusal::Gone { oldest });
     }
     Ok(())

@@ -31,6 +31,7 @@ use super::queue::{Change, Done, Filled, Op, Rewrite, Shared, State, Taken};
 use super::record::{self, BLOCK, BatchHead, Draft, HEADER_LEN, Kind, Origin, ReplicaId, align};
 use super::segment::{Segment, SegmentHeader, segment_path};
 use crate::error::Error;
+use crate::mutant::Mutant;
 use crate::options::Sabotage;
 
 /// The writer's own state: nobody else sees it.
@@ -198,7 +199,7 @@ impl Writer {
         let is_empty = pieces.is_empty();
         drop(pieces);
         self.write_at(&bytes, self.offset)?;
-        if sabotage == Some(Sabotage::AckBeforeSync) {
+        if sabotage == Some(Sabotage::AckBeforeSync) || Mutant::AcknowledgesBeforeSync.is_in() {
             answer(dones(&mut taken.ops), &Ok(()));
         }
         self.sync()?;
@@ -416,9 +417,12 @@ fn pieces(taken: &Taken, sabotage: Option<Sabotage>) -> Vec<Piece<'_>> {
                     add(draft(Kind::Entry, entry.index, (&entry.id, &entry.payload)));
                 }
             }
-            Change::Vote(_) if sabotage == Some(Sabotage::LostVote) => {}
+            Change::Vote(_)
+                if sabotage == Some(Sabotage::LostVote) || Mutant::ForgetsVotes.is_in() => {}
             Change::Vote(vote) => add(draft(Kind::Vote, 0, (vote, &[]))),
-            Change::Truncate(_) if sabotage == Some(Sabotage::ForgottenTruncate) => {}
+            Change::Truncate(_)
+                if sabotage == Some(Sabotage::ForgottenTruncate)
+                    || Mutant::ForgetsTruncations.is_in() => {}
             Change::Truncate(from) => add(draft(Kind::Truncate, *from, (&[], &[]))),
             Change::Purge(index, id) => add(draft(Kind::Purge, *index, (id, &[]))),
             Change::Damaged(why) => add(draft(Kind::Damaged, 0, (why, &[]))),

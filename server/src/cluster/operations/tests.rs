@@ -4,38 +4,16 @@ use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState, ReplicaRole};
 
 use super::*;
+use crate::cluster::testing;
 
 const NOW: u64 = 1_000;
 const NOBODY: BTreeSet<u64> = BTreeSet::new();
 
 /// Shards 1 and 2 on n1 to n3, of five nodes.
 fn records() -> Snapshot {
-    let voter = |id: u64, node: u64| v1::Replica {
-        id,
-        node,
-        role: ReplicaRole::Voter.into(),
-        ..Default::default()
-    };
-    let shard = |id: u64| v1::Shard {
-        id,
-        epoch: 1,
-        replicas: (1..=3).map(|node| voter(id * 10 + node, node)).collect(),
-        ..Default::default()
-    };
-    let node = |id: u64| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
-    Snapshot {
-        map: v1::ShardMap {
-            cluster_id: "c".to_owned(),
-            epoch: 1,
-            shards: vec![shard(1), shard(2)],
-            nodes: (1..=5).map(node).collect(),
-            ..Default::default()
-        },
-        ids: peer::IdCounters { next_replica: 100, ..Default::default() },
-        leaving: Vec::new(),
-        operations: Operations::default(),
-        version: 1,
-    }
+    let mut snapshot = testing::records([1, 2].into_iter().map(testing::shard), 5);
+    snapshot.ids.next_replica = 100;
+    snapshot
 }
 
 fn planned(shard: u64, from_node: u64, to_node: u64) -> v1::PlannedMove {
@@ -158,7 +136,7 @@ fn a_cancelled_operation_takes_back_what_does_not_vote_yet_and_begins_nothing() 
     snapshot.operations.list[0].cancelling = true;
     advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(joining(&snapshot), [], "it never will vote");
-    let left = peer::LeavingReplica { shard: 1, replica: 100, node: 4 };
+    let left = peer::LeavingReplica { shard: 1, replica: 100, node: 4, ..Default::default() };
     assert_eq!(snapshot.leaving, [left], "it is to be removed");
     assert_eq!(state(&snapshot, id), OperationState::Cancelled);
     assert_eq!((voters(&snapshot, 1), voters(&snapshot, 2)), (vec![1, 2, 3], vec![1, 2, 3]));
@@ -245,7 +223,12 @@ fn a_decommissioned_node_ends_empty_and_only_then() {
     assert!(extend(&mut snapshot, id, &[planned(2, 3, 5)]));
     advance(&mut snapshot, &NOBODY, NOW);
     settle(&mut snapshot);
-    snapshot.leaving.push(peer::LeavingReplica { shard: 2, replica: 23, node: 3 });
+    snapshot.leaving.push(peer::LeavingReplica {
+        shard: 2,
+        replica: 23,
+        node: 3,
+        ..Default::default()
+    });
     advance(&mut snapshot, &NOBODY, NOW);
     assert_eq!(state(&snapshot, id), OperationState::Running, "what it held is being removed");
     snapshot.leaving.clear();
@@ -310,7 +293,12 @@ fn a_move_to_a_node_that_is_given_up_fails_and_waits_for_nothing() {
     let id = begun(&mut snapshot, work(OperationKind::Repair, &[planned(1, 2, 4)]));
     give_up(&mut snapshot);
     // Its node can't remove it: it does not answer.
-    snapshot.leaving.push(peer::LeavingReplica { shard: 1, replica: 100, node: 4 });
+    snapshot.leaving.push(peer::LeavingReplica {
+        shard: 1,
+        replica: 100,
+        node: 4,
+        ..Default::default()
+    });
     advance(&mut snapshot, &BTreeSet::from([4]), NOW);
     assert_eq!(state(&snapshot, id), OperationState::Failed);
     assert!(!snapshot.operations.is_busy(1), "another node can take it");

@@ -209,7 +209,8 @@ pub(super) fn enter(snapshot: &mut Snapshot, change: &Change) -> bool {
                     entry.leader_node = 0;
                 }
             }
-            leaving.push(peer::LeavingReplica { shard, replica, node });
+            let left = peer::LeavingReplica { shard, replica, node, ..Default::default() };
+            leaving.push(left);
             true
         }
         Change::Forget { replica } => {
@@ -236,7 +237,12 @@ fn enter_voters(
     shard.epoch = epoch;
     let votes = |replica: &v1::Replica| voters.contains(&(replica.id, replica.node));
     for gone in shard.replicas.iter().filter(|replica| is_voter(replica) && !votes(replica)) {
-        leaving.push(peer::LeavingReplica { shard: shard.id, replica: gone.id, node: gone.node });
+        leaving.push(peer::LeavingReplica {
+            shard: shard.id,
+            replica: gone.id,
+            node: gone.node,
+            ..Default::default()
+        });
         if shard.leader_node == gone.node {
             shard.leader_node = 0;
         }

@@ -1,12 +1,15 @@
 //! What splits and merges make of the records: each change by itself, in one write with the map.
 //!
-//! Owns how they begin, go on in the records, and end. Each entry names what it follows on: one of another
-//! controller that was faster makes it void. Does not decide what comes next.
+//! Owns how they begin, go on in the records, and end. Each entry names what it follows on ([`On`]): one of
+//! another controller that was faster makes it void. Does not decide what comes next.
 
 use coracle_proto::{peer, v1};
 use v1::{MergeStep, OperationKind, OperationState, SplitStep};
 
-use super::{ATTEMPTS_MAX, Entry, FREEZE_MAX_MS, are_neighbours, find, is_inside, is_voter, moves};
+use super::{
+    ATTEMPTS_MAX, Entry, On, are_neighbours, attempt, find, has_open_moves, is_decided, is_inside,
+    is_voter, moves,
+};
 use crate::cluster::operations;
 use crate::records::Snapshot;
 use crate::records::operations::has_ended;
@@ -18,11 +21,13 @@ const RESHAPES_MAX: usize = 16;
 pub(in crate::cluster) fn enter(
     snapshot: &mut Snapshot,
     id: u64,
-    entry: &Entry,
+    (on, entry): (On, &Entry),
     now_ms: u64,
 ) -> bool {
     let mut list = std::mem::take(&mut snapshot.operations.list);
-    let operation = list.iter_mut().find(|known| known.id == id && !has_ended(known.state()));
+    let operation = list
+        .iter_mut()
+        .find(|known| known.id == id && !has_ended(known.state()) && On::of(known) == on);
     let entered = operation.is_some_and(|operation| enter_one(snapshot, operation, entry, now_ms));
     snapshot.operations.list = list;
     entered
@@ -40,7 +45,7 @@ fn enter_one(
             return true;
         }
         Entry::GiveUp { why } => {
-            if operation.cancelling {
+            if operation.cancelling || is_decided(operation) {
                 return false;
             }
             (operation.cancelling, operation.message) = (true, why.clone());
@@ -119,6 +124,9 @@ fn enter_split(
                 ..Default::default()
             };
             split.set_step(SplitStep::Done);
+            if !split.automatic {
+                snapshot.operations.asked_for(1);
+            }
             let shards = &mut snapshot.map.shards;
             (shards[at].end, shards[at].epoch) = (split.at, *epoch);
             shards.insert(at + 1, child);
@@ -142,6 +150,7 @@ fn enter_merge(
     entry: &Entry,
     now_ms: u64,
 ) -> bool {
+    let merge_id = attempt(operation);
     let Some(merge) = &mut operation.merge else { return false };
     let place =
         |snapshot: &Snapshot, id: u64| snapshot.map.shards.iter().position(|shard| shard.id == id);
@@ -157,8 +166,8 @@ fn enter_merge(
             merge.set_step(MergeStep::Prepare);
             operation.message.clear();
         }
-        (Entry::Freeze, MergeStep::Prepare, Some(_)) => {
-            merge.freeze_until_ms = now_ms + FREEZE_MAX_MS;
+        (Entry::Freeze { for_ms }, MergeStep::Prepare, Some(_)) => {
+            merge.freeze_until_ms = now_ms + for_ms;
             merge.set_step(MergeStep::Freeze);
         }
         (Entry::Absorb { frozen_at, epoch }, MergeStep::Freeze, Some(right)) => {
@@ -180,12 +189,17 @@ fn enter_merge(
                 shard: taken.id,
                 replica: replica.id,
                 node: replica.node,
+                taken_by: merge.left,
+                merge: merge_id,
             }));
             merge.set_step(MergeStep::End);
         }
         (Entry::Ended { epoch }, MergeStep::End, _) => {
             snapshot.map.shards[left].epoch = *epoch;
             merge.set_step(MergeStep::Done);
+            if !merge.automatic {
+                snapshot.operations.asked_for(-1);
+            }
             close(operation, OperationState::Done, String::new(), now_ms);
         }
         (Entry::Cancel { why }, MergeStep::Prepare | MergeStep::Freeze, Some(_)) => {
@@ -213,6 +227,9 @@ fn enter_gather(
     moves: &[(u64, u64)],
     withdraw: &[(u64, u64, u64)],
 ) -> bool {
+    if has_open_moves(operation) {
+        return false;
+    }
     let right = operation.merge.as_ref().map_or(0, |merge| merge.right);
     let mut changed = false;
     for (from_node, to_node) in moves.iter().copied() {
@@ -228,7 +245,8 @@ fn enter_gather(
         let before = known.replicas.len();
         known.replicas.retain(|known| known.id != replica || is_voter(known));
         if known.replicas.len() < before {
-            snapshot.leaving.push(peer::LeavingReplica { shard, replica, node });
+            let left = peer::LeavingReplica { shard, replica, node, ..Default::default() };
+            snapshot.leaving.push(left);
             changed = true;
         }
     }
@@ -290,6 +308,15 @@ pub(in crate::cluster) fn begin_merge(
     }))
 }
 
+/// Notes of a merge whether the cluster began it by itself.
+pub(in crate::cluster) fn by_itself(snapshot: &mut Snapshot, id: u64, automatic: bool) -> u64 {
+    let begun = snapshot.operations.list.iter_mut().find(|known| known.id == id);
+    if let Some(merge) = begun.and_then(|begun| begun.merge.as_mut()) {
+        merge.automatic = automatic;
+    }
+    id
+}
+
 /// Where two neighbours meet; the error is for whoever asked.
 pub(in crate::cluster) fn check_merge(
     snapshot: &Snapshot,
@@ -348,12 +375,15 @@ pub(in crate::cluster) fn begin_undo(
         return Err(format!("operation {} changed nothing", done.id));
     }
     if let Some(split) = &done.split {
-        return begin_merge(snapshot, (split.shard, split.child), done.id, now_ms);
+        let pair = (split.shard, split.child);
+        let begun = begin_merge(snapshot, pair, done.id, now_ms)?;
+        return Ok(by_itself(snapshot, begun, split.automatic));
     }
     let merge = done.merge.as_ref().ok_or("it was neither a split nor a merge")?;
     let work = SplitWork {
         shard: merge.left,
         at: merge.boundary,
+        automatic: merge.automatic,
         undoes: done.id,
         ..SplitWork::default()
     };

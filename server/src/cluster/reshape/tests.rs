@@ -1,272 +1,17 @@
 //! Splits and merges against groups that do what they are told, or answer that they did not, or do it
 //! late; with a controller that dies at every step.
 
-use std::collections::BTreeSet;
+mod world;
+mod late;
+mod trouble;
+mod asked;
 
-use coracle_proto::shard_map::ShardMap;
 use v1::{OperationControl, ReplicaRole};
 
+use self::world::{HALF, L, R, World, replica, world};
 use super::*;
-use crate::cluster::operations::{self, advance};
-use crate::records::Operations;
-
-const L: u64 = 1;
-const R: u64 = 2;
-const HALF: u64 = 1 << 63;
-
-/// What a group is, the same on all its replicas.
-#[derive(Debug, Clone, Default)]
-struct Group {
-    start: u64,
-    end: u64,
-    epoch: u64,
-    merging: u64,
-    frozen_for: u64,
-    absorbed: u64,
-    replicas: Vec<v1::Replica>,
-    /// Replicas that do not follow.
-    behind: BTreeSet<u64>,
-}
-
-/// The records, and the groups behind them.
-struct World {
-    snapshot: Snapshot,
-    groups: BTreeMap<u64, Group>,
-    now_ms: u64,
-    silent: BTreeSet<u64>,
-    lost: BTreeSet<u64>,
-    /// Orders that were lost on the way, and may still arrive.
-    late: Vec<peer::Reshape>,
-    /// Every this many orders are done and their answers lost, or lost.
-    trouble: usize,
-    orders: usize,
-    taken: BTreeSet<String>,
-}
-
-fn replica(id: u64, node: u64, role: ReplicaRole) -> v1::Replica {
-    v1::Replica { id, node, role: role.into(), ..Default::default() }
-}
-
-fn world() -> World {
-    let shard = |id: u64, start: u64, end: u64, nodes: [u64; 3]| v1::Shard {
-        id,
-        start,
-        end,
-        epoch: 5,
-        replicas: nodes.map(|node| replica(id * 10 + node, node, ReplicaRole::Voter)).to_vec(),
-        ..Default::default()
-    };
-    let node = |id: u64| v1::Node {
-        id,
-        address: format!("n{id}"),
-        state: v1::NodeState::Active.into(),
-        ..Default::default()
-    };
-    let map = v1::ShardMap {
-        cluster_id: "c".to_owned(),
-        epoch: 1,
-        shards: vec![
-            shard(0, 0, 0, [1, 2, 3]),
-            shard(L, 0, HALF, [1, 2, 3]),
-            shard(R, HALF, 0, [2, 3, 4]),
-        ],
-        nodes: (1..=5).map(node).collect(),
-        ..Default::default()
-    };
-    let ids = peer::IdCounters { next_replica: 100, next_shard: 3, ..Default::default() };
-    let (leaving, operations) = (Vec::new(), Operations::default());
-    let mut world = World {
-        snapshot: Snapshot { map, ids, leaving, operations, version: 1 },
-        groups: BTreeMap::new(),
-        now_ms: 1_000,
-        silent: BTreeSet::new(),
-        lost: BTreeSet::new(),
-        late: Vec::new(),
-        trouble: 0,
-        orders: 0,
-        taken: BTreeSet::new(),
-    };
-    for shard in &world.snapshot.map.shards {
-        let v1::Shard { start, end, epoch, .. } = *shard;
-        let replicas = shard.replicas.clone();
-        world.groups.insert(shard.id, Group { start, end, epoch, replicas, ..Group::default() });
-    }
-    world
-}
-
-impl World {
-    fn split(&mut self) -> u64 {
-        let work = SplitWork { shard: L, at: HALF / 2, ..SplitWork::default() };
-        begin_split(&mut self.snapshot, work, self.now_ms).expect("nothing stands against it")
-    }
-
-    fn merge(&mut self) -> u64 {
-        begin_merge(&mut self.snapshot, (L, R), 0, self.now_ms).expect("nothing stands against it")
-    }
-
-    fn operation(&self, id: u64) -> v1::ClusterOperation {
-        self.snapshot.operations.find(id).expect("it is remembered").clone()
-    }
-
-    fn shard(&self, id: u64) -> Option<v1::Shard> {
-        find(&self.snapshot, id).cloned()
-    }
-
-    /// What replicas of groups that run say, whose nodes are heard.
-    fn seen(&self) -> Seen {
-        let mut replicas = BTreeMap::new();
-        for (shard, group) in &self.groups {
-            for replica in group.replicas.iter().filter(|it| !self.silent.contains(&it.node)) {
-                let follows = !group.behind.contains(&replica.id);
-                let status = v1::GroupStatus {
-                    shard: *shard,
-                    replica: replica.id,
-                    epoch: if follows { group.epoch } else { 1 },
-                    start: group.start,
-                    end: group.end,
-                    merging: if follows { group.merging } else { 0 },
-                    frozen_for: if follows { group.frozen_for } else { 0 },
-                    frozen_at: 77,
-                    foreign_free: 1,
-                    absorbed: if follows { group.absorbed } else { 0 },
-                    absorbed_durable: follows && group.absorbed != 0,
-                    ..Default::default()
-                };
-                replicas.insert(replica.id, status);
-            }
-        }
-        let (silent, lost) = (self.silent.clone(), self.lost.clone());
-        Seen { replicas, silent, lost, now_ms: self.now_ms }
-    }
-
-    /// A group does what it is told, where its epoch is the one that is named.
-    fn obey(&mut self, order: &peer::Reshape) {
-        let Some(group) = self.groups.get_mut(&order.shard) else { return };
-        if group.epoch != order.epoch {
-            return;
-        }
-        match order.step() {
-            ReshapeStep::Split => {
-                if group.merging != 0 || order.replicas.len() != group.replicas.len() {
-                    return;
-                }
-                group.epoch += 1;
-                let end = std::mem::replace(&mut group.end, order.at);
-                let born = |pair: &peer::ReplicaPair| {
-                    let parent = group.replicas.iter().find(|known| known.id == pair.replica);
-                    v1::Replica { id: pair.other, ..*parent.expect("of this group") }
-                };
-                let replicas = order.replicas.iter().map(born).collect();
-                let (start, epoch) = (order.at, group.epoch);
-                let child = Group { start, end, epoch, replicas, ..Group::default() };
-                self.groups.insert(order.other, child);
-            }
-            ReshapeStep::Prepare => group.merging = order.operation,
-            ReshapeStep::Freeze if group.merging == order.operation => {
-                group.frozen_for = order.operation;
-            }
-            ReshapeStep::Thaw | ReshapeStep::End => {
-                group.epoch += 1;
-                (group.merging, group.frozen_for) = (0, 0);
-            }
-            ReshapeStep::Absorb => {
-                let nodes = |group: &Group| -> BTreeSet<u64> {
-                    group.replicas.iter().map(|replica| replica.node).collect()
-                };
-                let left = group.clone();
-                let right = &self.groups[&order.other];
-                assert_eq!(right.frozen_for, order.operation, "it still serves");
-                assert_eq!((left.end, nodes(&left)), (right.start, nodes(right)));
-                assert_eq!(order.replicas.len(), left.replicas.len());
-                let end = right.end;
-                let group = self.groups.get_mut(&order.shard).expect("it is there");
-                (group.end, group.absorbed) = (end, order.operation);
-                group.epoch += 1;
-            }
-            _ => {}
-        }
-    }
-
-    /// Replicas move, and those that leave are gone, as `super::super::replicas` has it.
-    fn settle(&mut self) {
-        let none = BTreeSet::new();
-        advance(&mut self.snapshot, &none, self.now_ms);
-        for shard in &mut self.snapshot.map.shards {
-            let gone: Vec<u64> =
-                shard.replicas.iter().map(|r| r.replaces).filter(|id| *id != 0).collect();
-            let before = shard.replicas.len();
-            shard.replicas.retain(|replica| !gone.contains(&replica.id) && !replica.goes);
-            let group = self.groups.get_mut(&shard.id).expect("every shard has one");
-            for replica in shard.replicas.iter_mut().filter(|replica| replica.becomes_voter) {
-                *replica = self::replica(replica.id, replica.node, ReplicaRole::Voter);
-                shard.epoch += 1;
-            }
-            if shard.replicas.len() != before || shard.epoch > group.epoch {
-                group.epoch = group.epoch.max(shard.epoch);
-            }
-            group.replicas = shard.replicas.clone();
-        }
-        self.snapshot.leaving.clear();
-        advance(&mut self.snapshot, &none, self.now_ms);
-    }
-
-    fn check(&self) {
-        ShardMap::from_proto(&self.snapshot.map).expect("arcs tile the ring at every step");
-        for shard in &self.snapshot.map.shards {
-            let group = &self.groups[&shard.id];
-            assert!(shard.epoch <= group.epoch, "the map is ahead of s{}", shard.id);
-            let same = (shard.start, shard.end) == (group.start, group.end);
-            assert!(same || shard.epoch < group.epoch, "an arc of s{} for its epoch", shard.id);
-        }
-    }
-
-    /// One step. The next controller knows nothing of it but what is recorded.
-    fn step(&mut self, id: u64) -> Next {
-        let operation = self.operation(id);
-        let next = next(&self.snapshot, &operation, &self.seen());
-        let at = match (&operation.split, &operation.merge) {
-            (Some(split), _) => format!("{:?}", split.step()),
-            (_, Some(merge)) => format!("{:?}", merge.step()),
-            _ => String::new(),
-        };
-        self.taken.insert(at);
-        match &next {
-            Next::Wait(_) | Next::Look => self.settle(),
-            Next::Enter(entry) => {
-                enter(&mut self.snapshot, id, entry, self.now_ms);
-                self.settle();
-            }
-            Next::Ask(order) => {
-                self.orders += 1;
-                match self.trouble != 0 && self.orders.is_multiple_of(self.trouble) {
-                    true => self.late.push((**order).clone()),
-                    false => self.obey(order),
-                }
-            }
-        }
-        self.now_ms += 7;
-        self.check();
-        next
-    }
-
-    fn run(&mut self, id: u64) -> v1::ClusterOperation {
-        for _ in 0..3_000 {
-            if has_ended(self.operation(id).state()) {
-                return self.operation(id);
-            }
-            self.step(id);
-        }
-        panic!("it does not end: {:?}", self.operation(id));
-    }
-
-    /// What was lost on the way comes now.
-    fn deliver(&mut self) {
-        for order in std::mem::take(&mut self.late) {
-            self.obey(&order);
-            self.check();
-        }
-    }
-}
+use crate::cluster::operations;
+use crate::cluster::points::Point;
 
 #[test]
 fn a_split_ends_with_both_in_the_map_and_the_childs_replicas_beside_the_parents() {
@@ -379,7 +124,8 @@ fn what_goes_is_remembered_until_its_nodes_have_removed_it() {
     world.groups.get_mut(&L).expect("it is there").behind.clear();
     let entry = next(&world.snapshot, &world.operation(id), &world.seen());
     assert_eq!(entry, Next::Enter(Entry::Flushed));
-    enter(&mut world.snapshot, id, &Entry::Flushed, world.now_ms);
+    let on = On::of(&world.operation(id));
+    enter(&mut world.snapshot, id, (on, &Entry::Flushed), world.now_ms);
     let leaving: Vec<u64> = world.snapshot.leaving.iter().map(|it| it.replica).collect();
     assert_eq!(leaving, right);
 }
@@ -478,7 +224,7 @@ fn two_controllers_enter_each_step_once() {
         if let Next::Enter(entry) = &stale {
             let before = world.operation(id).merge.expect("a merge").step();
             let ended = has_ended(world.operation(id).state());
-            enter(&mut world.snapshot, id, entry, world.now_ms);
+            enter(&mut world.snapshot, id, (On::of(&operation), entry), world.now_ms);
             world.check();
             let after = world.operation(id).merge.expect("a merge").step();
             assert!(ended || before == after || matches!(entry, Entry::Gather { .. }), "{entry:?}");
@@ -571,4 +317,37 @@ fn what_makes_no_sense_is_refused() {
     let moves = vec![v1::PlannedMove { shard: L, from_node: 1, to_node: 5, bytes: 0 }];
     let work = operations::Work { kind: v1::OperationKind::Move, moves, ..Default::default() };
     assert!(operations::begin(&mut world.snapshot, work, 1).is_err(), "its members stay");
+}
+
+#[test]
+fn work_comes_by_every_point_of_splits_and_merges() {
+    let cancel = |world: &mut World, id: u64| {
+        let request = v1::ControlOperationRequest { id, control: OperationControl::Cancel.into() };
+        super::super::elastic::control(&mut world.snapshot, &request, world.now_ms)
+            .expect("it may be");
+    };
+    let mut reached = BTreeSet::new();
+    let mut world = world();
+    let id = world.split();
+    world.run(id);
+    reached.append(&mut world.points);
+    let mut world = self::world();
+    let id = world.split();
+    world.step(id);
+    cancel(&mut world, id);
+    world.run(id);
+    reached.append(&mut world.points);
+    let mut world = self::world();
+    let id = world.merge();
+    world.run(id);
+    reached.append(&mut world.points);
+    let mut world = self::world();
+    let id = world.merge();
+    world.until(id, MergeStep::Freeze);
+    cancel(&mut world, id);
+    world.run(id);
+    reached.append(&mut world.points);
+    let all = Point::SplitPlanned..=Point::MergeTakenBack;
+    let all: BTreeSet<Point> = Point::ALL.into_iter().filter(|it| all.contains(it)).collect();
+    assert_eq!(reached, all);
 }

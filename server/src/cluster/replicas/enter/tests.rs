@@ -179,7 +179,8 @@ fn the_map_takes_from_a_group_who_votes() {
     assert_eq!((voters(&records), records.map.shards[1].epoch), (moved.to_vec(), 4));
     let settled = records.map.shards[1].replicas[2];
     assert_eq!(settled, replica(70, 4, v1::ReplicaRole::Voter, false));
-    let left = |shard, replica, node| peer::LeavingReplica { shard, replica, node };
+    let left =
+        |shard, replica, node| peer::LeavingReplica { shard, replica, node, ..Default::default() };
     assert_eq!(records.leaving, [left(1, 5, 2)], "it is to be removed");
     assert!(!enter(&mut records, &change(4, &moved)), "the map says so already");
 
