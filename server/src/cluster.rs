@@ -10,6 +10,8 @@
 //! conditional write, and from then on a replica id is never made again: a node that lost it must
 //! not come back empty under the same id.
 
+#[cfg(test)]
+mod testing;
 mod found;
 mod keyspaces;
 mod members;

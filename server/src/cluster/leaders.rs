@@ -150,30 +150,11 @@ fn hand_overs(snapshot: &Snapshot, known: &Knowledge) -> Vec<(u64, u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::records::Operations;
+    use crate::cluster::testing;
 
     /// The meta group and two shards on n1 to n3; n1 leads all.
     fn world() -> (Snapshot, Knowledge) {
-        let voter = |id: u64, node: u64| v1::Replica {
-            id,
-            node,
-            role: v1::ReplicaRole::Voter.into(),
-            ..Default::default()
-        };
-        let shard = |id: u64| v1::Shard {
-            id,
-            replicas: (1..=3).map(|node| voter(id * 10 + node, node)).collect(),
-            ..Default::default()
-        };
-        let node = |id: u64| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
-        let map = v1::ShardMap {
-            shards: (0..3).map(shard).collect(),
-            nodes: (1..=3).map(node).collect(),
-            ..Default::default()
-        };
-        let (leaving, operations) = (Vec::new(), Operations::default());
-        let snapshot =
-            Snapshot { map, ids: peer::IdCounters::default(), leaving, operations, version: 1 };
+        let snapshot = testing::records((0..3).map(testing::shard), 3);
         let leaders = (0..3).map(|shard| (shard, 1)).collect();
         (snapshot, Knowledge { leaders, ..Knowledge::default() })
     }

@@ -1,9 +1,9 @@
 //! What begins by itself, on records and what a controller knows of nodes.
 
-use coracle_proto::peer;
 use v1::ReplicaRole;
 
 use super::*;
+use crate::cluster::testing;
 use crate::placement::model::Disk;
 
 const SHARDS: u64 = 6;
@@ -12,32 +12,7 @@ const NOW_MS: u64 = 1_000_000;
 /// Six shards beside the meta group, all on n1 to n3; n1 leads all. As many more nodes hold nothing. All
 /// of them are heard for long, and have said how they are.
 fn world(more: u64) -> (Snapshot, Knowledge, Instant) {
-    let voter = |id: u64, node: u64| v1::Replica {
-        id,
-        node,
-        role: ReplicaRole::Voter.into(),
-        ..Default::default()
-    };
-    let shard = |id: u64| v1::Shard {
-        id,
-        epoch: 1,
-        replicas: (1..=3).map(|node| voter(id * 10 + node, node)).collect(),
-        ..Default::default()
-    };
-    let node = |id: u64| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
-    let map = v1::ShardMap {
-        epoch: 1,
-        shards: (0..=SHARDS).map(shard).collect(),
-        nodes: (1..=3 + more).map(node).collect(),
-        ..Default::default()
-    };
-    let snapshot = Snapshot {
-        map,
-        ids: peer::IdCounters { next_replica: 1_000, ..Default::default() },
-        leaving: Vec::new(),
-        operations: Operations::default(),
-        version: 1,
-    };
+    let snapshot = testing::records((0..=SHARDS).map(testing::shard), 3 + more);
     let begun = Instant::now();
     let nodes: Vec<u64> = (1..=3 + more).collect();
     let known = Knowledge {
@@ -194,6 +169,35 @@ fn a_voter_that_its_node_has_lost_goes_and_comes_anew() {
     known.damaged.insert(22, now - Duration::from_secs(10));
     assert!(act(&mut snapshot, &known, now, NOW_MS));
     assert_eq!(ways(&only(&snapshot)), [(2, 2, 0), (2, 0, 2)]);
+}
+
+#[test]
+fn a_replica_that_has_stopped_counts_as_lost_unless_its_node_ends() {
+    use coracle_proto::peer;
+    use prost::Message;
+
+    let (mut snapshot, mut known, now) = world(1);
+    let report = |role: &str| {
+        let (shard, replica, role) = (2, 22, role.to_owned());
+        let status = v1::GroupStatus { shard, replica, role, ..Default::default() };
+        let replicas = vec![status.encode_to_vec().into()];
+        peer::NodeReport { replicas, ..Default::default() }
+    };
+    let later = now + Duration::from_secs(10);
+    known.learn(2, &report("stopped"), now);
+    known.follow(&snapshot.map);
+    assert!(known.is_lost(22, later) && !known.is_lost(22, now));
+    assert!(act(&mut snapshot, &known, later, NOW_MS));
+    assert_eq!(ways(&only(&snapshot)), [(2, 2, 0), (2, 0, 4)], "it comes anew");
+    let (snapshot, ..) = world(1);
+    // Its groups stop, then it says nothing.
+    known.silent.insert(2, now + Duration::from_secs(6));
+    known.follow(&snapshot.map);
+    assert!(!known.is_lost(22, later));
+    known.silent.clear();
+    known.learn(2, &report("stopped"), now);
+    known.learn(2, &report("follower"), now);
+    assert!(!known.is_lost(22, later), "it was started again");
 }
 
 #[test]

@@ -1,31 +1,13 @@
 //! Which states may follow on which, and what becomes of operations that somebody controls.
 
-use coracle_proto::peer;
-use v1::ReplicaRole;
 
 use super::*;
-use crate::records::Operations;
+use crate::cluster::testing;
 
 const NOW_MS: u64 = 1_000;
 
 fn records() -> Snapshot {
-    let voter = |id: u64, node: u64| v1::Replica {
-        id,
-        node,
-        role: ReplicaRole::Voter.into(),
-        ..Default::default()
-    };
-    let replicas = (1..=3).map(|node| voter(10 + node, node)).collect();
-    let shard = v1::Shard { id: 1, replicas, ..Default::default() };
-    let node = |id: u64| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
-    let nodes = (1..=4).map(node).collect();
-    Snapshot {
-        map: v1::ShardMap { shards: vec![shard], nodes, ..Default::default() },
-        ids: peer::IdCounters::default(),
-        leaving: Vec::new(),
-        operations: Operations::default(),
-        version: 1,
-    }
+    testing::records([1].into_iter().map(testing::shard), 4)
 }
 
 fn set(snapshot: &mut Snapshot, state: NodeState, is_heard: bool) -> Result<(), Reason> {

@@ -3,35 +3,20 @@
 use coracle_proto::shard_map::ShardMap;
 
 use super::*;
-use crate::records::Operations;
+use crate::cluster::testing;
 
 const SHARDS: u64 = 8;
 
 /// Eight shards of equal arcs on three nodes; n1 leads the first three.
 fn world() -> (Snapshot, Knowledge, Instant) {
     let part = 1_u64 << 61;
-    let voter = |id: u64, node: u64| v1::Replica {
-        id,
-        node,
-        role: v1::ReplicaRole::Voter.into(),
-        ..Default::default()
-    };
     let shard = |id: u64| v1::Shard {
-        id,
         start: id.saturating_sub(1) * part,
         end: if id == 0 { 0 } else { id.wrapping_mul(part) },
-        epoch: 1,
-        replicas: (1..=3).map(|node| voter(id * 10 + node, node)).collect(),
-        ..Default::default()
+        ..testing::shard(id)
     };
-    let node = |id: u64| v1::Node { id, state: v1::NodeState::Active.into(), ..Default::default() };
-    let map = v1::ShardMap {
-        cluster_id: "c".to_owned(),
-        shards: (0..=SHARDS).map(shard).collect(),
-        nodes: (1..=3).map(node).collect(),
-        ..Default::default()
-    };
-    ShardMap::from_proto(&map).expect("a map");
+    let snapshot = testing::records((0..=SHARDS).map(shard), 3);
+    ShardMap::from_proto(&snapshot.map).expect("a map");
     let begun = Instant::now();
     let known = Knowledge {
         bytes: (0..=SHARDS).map(|shard| (shard, 1 << 20)).collect(),
@@ -41,9 +26,6 @@ fn world() -> (Snapshot, Knowledge, Instant) {
         nodes: Some((vec![1, 2, 3], begun)),
         ..Knowledge::default()
     };
-    let (leaving, operations) = (Vec::new(), Operations::default());
-    let snapshot =
-        Snapshot { map, ids: peer::IdCounters::default(), leaving, operations, version: 1 };
     (snapshot, known, begun + Duration::from_secs(60))
 }
 

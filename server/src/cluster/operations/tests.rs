@@ -4,38 +4,16 @@ use coracle_proto::{peer, v1};
 use v1::{NodeState, OperationKind, OperationState, ReplicaRole};
 
 use super::*;
+use crate::cluster::testing;
 
 const NOW: u64 = 1_000;
 const NOBODY: BTreeSet<u64> = BTreeSet::new();
 
 /// Shards 1 and 2 on n1 to n3, of five nodes.
 fn records() -> Snapshot {
-    let voter = |id: u64, node: u64| v1::Replica {
-        id,
-        node,
-        role: ReplicaRole::Voter.into(),
-        ..Default::default()
-    };
-    let shard = |id: u64| v1::Shard {
-        id,
-        epoch: 1,
-        replicas: (1..=3).map(|node| voter(id * 10 + node, node)).collect(),
-        ..Default::default()
-    };
-    let node = |id: u64| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
-    Snapshot {
-        map: v1::ShardMap {
-            cluster_id: "c".to_owned(),
-            epoch: 1,
-            shards: vec![shard(1), shard(2)],
-            nodes: (1..=5).map(node).collect(),
-            ..Default::default()
-        },
-        ids: peer::IdCounters { next_replica: 100, ..Default::default() },
-        leaving: Vec::new(),
-        operations: Operations::default(),
-        version: 1,
-    }
+    let mut snapshot = testing::records([1, 2].into_iter().map(testing::shard), 5);
+    snapshot.ids.next_replica = 100;
+    snapshot
 }
 
 fn planned(shard: u64, from_node: u64, to_node: u64) -> v1::PlannedMove {
