@@ -57,7 +57,7 @@ pub struct Look {
     pub descriptor: Option<Descriptor>,
     /// The group's clock, as of the same.
     pub clock: u64,
-    /// Whether its node has found a reason to stop.
+    /// Whether its node has a reason to stop.
     pub node_stops: bool,
 }
 
@@ -108,7 +108,9 @@ impl Watch {
     pub fn look(&mut self, cluster: &Cluster) {
         for node in 0..cluster.len() {
             let Some(running) = cluster.node(node) else { continue };
-            let (boot, node_stops) = (cluster.boots(node), cluster.why_stopped(node).is_some());
+            let boot = cluster.boots(node);
+            // One whose disk has just died may not have noticed yet.
+            let node_stops = cluster.why_stopped(node).is_some() || cluster.files(node).crashed();
             if let Some(map) = running.map() {
                 self.broken.extend(self.maps.look(node, boot, &map));
             }

@@ -220,7 +220,8 @@ pub fn apply(
     let stamped = Stamped::decode(entry).map_err(|source| ApplyError::Decode { index, source })?;
     let at = Entry { stamp: stamped.stamp, term, index };
     let Applied { mut replies, mut child, mut wants } = Applied::default();
-    if state.is_frozen() && !matches!(stamped.command, Command::Thaw(_)) {
+    let was_frozen = state.is_frozen();
+    if was_frozen && !matches!(stamped.command, Command::Thaw(_)) {
         replies = frozen(state, &at, &stamped.command);
         return Ok(Applied { replies, child, wants });
     }
@@ -280,6 +281,11 @@ pub fn apply(
             };
             replies.push(at.own_reply(Outcome::Reshaped(done)));
         }
+    }
+    if was_frozen && state.is_frozen() {
+        // A thaw that was refused: nothing of it, its stamp included, may be left, since whoever takes the
+        // group in need not have waited for it.
+        return Ok(Applied { replies, child, wants });
     }
     for state in child.iter_mut().map(|child| &mut child.state).chain([state]) {
         state.ceiling = state.ceiling.max(stamped.ceiling).max(state.clock);

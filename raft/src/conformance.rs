@@ -4,7 +4,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use coracle_storage::exec::{Exec, RealExec};
 use coracle_storage::fs::{Fs, OpenMode, RealFs, read_file};
@@ -15,10 +14,11 @@ use futures_util::Stream;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::{OptionalSend, StorageError};
+use tokio_util::sync::CancellationToken;
 
 use crate::log_store::LogStore;
 use crate::snapshot::{CheckpointDir, SnapshotData};
-use crate::state_machine::{SharedState, StateMachine};
+use crate::state_machine::{Parts, SharedState, Starting, StateMachine};
 use crate::types::{LogId, SnapshotMeta, StoredMembership, TypeConfig};
 
 type Snapshot = openraft::alias::SnapshotOf<TypeConfig, SnapshotData>;
@@ -123,16 +123,19 @@ impl StoreBuilder<TypeConfig, LogStore, Local, tempfile::TempDir> for Builder {
         let live = dir.path().join("1");
         let store = ReplicaState::open(&*engines, &live, OpenState { create: true });
         let shared = SharedState::open(store.expect("a new store")).expect("an empty state");
-        let serving = Arc::new(AtomicBool::new(true));
-        let machine = StateMachine::new(
+        let starting = Arc::new(Starting::default());
+        starting.end();
+        let machine = StateMachine::new(Parts {
             shared,
-            exec.clone(),
+            exec: exec.clone(),
             engines,
-            live.clone(),
-            serving,
-            Arc::new(Deaf),
-            (replica, Arc::default()),
-        );
+            live: live.clone(),
+            starting,
+            observer: Arc::new(Deaf),
+            replica,
+            births: Arc::default(),
+            stop: CancellationToken::new(),
+        });
         Ok((dir, LogStore::new(log, replica, exec.clone()), Local { machine, live, exec }))
     }
 }

@@ -38,6 +38,14 @@ pub const RESULT_BYTES_MAX: u64 = 64 << 20;
 /// makes a client for every write leaves one each. Beyond it: as beyond [`RESULTS_MAX`], for new
 /// clients.
 pub const MARKS_MAX: u64 = 200_000;
+/// Results, their bytes and marks that a group may bring along when it is taken in: all of them go into one
+/// batch, over which reads of the other group wait. A quarter of what a group keeps, so that the other one
+/// has room for them when it keeps no more than the rest.
+pub const MERGE_MEMORY_MAX: Remembered = Remembered {
+    results: RESULTS_MAX / 4,
+    result_bytes: RESULT_BYTES_MAX / 4,
+    marks: MARKS_MAX / 4,
+};
 /// Results and marks older than this are evicted, needed room or not: twenty times the longest
 /// deadline of a write.
 pub const AGE_MS_MAX: u64 = 600_000;
@@ -98,6 +106,39 @@ pub struct Dedup {
     bounds: Bounds,
 }
 
+/// How much a group remembers.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Remembered {
+    /// Stored results.
+    pub results: u64,
+    /// What they take.
+    pub result_bytes: u64,
+    /// Stored marks.
+    pub marks: u64,
+}
+
+impl Remembered {
+    /// Whether it is little enough to come along in a merge.
+    pub(crate) fn may_come_along(&self) -> bool {
+        self.fits_in(&MERGE_MEMORY_MAX)
+    }
+
+    /// Whether there is room for that of a neighbour.
+    pub(crate) fn has_room_for_another(&self) -> bool {
+        self.fits_in(&Remembered {
+            results: RESULTS_MAX - MERGE_MEMORY_MAX.results,
+            result_bytes: RESULT_BYTES_MAX - MERGE_MEMORY_MAX.result_bytes,
+            marks: MARKS_MAX - MERGE_MEMORY_MAX.marks,
+        })
+    }
+
+    fn fits_in(&self, most: &Remembered) -> bool {
+        self.results <= most.results
+            && self.result_bytes <= most.result_bytes
+            && self.marks <= most.marks
+    }
+}
+
 /// What an id is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Admission {
@@ -145,6 +186,12 @@ impl Dedup {
     #[doc(hidden)]
     pub fn set_bounds(&mut self, bounds: Bounds) {
         self.bounds = bounds;
+    }
+
+    /// How much it is.
+    pub(crate) fn remembered(&self) -> Remembered {
+        let Dedup { results, result_bytes, marks, .. } = *self;
+        Remembered { results, result_bytes, marks }
     }
 
     /// Judges an id at `now_ms`, and makes room for its result if it is new. What the client says
@@ -336,12 +383,13 @@ impl Dedup {
     }
 
     /// Takes in what another group remembers: its results, the higher mark of each client, the higher
-    /// floor. What both have counts once.
+    /// floor. What both have counts once. What is then too much and old enough at `now_ms` goes.
     pub(crate) fn unite(
         &mut self,
         overlay: &mut Overlay,
         other: &Dedup,
         view: &dyn View,
+        now_ms: u64,
     ) -> Result<(), Error> {
         let mut cursor = view.seek(Kind::Result.range(), false)?;
         while let Some((physical, result)) = cursor.next()? {
@@ -380,6 +428,11 @@ impl Dedup {
             put_mark(overlay, client, &mark);
         }
         self.raise_floor(other.floor_ms);
+        // Else each write would be refused that meets the bounds, until those before it had made room.
+        let end_ms = now_ms.saturating_sub(AGE_MS_MIN);
+        while self.is_full(true) && self.oldest_ms < end_ms {
+            self.evict_before(overlay, end_ms)?;
+        }
         Ok(())
     }
 

@@ -6,14 +6,12 @@
 mod members;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_storage::{Error, ReplicaId};
-use openraft::{Config, SnapshotPolicy};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -28,7 +26,6 @@ use crate::lag::Growth;
 use crate::leadership::{GroupStatus, Leadership, Raft, Standing};
 use crate::lease::{Embargo, Timing};
 use crate::load::Load;
-use crate::log_store::LogStore;
 use crate::message::{Answer, Question};
 use crate::network::Networks;
 use crate::proposer::Proposer;
@@ -37,7 +34,7 @@ pub use crate::read_point::Fixed;
 use crate::read_point::ReadPoints;
 use crate::reader::Reads;
 use crate::snapshot::{Snapshots, blocking};
-use crate::state_machine::{ReadState, SharedState, StateMachine};
+use crate::state_machine::{ReadState, SharedState};
 use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
 pub use members::Members;
@@ -45,10 +42,13 @@ pub use members::Members;
 mod merge;
 mod past;
 mod split;
+mod start;
 
 pub use merge::{Absorbed, Frozen, MERGE_BYTES_MAX, MergePlan, MergeStatus, PrepareMerge};
 pub use past::Reclaimed;
 pub use split::{Split, SplitPlan, SplitPoints};
+pub(crate) use start::Start;
+use start::{config, start_core};
 
 /// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
 const FLUSH_MAX: Duration = Duration::from_secs(60);
@@ -82,17 +82,6 @@ pub struct Group {
     stop: CancellationToken,
 }
 
-/// What a group is started with.
-pub(crate) struct Start {
-    pub(crate) shard: ShardId,
-    pub(crate) replica: ReplicaId,
-    pub(crate) live: PathBuf,
-    pub(crate) state: SharedState,
-    pub(crate) initial: Descriptor,
-    /// True when the replica was there before this process.
-    pub(crate) restarted: bool,
-}
-
 impl Group {
     pub(crate) async fn start(
         start: Start,
@@ -117,7 +106,7 @@ impl Group {
             sessions: Arc::new(AtomicU64::new(sessions)),
         };
         let config = config(&timing, !embargo.holds());
-        let raft = start_core(&start, &environment, networks, config).await?;
+        let raft = start_core(&start, &environment, networks, config, &stop).await?;
         let leadership = Leadership::new(&raft);
         let (proposer, propose) = Proposer::new(
             raft.clone(),
@@ -600,54 +589,4 @@ impl Group {
 
 fn failed(why: String) -> Answering {
     Box::pin(std::future::ready(Err(TransportError::Unreachable(why))))
-}
-
-/// Starts openraft over the replica's log and state.
-async fn start_core(
-    start: &Start,
-    environment: &Environment,
-    networks: Networks,
-    config: Config,
-) -> Result<Raft, Error> {
-    let serving = Arc::new(AtomicBool::new(false));
-    let machine = StateMachine::new(
-        start.state.clone(),
-        environment.exec.clone(),
-        environment.engines.clone(),
-        start.live.clone(),
-        serving.clone(),
-        environment.observer.clone(),
-        (start.replica, environment.births.clone()),
-    );
-    let log = LogStore::new(environment.log.clone(), start.replica, environment.exec.clone());
-    let raft = Raft::new(start.replica.0, Arc::new(config), networks, log, machine).await;
-    let raft = raft.map_err(|fatal| Error::invalid(format!("group {}: {fatal}", start.shard)))?;
-    serving.store(true, Ordering::Release);
-    Ok(raft)
-}
-
-fn config(timing: &Timing, may_elect: bool) -> Config {
-    let ms = |duration: Duration| duration.as_millis() as u64;
-    Config {
-        heartbeat_interval: ms(timing.heartbeat),
-        election_timeout_min: ms(timing.election_min),
-        election_timeout_max: ms(timing.election_max),
-        enable_elect: may_elect,
-        enable_pre_vote: Some(true),
-        // A leader cut off from its followers' answers must not keep a healthy quorum waiting.
-        quorum_loss_probe_interval: Some(ms(timing.election_max) * 2),
-        max_payload_entries: 512,
-        // Bounds openraft's own queues; bytes are bounded by the proposer and the transport.
-        api_channel_size: Some(4_096),
-        notification_channel_size: Some(4_096),
-        state_machine_channel_size: Some(256),
-        // When to flush and what to purge is the host's decision, by bytes.
-        snapshot_policy: SnapshotPolicy::Never,
-        max_in_snapshot_log_to_keep: u64::MAX,
-        purge_batch_size: 1_024,
-        // A leader that restarts into its own term could give one log id to two entries.
-        enable_leader_restore: Some(false),
-        allow_log_reversion: None,
-        ..Config::default()
-    }
 }

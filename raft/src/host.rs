@@ -3,24 +3,22 @@
 //! Owns creating, opening, stopping and destroying replicas, the disk's health, and the purging of
 //! the shared log. Does not know why a replica is created: that is placement's business.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use coracle_storage::exec::Exec;
-use coracle_storage::log::{Done, Log, LogStats, Recovery};
-use coracle_storage::state::{Engines, MetaName, OpenState, ReplicaState, checkpoint};
+use coracle_storage::log::{Done, Log, LogStats};
+use coracle_storage::state::{Engines, OpenState, ReplicaState};
 use coracle_storage::{Error, ReplicaId};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::apply::BIRTH;
 use crate::birth::Failpoint;
 use crate::clock::{Circumstances, Clock};
 use crate::descriptor::Descriptor;
@@ -32,19 +30,20 @@ use crate::leadership::Standing;
 use crate::lease::Timing;
 use crate::observer::Observer;
 use crate::snapshot::blocking;
-use crate::state_machine::{SharedState, applied_bytes, store_dir};
+use crate::state_machine::{SharedState, store_dir};
 use crate::transport::{Answering, Transport, TransportError};
 use crate::turns::Turns;
-use crate::types::{NodeId, ShardId, log_id};
-use crate::wire::Reader;
+use crate::types::{NodeId, ShardId};
 
 mod birth;
 mod log_budget;
+mod opening;
 mod removal;
 mod tidy;
 
 use log_budget::Fill;
 pub use log_budget::LogBudget;
+use opening::{home_bytes, never_took_part, write_home};
 use removal::Destroying;
 
 /// How often the shared log's size is looked at.
@@ -56,8 +55,6 @@ const FLUSH_PAUSE: Duration = Duration::from_secs(5);
 const FLUSH_INTERVAL: Duration = Duration::from_secs(300);
 /// When to come back while another replica's store is being rewritten.
 const RECLAIM_RETRY: Duration = Duration::from_secs(5);
-/// The local record of what a replica was created as.
-const HOME: MetaName = MetaName(0x80);
 
 /// What a node hands to its host.
 pub struct Options {
@@ -165,105 +162,6 @@ impl Host {
         host
     }
 
-    /// Starts every replica that the data directory holds whole. What the log knows and the
-    /// directory does not (or the reverse) is the trace of a creation or destruction that a crash
-    /// cut short: it never took part in anything, and is removed. Once, before any replica is
-    /// created or destroyed.
-    pub async fn open_all(&self, recovery: &Recovery) -> Result<(), Error> {
-        let (engines, shards) = (self.environment.engines.clone(), self.shards.clone());
-        let settle = move || {
-            let fs = engines.fs();
-            let made = fs.create_dir_all(&shards).and_then(|()| match shards.parent() {
-                // Else a power cut could take all stores with their directory's name.
-                Some(parent) => fs.sync_dir(parent),
-                None => Ok(()),
-            });
-            made.map_err(|error| Error::io(&shards, error))?;
-            checkpoint::settle(&*fs, &shards)
-        };
-        let names = blocking(&*self.environment.exec, settle).await.map_err(Error::invalid)??;
-        let damaged: Vec<ReplicaId> = recovery.recovering.iter().map(|d| d.replica).collect();
-        let mut whole = Vec::new();
-        let mut missing: BTreeSet<ReplicaId> = recovery.replicas.iter().copied().collect();
-        for name in names {
-            let id = u64::from_str_radix(&name, 16).map(ReplicaId);
-            let Ok(replica) = id else {
-                tracing::warn!(name, "not a replica's directory: left alone");
-                continue;
-            };
-            if damaged.contains(&replica) {
-                continue;
-            }
-            if recovery.replicas.contains(&replica) {
-                missing.remove(&replica);
-                whole.push(replica);
-            } else if recovery.destroyed.contains(&replica) {
-                let (engines, dir) = (self.environment.engines.clone(), self.shards.join(&name));
-                let removed = blocking(&*self.environment.exec, move || engines.destroy(&dir));
-                removed.await.map_err(Error::invalid)??;
-            } else {
-                self.remove_unknown(replica, self.shards.join(&name)).await?;
-            }
-        }
-        // Now that what was cut short is gone: a parent makes its child anew as soon as it runs.
-        // All at once: one that applies what takes a neighbour in waits for the neighbour.
-        let opened = whole.into_iter().map(|replica| async move {
-            // The node serves its other replicas.
-            if let Err(error) = self.open(replica).await {
-                self.does_not_run(replica, &error.to_string());
-            }
-        });
-        futures_util::future::join_all(opened).await;
-        for replica in missing {
-            self.does_not_run(replica, "its log is here, its state is not");
-        }
-        Ok(())
-    }
-
-    fn does_not_run(&self, replica: ReplicaId, why: &str) {
-        tracing::error!(replica = replica.0, why, "a replica does not run");
-        self.failed.lock().push((replica, format!("replica {}: {why}", replica.0)));
-    }
-
-    /// A directory that the log does not know: its creation was cut short, and it is removed, unless
-    /// something was applied to it, or that cannot be seen. Then the log has lost it: it does not run,
-    /// and its state stays for whoever has to look.
-    async fn remove_unknown(&self, replica: ReplicaId, dir: PathBuf) -> Result<(), Error> {
-        let engines = self.environment.engines.clone();
-        let removed = blocking(&*self.environment.exec, move || {
-            let never_took_part = never_took_part(&*engines, &dir);
-            if never_took_part {
-                tracing::info!(dir = %dir.display(), "removing a replica whose creation was cut short");
-                engines.destroy(&dir)?;
-            }
-            Ok::<bool, Error>(never_took_part)
-        });
-        if !removed.await.map_err(Error::invalid)?? {
-            self.does_not_run(replica, "its state is here, the log has lost it");
-        }
-        Ok(())
-    }
-
-    async fn open(&self, replica: ReplicaId) -> Result<(), Error> {
-        let live = store_dir(&self.shards, replica.0);
-        let (engines, dir) = (self.environment.engines.clone(), live.clone());
-        let opened = blocking(&*self.environment.exec, move || {
-            let store = ReplicaState::open(&*engines, &dir, OpenState { create: false })?;
-            let home = read_home(&store, &dir)?;
-            let state = SharedState::open(store).map_err(|error| Error::io(&dir, error))?;
-            Ok::<_, Error>((home, state))
-        });
-        let (initial, state) = opened.await.map_err(Error::invalid)??;
-        let purged = self.environment.log.state(replica)?.purged.map(|(index, _)| index);
-        let applied = state.applied().index;
-        if purged.is_some_and(|purged| purged > applied) {
-            return Err(Error::invalid(format!(
-                "its state stands at {applied}, its log begins behind {purged:?}"
-            )));
-        }
-        self.start(replica, live, state, initial, true).await.map(drop)
-    }
-
     /// Creates a replica on this node, or finds the one that is there. Durable when it returns. Goes
     /// on when the caller gives up waiting: half a creation would block the shard.
     pub async fn create(
@@ -303,7 +201,11 @@ impl Host {
                  this replica along"
             )));
         }
-        // What did not open is not made anew: its log, and perhaps its state, are still here.
+        // What did not open is not made anew: its log, or its state, is still here.
+        if self.is_kept(replica) {
+            let why = format!("replica {} of {shard} is here, and does not run", replica.0);
+            return Err(Error::invalid(why));
+        }
         match self.environment.log.state(replica) {
             Err(Error::UnknownReplica(_)) => {
                 if self.environment.log.was_destroyed(replica)? {
@@ -402,6 +304,11 @@ impl Host {
         self.environment.births.set_failpoint(failpoint);
     }
 
+    /// Whether a replica did not open, and is left for whoever has to look.
+    fn is_kept(&self, replica: ReplicaId) -> bool {
+        self.failed.lock().iter().any(|(failed, _)| *failed == replica)
+    }
+
     /// How a replica of this node is, as far as the node knows.
     pub fn condition(&self, replica: ReplicaId) -> Condition {
         let running = self.groups().into_iter().find(|group| group.replica() == replica);
@@ -410,7 +317,7 @@ impl Host {
             Some(_) => return Condition::Runs,
             None => {}
         }
-        if self.failed.lock().iter().any(|(failed, _)| *failed == replica) {
+        if self.is_kept(replica) {
             return Condition::Damaged;
         }
         match self.environment.log.state(replica) {
@@ -612,47 +519,9 @@ fn ended(result: Result<Result<(), Arc<Error>>, oneshot::error::RecvError>) -> R
     }
 }
 
-/// Whether a directory is no store, or one to which nothing was ever applied by itself: a new one, or what a
-/// split has made. What cannot be seen may hold something.
-fn never_took_part(engines: &dyn Engines, dir: &Path) -> bool {
-    match ReplicaState::open(engines, dir, OpenState { create: false }) {
-        Ok(store) => {
-            let applied = store.applied_bytes();
-            applied.is_none_or(|applied| applied == applied_bytes(&log_id(BIRTH)))
-        }
-        Err(Error::Io { source, .. }) => source.kind() == ErrorKind::NotFound,
-        Err(_) => false,
-    }
-}
-
 async fn flush(group: &Group, keep: u64) {
     tracing::debug!(shard = %group.shard(), keep, "flushing the state, to free the log");
     if let Err(error) = group.compact(keep).await {
         tracing::warn!(shard = %group.shard(), %error, "a flush to free the log failed");
     }
-}
-
-fn write_home(store: &ReplicaState, initial: &Descriptor) -> Result<(), Error> {
-    let mut overlay = store.overlay();
-    overlay.put_meta(HOME, home_bytes(initial));
-    store.write(overlay.into_batch())?;
-    store.flush().map(drop)
-}
-
-fn home_bytes(descriptor: &Descriptor) -> Bytes {
-    let mut bytes = BytesMut::new();
-    bytes.put_u8(1);
-    descriptor.put(&mut bytes);
-    bytes.freeze()
-}
-
-fn read_home(store: &ReplicaState, dir: &Path) -> Result<Descriptor, Error> {
-    let damaged = |why: &str| Error::corruption(dir, 0, why.to_owned());
-    let bytes = store.meta(HOME)?;
-    let mut bytes = bytes.ok_or_else(|| damaged("the store does not say what it belongs to"))?;
-    if bytes.try_get_u8() != Ok(1) {
-        return Err(damaged("the record of what the store belongs to has an unknown format"));
-    }
-    let mut reader = Reader::new(bytes);
-    Descriptor::get(&mut reader).map_err(|error| damaged(&error.to_string()))
 }

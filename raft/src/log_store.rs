@@ -38,11 +38,18 @@ pub(crate) struct LogStore {
     log: Log,
     replica: ReplicaId,
     exec: Arc<dyn Exec>,
+    /// Whether it tells what was committed.
+    tells_committed: bool,
 }
 
 impl LogStore {
     pub(crate) fn new(log: Log, replica: ReplicaId, exec: Arc<dyn Exec>) -> Self {
-        Self { log, replica, exec }
+        Self { log, replica, exec, tells_committed: true }
+    }
+
+    /// The same, but it does not tell what was committed: a hint that openraft can do without.
+    pub(crate) fn forgetting_what_is_committed(self) -> Self {
+        Self { tells_committed: false, ..self }
     }
 
     /// What has left the log's cache is read off the async threads: a disk that hangs must not take
@@ -215,7 +222,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, io::Error> {
         let state = self.log.state(self.replica).map_err(io::Error::other)?;
-        let Some(bytes) = state.committed else {
+        let Some(bytes) = state.committed.filter(|_| self.tells_committed) else {
             return Ok(None);
         };
         let mut reader = Reader::new(bytes);

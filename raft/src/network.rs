@@ -39,6 +39,7 @@ const VOTE_TIMEOUT: Duration = Duration::from_millis(750);
 type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
 /// Makes networks to the members of one group.
+#[derive(Clone)]
 pub(crate) struct Networks {
     pub(crate) shard: ShardId,
     pub(crate) transport: Arc<dyn Transport>,

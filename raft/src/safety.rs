@@ -21,11 +21,12 @@ use futures_util::stream;
 use openraft::EntryPayload;
 use openraft::storage::{IOFlushed, RaftLogStorage, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::type_config::TypeConfigExt;
+use tokio_util::sync::CancellationToken;
 
 use crate::log_store::LogStore;
 use crate::observer::{Observer, Stage};
 use crate::snapshot::{CheckpointDir, SnapshotData, SnapshotSlots, Snapshots};
-use crate::state_machine::{SharedState, StateMachine};
+use crate::state_machine::{Parts, SharedState, Starting, StateMachine};
 use crate::types::{Entry, Position, Proposal, SnapshotMeta, TypeConfig, Vote, log_id};
 
 struct Deaf;
@@ -44,16 +45,21 @@ fn machine(engines: &Arc<dyn Engines>, live: &Path, is_serving: bool) -> StateMa
     let create = !engines.fs().exists(live);
     let store = ReplicaState::open(&**engines, live, OpenState { create });
     let shared = SharedState::open(store.expect("a store")).expect("a readable state");
-    let serving = Arc::new(AtomicBool::new(is_serving));
-    StateMachine::new(
+    let starting = Arc::new(Starting::default());
+    if is_serving {
+        starting.end();
+    }
+    StateMachine::new(Parts {
         shared,
-        exec(),
-        engines.clone(),
-        live.into(),
-        serving,
-        Arc::new(Deaf),
-        (ReplicaId(1), Arc::default()),
-    )
+        exec: exec(),
+        engines: engines.clone(),
+        live: live.into(),
+        starting,
+        observer: Arc::new(Deaf),
+        replica: ReplicaId(1),
+        births: Arc::default(),
+        stop: CancellationToken::new(),
+    })
 }
 
 async fn apply(machine: &mut StateMachine, indexes: std::ops::RangeInclusive<u64>) {

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use futures_util::{FutureExt, Stream, StreamExt};
 use openraft::storage::{ApplyResponder, EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::apply::{BIRTH, Child};
 use crate::birth::{Birth, Births, MergeStep, SplitStep};
@@ -43,56 +45,68 @@ pub(crate) use shared::{SharedState, applied_bytes};
 
 /// One replica's state machine.
 pub struct StateMachine {
-    shared: SharedState,
-    exec: Arc<dyn Exec>,
-    engines: Arc<dyn Engines>,
+    parts: Parts,
     fs: Arc<dyn Fs>,
-    live: PathBuf,
     /// Numbers this replica's checkpoints.
     checkpoints: u64,
     /// Whoever sends it keeps it for a while (`Snapshots::kept`): else it would hold files that the
     /// store has long replaced.
     pub(crate) recent: Option<(Instant, SnapshotMeta, Weak<CheckpointDir>)>,
-    /// Opened by the host once openraft has looked at what is there; before, nobody sends.
-    serving: Arc<std::sync::atomic::AtomicBool>,
-    observer: Arc<dyn Observer>,
-    replica: ReplicaId,
-    births: Arc<Births>,
+}
+
+/// What a state machine is made of.
+pub(crate) struct Parts {
+    pub(crate) shared: SharedState,
+    pub(crate) exec: Arc<dyn Exec>,
+    pub(crate) engines: Arc<dyn Engines>,
+    pub(crate) live: PathBuf,
+    pub(crate) starting: Arc<Starting>,
+    pub(crate) observer: Arc<dyn Observer>,
+    pub(crate) replica: ReplicaId,
+    pub(crate) births: Arc<Births>,
+    /// Ends with the group.
+    pub(crate) stop: CancellationToken,
+}
+
+/// What a state machine and whoever starts it tell each other.
+#[derive(Default)]
+pub(crate) struct Starting {
+    /// openraft has looked at what is there; before, nobody sends.
+    ended: AtomicBool,
+    /// An entry was met that waits for another group, and was not applied.
+    put_off: AtomicBool,
+}
+
+impl Starting {
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    fn put_off(&self) {
+        self.put_off.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn has_put_off(&self) -> bool {
+        self.put_off.load(Ordering::Acquire)
+    }
 }
 
 impl StateMachine {
-    pub(crate) fn new(
-        shared: SharedState,
-        exec: Arc<dyn Exec>,
-        engines: Arc<dyn Engines>,
-        live: PathBuf,
-        serving: Arc<std::sync::atomic::AtomicBool>,
-        observer: Arc<dyn Observer>,
-        (replica, births): (ReplicaId, Arc<Births>),
-    ) -> Self {
-        let fs = engines.fs();
-        Self {
-            shared,
-            exec,
-            engines,
-            fs,
-            live,
-            checkpoints: 0,
-            recent: None,
-            serving,
-            observer,
-            replica,
-            births,
-        }
+    pub(crate) fn new(parts: Parts) -> Self {
+        Self { fs: parts.engines.fs(), parts, checkpoints: 0, recent: None }
     }
 
     #[cfg(test)]
     pub(crate) fn shared(&self) -> &SharedState {
-        &self.shared
+        &self.parts.shared
     }
 
     fn meta(&self) -> SnapshotMeta {
-        let current = self.shared.0.current.read();
+        let current = self.parts.shared.0.current.read();
         SnapshotMeta {
             last_log_id: current.last_applied,
             last_membership: (*current.membership).clone(),
@@ -103,7 +117,7 @@ impl StateMachine {
         &self,
         job: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
-        blocking(&*self.exec, job).await.map_err(io::Error::other)?
+        blocking(&*self.parts.exec, job).await.map_err(io::Error::other)?
     }
 
     /// A checkpoint of the state as it is. Called between batches, so files and position agree.
@@ -121,12 +135,12 @@ impl StateMachine {
         }
         self.recent = None;
         self.checkpoints += 1;
-        let mut path = self.live.as_os_str().to_os_string();
+        let mut path = self.parts.live.as_os_str().to_os_string();
         path.push(format!(".checkpoint-{}", self.checkpoints));
         let path = PathBuf::from(path);
-        let (store, fs, target) = (self.shared.store()?, self.fs.clone(), path.clone());
+        let (store, fs, target) = (self.parts.shared.store()?, self.fs.clone(), path.clone());
         // What a failure leaves of it goes with the handle.
-        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), self.exec.clone(), path));
+        let dir = Arc::new(CheckpointDir::new(self.fs.clone(), self.parts.exec.clone(), path));
         let meta = self.meta();
         self.run(move || {
             if fs.exists(&target) {
@@ -155,7 +169,7 @@ impl StateMachine {
         };
         let (entries, mut applied) = (Arc::new(entries), 0);
         while applied < entries.len() {
-            let (shared, rest) = (self.shared.clone(), entries.clone());
+            let (shared, rest) = (self.parts.shared.clone(), entries.clone());
             let apply = move || shared.apply_batch(&rest[applied..]);
             let (replies, waiting) = self.run(apply).await?;
             applied += replies.len();
@@ -175,15 +189,21 @@ impl StateMachine {
             Some(Wait::Child(child)) => self.split(prepared, *child).await,
             Some(Wait::Neighbour(plan)) => {
                 drop(prepared);
+                if !self.parts.starting.has_ended() {
+                    self.parts.starting.put_off();
+                    return Err(io::Error::other(
+                        "what waits for a neighbour is not applied at start",
+                    ));
+                }
                 self.absorb(&plan, entry.clone()).await
             }
             Some(Wait::Seal) | None => {
-                let shared = self.shared.clone();
+                let shared = self.parts.shared.clone();
                 let replies = self.run(move || shared.commit(prepared)).await?;
-                self.births.reach(self.replica, MergeStep::Frozen).await;
-                let shared = self.shared.clone();
+                self.parts.births.reach(self.parts.replica, MergeStep::Frozen).await;
+                let shared = self.parts.shared.clone();
                 self.run(move || shared.seal()).await?;
-                self.births.reach(self.replica, MergeStep::Sealed).await;
+                self.parts.births.reach(self.parts.replica, MergeStep::Sealed).await;
                 Ok(replies)
             }
         }
@@ -193,32 +213,36 @@ impl StateMachine {
     /// durable, nothing here counts them as its own, so compaction is held back, and a crash takes all of
     /// it again from the neighbour, which stays until every replica has it.
     async fn absorb(&self, plan: &AbsorbShard, entry: Entry) -> io::Result<Vec<Replies>> {
-        let (births, own) = (&self.births, self.replica);
+        let (births, own) = (&self.parts.births, self.parts.replica);
         let other = plan.replicas.get(&own.0).copied().map(ReplicaId).ok_or_else(|| {
             io::Error::other("this replica is no member of the group that takes another in")
         })?;
-        let sealed = births.sealed(ShardId(plan.other.shard), other, plan.merge).await;
+        let sealed = tokio::select! {
+            // The neighbour may never come: nobody else would end this.
+            () = self.parts.stop.cancelled() => return Err(io::Error::other("the replica is stopped")),
+            sealed = births.sealed(ShardId(plan.other.shard), other, plan.merge) => sealed,
+        };
         let sealed = Arc::new(sealed.map_err(io::Error::other)?);
         births.reach(own, MergeStep::Found).await;
-        if self.shared.merge_status().foreign_free.is_none() {
+        if self.parts.shared.merge_status().foreign_free.is_none() {
             // An older key of the neighbour's arc, of before a split, would be found again.
-            let shared = self.shared.clone();
+            let shared = self.parts.shared.clone();
             if !self.run(move || shared.drop_foreign()).await? {
                 return Err(io::Error::other("keys outside the arc could not be dropped"));
             }
         }
         births.reach(own, MergeStep::Tidied).await;
-        let (shared, from, ingested) = (self.shared.clone(), sealed.clone(), plan.clone());
+        let (shared, from, ingested) = (self.parts.shared.clone(), sealed.clone(), plan.clone());
         let ingest = move || {
             shared.hold_compaction(true)?;
             shared.ingest(&from, &ingested)
         };
         self.run(ingest).await?;
         births.reach(own, MergeStep::Ingested).await;
-        let shared = self.shared.clone();
+        let shared = self.parts.shared.clone();
         let replies = self.run(move || shared.absorb(&entry, &sealed)).await?;
         births.reach(own, MergeStep::Absorbed).await;
-        let shared = self.shared.clone();
+        let shared = self.parts.shared.clone();
         let flush = move || {
             shared.seal()?;
             shared.hold_compaction(false)
@@ -230,7 +254,7 @@ impl StateMachine {
 
     /// Writes the batch of a split, once the child of this replica is there.
     async fn split(&self, prepared: Prepared, child: Child) -> io::Result<Vec<Replies>> {
-        let (births, own) = (self.births.clone(), self.replica);
+        let (births, own) = (self.parts.births.clone(), self.parts.replica);
         births.reach(own, SplitStep::Judged).await;
         // One that is not a member any more has no child: none of its peers knows of one.
         let start = match child.replicas.get(&own.0) {
@@ -248,7 +272,7 @@ impl StateMachine {
             }
             None => None,
         };
-        let shared = self.shared.clone();
+        let shared = self.parts.shared.clone();
         let replies = self.run(move || shared.commit(prepared)).await;
         if replies.is_ok() {
             births.reach(own, SplitStep::Applied).await;
@@ -262,11 +286,11 @@ impl StateMachine {
 
     /// Closes the live store, which takes until the last read has let go of it.
     async fn close_store(&self) {
-        let store = self.shared.0.current.write().store.take();
+        let store = self.parts.shared.0.current.write().store.take();
         let Some(store) = store else { return };
         let open = store.engine().open_marker();
         // The node stops where this is not done: then nobody waits for it either.
-        let _ = blocking(&*self.exec, move || store.engine().end_compactions()).await;
+        let _ = blocking(&*self.parts.exec, move || store.engine().end_compactions()).await;
         // Those who still hold it are looks and flushes, which end.
         while open.strong_count() > 0 {
             tokio::time::sleep(Duration::from_millis(2)).await;
@@ -279,7 +303,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
     type SnapshotBuilder = DurableBuilder;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
-        let current = self.shared.0.current.read();
+        let current = self.parts.shared.0.current.read();
         Ok((current.last_applied, (*current.membership).clone()))
     }
 
@@ -307,7 +331,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             }
             let began = Instant::now();
             self.apply_all(batch, responders).await?;
-            self.observer.stage(Stage::Apply, began.elapsed());
+            self.parts.observer.stage(Stage::Apply, began.elapsed());
         }
         Ok(())
     }
@@ -318,8 +342,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
 
     async fn get_snapshot_builder(&mut self) -> DurableBuilder {
         // All is taken here, between batches; what is flushed later holds at least it.
-        let filter = self.shared.0.current.read().filter();
-        let (shared, exec) = (self.shared.clone(), self.exec.clone());
+        let filter = self.parts.shared.0.current.read().filter();
+        let (shared, exec) = (self.parts.shared.clone(), self.parts.exec.clone());
         // Senders keep their own handle; this one would pin what compaction wants to drop, and be
         // sent again although the log is about to be purged beyond it.
         self.recent = None;
@@ -336,7 +360,8 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         };
         self.recent = None;
         self.close_store().await;
-        let (engines, fs, live) = (self.engines.clone(), self.fs.clone(), self.live.clone());
+        let (engines, fs, live) =
+            (self.parts.engines.clone(), self.fs.clone(), self.parts.live.clone());
         let (received, named) = (received.clone(), meta.last_log_id);
         let open = move || {
             checkpoint::swap_in(&*fs, &received.path, &live).map_err(io::Error::other)?;
@@ -348,7 +373,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             );
             Ok(current)
         };
-        let shared = self.shared.clone();
+        let shared = self.parts.shared.clone();
         self.run(move || shared.swap(open)).await
     }
 
@@ -358,10 +383,10 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
         if self.meta().last_log_id.is_none() {
             return Ok(None);
         }
-        if !self.serving.load(std::sync::atomic::Ordering::Acquire) {
+        if !self.parts.starting.has_ended() {
             // openraft asks at start, only for the position, and may purge up to it. It has just
             // applied committed entries again: only a flush makes them durable.
-            let store = self.shared.store()?;
+            let store = self.parts.shared.store()?;
             self.run(move || store.flush().map(drop).map_err(io::Error::other)).await?;
             let (meta, snapshot) = (self.meta(), SnapshotData::Durable);
             return Ok(Some(openraft::Snapshot { meta, snapshot }));
@@ -371,7 +396,7 @@ impl RaftStateMachine<TypeConfig> for StateMachine {
             Err(error) => {
                 // An error would end the group, for the sake of a follower. Without files nothing is
                 // sent, and the follower's leader asks again.
-                tracing::warn!(%error, live = %self.live.display(), "a checkpoint was not made");
+                tracing::warn!(%error, live = %self.parts.live.display(), "a checkpoint was not made");
                 (self.meta(), SnapshotData::Durable)
             }
         };

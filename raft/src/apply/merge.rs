@@ -19,6 +19,7 @@ use super::reshape::planned;
 use super::{ApplyError, Entry, GroupState, NotReshaped, Reshaped};
 use crate::command::{AbsorbShard, AnnounceMerge, EndMerge, FreezeShard};
 use crate::descriptor::Descriptor;
+use crate::history::physical_ms;
 use crate::position::Position;
 use crate::wire::{Malformed, Reader};
 
@@ -187,7 +188,8 @@ pub(super) fn absorb(
         (Some((plan.merge, plan.frozen_at)), Some(&plan.other)),
         "a neighbour is taken in as it was frozen"
     );
-    state.dedup.unite(overlay, &other.dedup, neighbour.view)?;
+    let now_ms = physical_ms(at.stamp.max(state.clock).max(other.clock));
+    state.dedup.unite(overlay, &other.dedup, neighbour.view, now_ms)?;
     state.history.unite(&other.history);
     state.kin.learn(&plan.rules);
     // Above all that was served of its keys: the leader here goes on with stamps of its own.

@@ -2,8 +2,9 @@
 //! the two groups, each on the epoch that it was planned on.
 //!
 //! 1. [`Group::prepare_merge`] on L (`absorbs`), then on R: both refuse splits and changes of members
-//!    from then on, and L's replicas drop what earlier splits have left behind, and say so
-//!    ([`MergeStatus::foreign_free`]).
+//!    from then on, and the replicas of both drop what earlier splits have left behind, and say so
+//!    ([`MergeStatus::foreign_free`]): before all of them have, nobody may freeze R, since L's would do it
+//!    while both groups stand still, and R's would be read for the sake of keys that are not R's.
 //! 2. [`Group::freeze`] on R: from its apply on a replica of R serves nothing, also after a crash, and says
 //!    so ([`MergeStatus::frozen`]).
 //! 3. The controller decides, once, in the records: absorb or cancel.
@@ -11,6 +12,9 @@
 //!    replica of R holds, and says when that is durable ([`MergeStatus::absorbed`]). Or
 //!    [`Group::thaw`] on R and [`Group::end_merge`] on L, whatever had happened there: both raise the
 //!    epoch, so that whatever comes late fails.
+//!
+//!    Both stand still until that is done, for as long as reading and writing R takes: so R may be no larger
+//!    than [`MERGE_BYTES_MAX`], and remember no more than [`crate::dedup::MERGE_MEMORY_MAX`].
 //! 5. When every replica of L says absorbed, R is destroyed; [`Group::end_merge`] on L ends it.
 
 use std::collections::BTreeMap;
@@ -21,6 +25,7 @@ use tokio::time::Instant;
 use super::members::unchanged;
 use crate::birth::Sealed;
 use crate::command::{AbsorbShard, AnnounceMerge, Command, EndMerge, FreezeShard};
+use crate::dedup::Remembered;
 use crate::descriptor::Descriptor;
 use crate::error::ChangeError;
 use crate::group::Group;
@@ -28,7 +33,8 @@ pub use crate::merge_status::{Absorbed, Frozen, MergeStatus};
 use crate::rules::Rules;
 use crate::types::ShardId;
 
-/// How much a group may hold that is taken in: both serve nothing for as long as it takes to copy it.
+/// What a group may take that is taken in, in bytes. While it is copied neither of the two serves anything:
+/// some seconds, on a disk that reads and writes 100 MB a second.
 pub const MERGE_BYTES_MAX: u64 = 256 << 20;
 
 /// A merge as it is announced to one of its two groups.
@@ -75,14 +81,15 @@ impl Group {
             return Err(ChangeError::UnderWay);
         };
         let planned = self.planned(plan.epoch, deadline).await?;
+        self.size().may_be_announced(plan.absorbs).map_err(ChangeError::Refused)?;
         let PrepareMerge { merge, absorbs, rules, .. } = plan;
         let announce = AnnounceMerge { planned, merge, absorbs, rules };
         let reshaped = self.reshape(Command::Announce(announce), deadline).await?;
         Ok(reshaped.descriptor.epoch)
     }
 
-    /// Freezes the group (R). Fails where the epoch is another by the time that it is applied. Done
-    /// already is no error.
+    /// Freezes the group (R). Fails where the epoch is another by the time that it is applied, and where
+    /// what would be taken in is too much. Done already is no error.
     pub async fn freeze(
         &self,
         merge: u64,
@@ -93,6 +100,9 @@ impl Group {
             return Err(ChangeError::UnderWay);
         };
         let planned = self.planned(epoch, deadline).await?;
+        if self.merge_status().frozen.is_none() {
+            self.size().may_be_frozen().map_err(ChangeError::Refused)?;
+        }
         let freeze = Command::Freeze(FreezeShard { planned, merge });
         let reshaped = self.reshape(freeze, deadline).await?;
         Ok(Frozen { merge, index: reshaped.place })
@@ -149,6 +159,15 @@ impl Group {
         self.state.merge_status()
     }
 
+    fn size(&self) -> Size {
+        Size {
+            shard: self.shard,
+            bytes: self.state_bytes(),
+            is_foreign_free: self.merge_status().foreign_free.is_some(),
+            remembered: self.state.remembered(),
+        }
+    }
+
     /// See [`crate::birth::Nursery::sealed`].
     pub(crate) fn sealed(&self, merge: u64) -> Option<Sealed> {
         self.state.sealed(merge)
@@ -183,5 +202,87 @@ impl Group {
 
     fn leads_here(&self) -> Result<(), ChangeError> {
         self.leadership.leads().map(drop).map_err(unchanged)
+    }
+}
+
+/// How much a merge would have to carry, by one replica of a group.
+struct Size {
+    shard: ShardId,
+    bytes: u64,
+    is_foreign_free: bool,
+    remembered: Remembered,
+}
+
+impl Size {
+    fn may_be_announced(&self, absorbs: bool) -> Result<(), String> {
+        match absorbs {
+            true if !self.remembered.has_room_for_another() => Err(self.remembers_too_much()),
+            // What it takes is not known before other groups' keys are gone.
+            false if self.is_foreign_free => self.may_be_frozen(),
+            _ => Ok(()),
+        }
+    }
+
+    fn may_be_frozen(&self) -> Result<(), String> {
+        let shard = self.shard;
+        if !self.is_foreign_free {
+            return Err(format!(
+                "shard {shard} still holds keys that earlier splits have left behind: they are dropped first"
+            ));
+        }
+        if self.bytes > MERGE_BYTES_MAX {
+            let (mib, most) = (self.bytes >> 20, MERGE_BYTES_MAX >> 20);
+            return Err(format!(
+                "shard {shard} takes {mib} MiB, and at most {most} MiB are taken in by a merge: neither shard would serve \
+                 anything while they are copied"
+            ));
+        }
+        if !self.remembered.may_come_along() {
+            return Err(self.remembers_too_much());
+        }
+        Ok(())
+    }
+
+    fn remembers_too_much(&self) -> String {
+        let (shard, Remembered { results, marks, .. }) = (self.shard, self.remembered);
+        format!(
+            "shard {shard} remembers {results} requests of {marks} clients, too many for a merge: try again in some minutes"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dedup::MERGE_MEMORY_MAX;
+
+    #[test]
+    fn what_is_too_much_is_refused_before_the_freeze() {
+        let small = || Size {
+            shard: ShardId(4),
+            bytes: MERGE_BYTES_MAX,
+            is_foreign_free: true,
+            remembered: MERGE_MEMORY_MAX,
+        };
+        for absorbs in [false, true] {
+            assert_eq!(small().may_be_announced(absorbs), Ok(()));
+        }
+        assert_eq!(small().may_be_frozen(), Ok(()));
+        let refused = |size: Size, why: &str| {
+            let error = size.may_be_frozen().expect_err(why);
+            assert!(error.contains(why) && error.starts_with("shard 4 "), "{error}");
+        };
+        refused(Size { bytes: MERGE_BYTES_MAX + 1, ..small() }, "at most 256 MiB");
+        refused(Size { is_foreign_free: false, ..small() }, "left behind");
+        let clients = Remembered { marks: MERGE_MEMORY_MAX.marks + 1, ..MERGE_MEMORY_MAX };
+        refused(Size { remembered: clients, ..small() }, "too many for a merge");
+        let fat = || Size { bytes: MERGE_BYTES_MAX + 1, ..small() };
+        assert!(fat().may_be_announced(false).is_err(), "as soon as it is known");
+        let untidy = Size { is_foreign_free: false, ..fat() };
+        assert_eq!(untidy.may_be_announced(false), Ok(()), "its own keys may be few");
+        assert_eq!(fat().may_be_announced(true), Ok(()), "only what is taken in is copied");
+        let full = Remembered { results: crate::dedup::RESULTS_MAX, ..Remembered::default() };
+        let full = Size { remembered: full, ..small() };
+        assert!(full.may_be_announced(true).is_err(), "there is no room for the other's");
     }
 }

@@ -16,7 +16,8 @@ use coracle_storage::{Error, Mutant, ReplicaId};
 use futures_util::future::BoxFuture;
 use tokio::sync::oneshot;
 
-use super::{Condition, HOME, Host, Key, ended, home_bytes, never_took_part, told};
+use super::opening::HOME;
+use super::{Condition, Host, Key, ended, home_bytes, never_took_part, told};
 use crate::apply::{BIRTH, GroupState};
 use crate::birth::{Birth, Nursery, Sealed, SplitStep, Start};
 use crate::descriptor::Descriptor;
@@ -130,8 +131,11 @@ impl Host {
         Ok(Some(Newborn { replica, of, descriptor, live, _turns: turns }))
     }
 
-    /// Whether the log knows a replica, or remembers that it was destroyed.
+    /// Whether the log knows a replica, or remembers that it was destroyed, or has lost it, whose state is kept.
     fn is_or_was_here(&self, replica: ReplicaId) -> Result<bool, Error> {
+        if self.is_kept(replica) {
+            return Ok(true);
+        }
         match self.environment.log.state(replica) {
             Err(Error::UnknownReplica(_)) => self.environment.log.was_destroyed(replica),
             Ok(_) | Err(Error::Recovering { .. }) => Ok(true),

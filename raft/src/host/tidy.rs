@@ -17,6 +17,9 @@ const TIDY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Until one whose rewriting failed is tried again.
 const RETRY_PAUSE: Duration = Duration::from_secs(30);
+/// What is rewritten in a second at the least. The replicas of a group begin one after the other by it, so that
+/// not all of them rewrite their stores at once.
+const REWRITTEN_A_SECOND: u64 = 32 << 20;
 /// What is left free on the disk: the log goes on growing meanwhile.
 const ROOM_LEFT: u64 = 256 << 20;
 
@@ -27,6 +30,7 @@ impl Host {
     pub(super) async fn tidy(self: Arc<Self>) {
         let mut tried: BTreeSet<Tried> = BTreeSet::new();
         let mut failed: BTreeMap<ReplicaId, Instant> = BTreeMap::new();
+        let mut since: BTreeMap<Tried, Instant> = BTreeMap::new();
         loop {
             tokio::select! {
                 () = self.environment.stop.cancelled() => return,
@@ -39,14 +43,21 @@ impl Host {
             };
             tried.retain(|(replica, ..)| groups.iter().any(|group| group.replica() == *replica));
             failed.retain(|_, at| at.elapsed() < RETRY_PAUSE);
+            let untidy: BTreeSet<Tried> =
+                groups.iter().filter(|group| group.is_untidy()).map(|group| name(group)).collect();
+            since.retain(|name, _| untidy.contains(name));
+            for name in &untidy {
+                since.entry(*name).or_insert_with(Instant::now);
+            }
+            // Somebody waits for those of a merge.
+            let merging = |group: &&Arc<Group>| group.merge_status().merging.is_some();
             let is_due = |group: &&Arc<Group>| {
-                group.is_untidy()
+                let waited = since.get(&name(group)).map(Instant::elapsed);
+                waited.is_some_and(|waited| merging(group) || waited >= turn(group))
                     && !tried.contains(&name(group))
                     && !failed.contains_key(&group.replica())
                     && self.has_room_for(group.state_bytes())
             };
-            // Somebody waits for those of a merge.
-            let merging = |group: &&Arc<Group>| group.merge_status().merging.is_some();
             let first = groups.iter().filter(is_due).find(merging);
             let untidy = first.or_else(|| groups.iter().find(is_due)).cloned();
             let Some(group) = untidy else { continue };
@@ -73,6 +84,12 @@ impl Host {
         let space = self.environment.engines.fs().space(&self.shards);
         space.is_ok_and(|space| space.free_bytes >= bytes.saturating_mul(2) + ROOM_LEFT)
     }
+}
+
+/// How long a replica leaves it to those of its group that come before it.
+fn turn(group: &Group) -> Duration {
+    let before = group.status().members.range(..group.replica().0).count() as u32;
+    Duration::from_secs(group.state_bytes() / REWRITTEN_A_SECOND) * before
 }
 
 /// A replica, its store, its epoch and its merge.

@@ -8,33 +8,30 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use coracle_storage::Mutant;
-use coracle_storage::state::{
-    Batch, Engine, Filter, FilterState, Kind, MetaName, Reader, ReplicaState, key,
-};
+use bytes::{Bytes, BytesMut};
+use coracle_storage::state::{Batch, Engine, FilterState, MetaName, ReplicaState};
 use openraft::EntryPayload;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use super::{BATCH_BYTES_MAX, flush};
 use crate::apply::{Applied, Child, GroupState, Membership, MergeState, Neighbour, apply};
-use crate::birth::Sealed;
 use crate::command::{self, AbsorbShard};
+use crate::dedup::Remembered;
 use crate::descriptor::Descriptor;
 use crate::entry::{decode_stored_membership, encode_stored_membership, get_log_id, put_log_id};
-use crate::error::GroupError;
 use crate::history::History;
-use crate::kin::Lineage;
-use crate::merge_status::{Absorbed, Frozen, MergeStatus};
 use crate::rules::Rules;
 use crate::types::{Entry, LogId, Position, Replies, StoredMembership, position};
-use crate::wire::Malformed;
 
 /// Entries that are looked at for the median: a percent of error, and some milliseconds.
 const SAMPLES_MAX: usize = 20_000;
-/// Bytes of a neighbour's keys that are written at a time.
-const INGEST_BATCH_BYTES: u64 = 1 << 20;
+
+mod merge;
+mod view;
+
+use merge::{Durable, foreign_free_from};
+pub use view::ReadState;
 
 /// What reads, writes and the host see of a replica's state.
 #[derive(Clone)]
@@ -64,13 +61,7 @@ struct Seen {
     can_tell: bool,
     merge: MergeState,
     durable: Durable,
-}
-
-/// What of a merge survives a crash of this replica.
-#[derive(Clone, Copy, Default, PartialEq, Eq)]
-struct Durable {
-    frozen: Option<(u64, u64)>,
-    absorbed: Option<u64>,
+    remembered: Remembered,
 }
 
 pub(super) struct Current {
@@ -82,64 +73,6 @@ pub(super) struct Current {
     durable: Durable,
     /// Of this store, not of the group: the epoch at which no key outside the arc was left.
     foreign_free: Option<u64>,
-}
-
-/// A consistent look at a replica's state.
-pub struct ReadState {
-    /// Keys and versions.
-    pub reader: Reader<'static>,
-    /// Which arc this very view holds; `None` before the group was described, and while it is frozen: then it
-    /// serves nothing.
-    pub descriptor: Option<Descriptor>,
-    /// The same, frozen or not.
-    pub(crate) held: Option<Descriptor>,
-    /// Up to which entry.
-    pub position: Position,
-    /// The group clock: the highest version that is in it.
-    pub clock: u64,
-    history: History,
-    lineage: Arc<Lineage>,
-    filter: Arc<Filter>,
-    /// Who belongs to the group, by this very view.
-    pub(crate) membership: Arc<StoredMembership>,
-}
-
-impl ReadState {
-    /// The lowest version that may be read in a keyspace: what was superseded below may be gone.
-    pub fn threshold(&self, keyspace: u32) -> u64 {
-        self.history.threshold(keyspace)
-    }
-
-    /// Whether all that another shard ever held of this one's keys is in this view: it was split off from
-    /// that shard, or has taken it in.
-    pub fn descends_from(&self, shard: u64) -> bool {
-        self.lineage.descends_from(shard)
-    }
-
-    /// Whether the view still shows all that it did when it was taken. A compaction goes by what is
-    /// flushed meanwhile, not by views: of a keyspace with a short history it may drop what was the
-    /// newest version here. To be asked after the newest state was looked at; a look at a fixed
-    /// version compares that with the threshold instead. And once a split is flushed, what went to the
-    /// child is dropped, also from under a view of before.
-    pub fn is_whole(&self, keyspace: u32) -> bool {
-        let filter = self.filter.state();
-        let arc = self.descriptor.as_ref().and_then(|descriptor| descriptor.arc);
-        // While it is paused it drops nothing, and its extent may be that of before a merge.
-        let has_its_keys = filter.paused
-            || filter.arc.is_none()
-            || match (filter.extent, arc) {
-                (Some(kept), Some(arc)) => covers(kept, arc),
-                (kept, arc) => kept == arc,
-            };
-        filter.threshold(keyspace) <= self.clock && has_its_keys
-    }
-}
-
-/// Whether all of an arc is in another one. What was kept when a split was flushed is more than what is
-/// left after the next one.
-fn covers(kept: (u64, u64), arc: (u64, u64)) -> bool {
-    let last = |(_, end): (u64, u64)| end.wrapping_sub(1);
-    kept.0 <= arc.0 && last(arc) <= last(kept)
 }
 
 /// A group's clock and the highest ceiling, as replicated.
@@ -201,128 +134,6 @@ impl SharedState {
         let before = store.engine().approximate_bytes();
         store.compact(None).map_err(io::Error::other)?;
         Ok((before, store.engine().approximate_bytes()))
-    }
-
-    /// How far a merge is on this replica.
-    pub(crate) fn merge_status(&self) -> MergeStatus {
-        let seen = self.0.seen.read();
-        let durable = seen.durable;
-        let frozen = durable.frozen.filter(|_| durable.frozen == seen.merge.frozen);
-        let absorbed = seen
-            .merge
-            .absorbed
-            .map(|merge| Absorbed { merge, flushed: durable.absorbed == Some(merge) });
-        MergeStatus {
-            merging: seen.merge.merging.map(|(merge, _)| merge),
-            frozen: frozen.map(|(merge, index)| Frozen { merge, index }),
-            foreign_free: seen.foreign_free,
-            absorbed,
-        }
-    }
-
-    /// Makes all of it durable, and lets compaction and the merge's controller go by it.
-    pub(crate) fn seal(&self) -> io::Result<()> {
-        let (store, filter, merge) = {
-            let current = self.0.current.read();
-            let store = current.store.clone().ok_or_else(no_store)?;
-            (store, current.filter(), current.group.merge)
-        };
-        flush(&store, filter).map_err(io::Error::other)?;
-        let mut current = self.0.current.write();
-        current.durable = Durable { frozen: merge.frozen, absorbed: merge.absorbed };
-        *self.0.seen.write() = current.seen();
-        Ok(())
-    }
-
-    /// This replica as whoever takes its group in needs it, once it is frozen for that merge.
-    pub(crate) fn sealed(&self, merge: u64) -> Option<Sealed> {
-        let current = self.0.current.read();
-        let frozen = current.group.merge.frozen.is_some_and(|(by, _)| by == merge);
-        let store = current.store.clone().filter(|_| frozen)?;
-        Some(Sealed { state: current.group.clone(), store })
-    }
-
-    /// Writes the keys of a neighbour's arc, and no others. What is written twice is the same.
-    pub(super) fn ingest(&self, sealed: &Sealed, plan: &AbsorbShard) -> io::Result<()> {
-        if Mutant::TakesNothingIn.is_in() {
-            return Ok(());
-        }
-        let store = self.store()?;
-        let view = sealed.store.engine().view().map_err(io::Error::other)?;
-        let mut cursor = view.seek(Kind::Data.range(), false).map_err(io::Error::other)?;
-        let (mut batch, mut prefix, mut own) = (Batch::new(), Vec::new(), false);
-        while let Some((physical, stored)) = cursor.next().map_err(io::Error::other)? {
-            let not_data = || io::Error::other("a neighbour's record of data has no such key");
-            let (now, _) = key::split_data(&physical).ok_or_else(not_data)?;
-            if prefix != now {
-                prefix = now.to_vec();
-                let (keyspace, user_key) = key::decode_prefix(now).ok_or_else(not_data)?;
-                let position = plan.rules.position(keyspace, &user_key).ok_or_else(|| {
-                    io::Error::other(format!("the rule of keyspace {keyspace} did not come along"))
-                })?;
-                own = plan.other.owns(keyspace, position);
-            }
-            if own {
-                batch.put(physical, stored);
-            }
-            if batch.bytes() >= INGEST_BATCH_BYTES {
-                store.write(std::mem::take(&mut batch)).map_err(io::Error::other)?;
-            }
-        }
-        store.write(batch).map_err(io::Error::other)
-    }
-
-    /// Holds compaction back, or lets it go on.
-    pub(super) fn hold_compaction(&self, holds: bool) -> io::Result<()> {
-        self.store()?.filter().hold(holds);
-        Ok(())
-    }
-
-    /// Applies the entry that takes a neighbour in, whose keys are in the store.
-    pub(super) fn absorb(&self, entry: &Entry, sealed: &Sealed) -> io::Result<Vec<Replies>> {
-        let view = sealed.store.engine().view().map_err(io::Error::other)?;
-        let neighbour = Neighbour { state: &sealed.state, view: &*view };
-        let prepared = self.prepare(std::slice::from_ref(entry), Some(&neighbour))?;
-        self.commit(prepared)
-    }
-
-    /// Whether keys outside the arc may be here, and can be told apart.
-    pub(crate) fn is_untidy(&self) -> bool {
-        let seen = self.0.seen.read();
-        // One that is taken in is read by its arc, and goes.
-        let goes = seen.merge.merging.is_some_and(|(_, absorbs)| !absorbs);
-        seen.foreign_free.is_none() && seen.can_tell && !goes
-    }
-
-    /// Drops keys outside the arc, and remembers that none is left. False where keys of a keyspace are here
-    /// whose rule the group does not know, unless a merge is under way: it has brought the rules of all that
-    /// there can be foreign keys of. Blocks for as long as rewriting all of the store takes.
-    pub(crate) fn drop_foreign(&self) -> io::Result<bool> {
-        let (store, filter, group) = {
-            let current = self.0.current.read();
-            let store = current.store.clone().ok_or_else(no_store)?;
-            (store, current.filter(), current.group.clone())
-        };
-        let all_known = group.merge.merging.is_some();
-        flush(&store, filter).map_err(io::Error::other)?;
-        store.compact(None).map_err(io::Error::other)?;
-        let known = group.known_keyspaces();
-        let keyspaces = store.keyspaces().map_err(io::Error::other)?;
-        if !all_known && !keyspaces.iter().all(|keyspace| known.contains_key(keyspace)) {
-            return Ok(false);
-        }
-        // Under the lock: no batch changes the arc meanwhile.
-        let mut current = self.0.current.write();
-        if current.store.is_none() || !current.group.has_the_arc_of(&group) {
-            return Ok(false);
-        }
-        let epoch = group.descriptor.as_ref().map_or(0, |descriptor| descriptor.epoch);
-        let mut overlay = store.overlay();
-        overlay.put_meta(MetaName::FOREIGN_FREE, foreign_free_bytes(epoch));
-        store.write(overlay.into_batch()).map_err(io::Error::other)?;
-        current.foreign_free = Some(epoch);
-        *self.0.seen.write() = current.seen();
-        Ok(true)
     }
 
     /// The position with half of the bytes on each side, and the bytes, by a look at some keys. Blocks.
@@ -400,24 +211,6 @@ impl SharedState {
     pub(crate) fn durable_index(&self) -> Option<u64> {
         let applied = self.store().ok()?.applied_bytes()?;
         applied_from(applied).ok().flatten().map(|id| id.index())
-    }
-
-    /// A view of the state together with the descriptor that holds for it.
-    pub(crate) fn read(&self) -> Result<ReadState, GroupError> {
-        let current = self.0.current.read();
-        let store = current.store.as_ref().ok_or(GroupError::TooStale)?;
-        let reader = store.reader().map_err(|error| GroupError::Storage(error.to_string()))?;
-        Ok(ReadState {
-            reader,
-            descriptor: current.group.descriptor.clone().filter(|_| !current.group.is_frozen()),
-            held: current.group.descriptor.clone(),
-            position: current.last_applied.as_ref().map(position).unwrap_or_default(),
-            clock: current.group.clock,
-            history: current.group.history.clone(),
-            lineage: current.group.kin.lineage().clone(),
-            filter: store.filter().clone(),
-            membership: current.membership.clone(),
-        })
     }
 
     pub(super) fn store(&self) -> io::Result<ReplicaState> {
@@ -530,6 +323,10 @@ impl SharedState {
                 return Err(no_store());
             }
             store.write(batch).map_err(io::Error::other)?;
+            if current.group.merge.merging.is_some() && group.merge.merging.is_none() {
+                // It came to nothing, or all of it is durable.
+                store.filter().hold(false);
+            }
             current.foreign_free = foreign_free;
             current.group = group;
             current.membership = membership;
@@ -595,6 +392,7 @@ impl Current {
             can_tell: self.group.can_tell_keys(),
             merge: self.group.merge,
             durable: self.durable,
+            remembered: self.group.dedup.remembered(),
         }
     }
 
@@ -627,27 +425,18 @@ impl Current {
             Some(bytes) => Some(foreign_free_from(bytes)?),
             None => None,
         };
-        let membership = Arc::new(membership);
+        let (membership, durable) = (Arc::new(membership), Durable::default());
+        let store = Some(store);
+        let mut loaded = Self { store, group, last_applied, membership, foreign_free, durable };
         // What is there before the first batch has survived.
-        let durable = Durable { frozen: group.merge.frozen, absorbed: group.merge.absorbed };
-        Ok(Self { store: Some(store), group, last_applied, membership, foreign_free, durable })
+        loaded.durable = loaded.once_durable();
+        if loaded.may_be_taking_in()
+            && let Some(store) = &loaded.store
+        {
+            store.filter().hold(true);
+        }
+        Ok(loaded)
     }
-}
-
-fn foreign_free_bytes(epoch: u64) -> Bytes {
-    let mut bytes = BytesMut::with_capacity(9);
-    bytes.put_u8(1);
-    bytes.put_u64(epoch);
-    bytes.freeze()
-}
-
-fn foreign_free_from(bytes: Bytes) -> io::Result<u64> {
-    let mut reader = crate::wire::Reader::new(bytes);
-    let epoch = match reader.u8() {
-        Ok(1) => reader.u64(),
-        _ => Err(Malformed("a foreign-free record of an unknown format version")),
-    };
-    epoch.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
 fn no_store() -> io::Error {

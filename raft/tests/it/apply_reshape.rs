@@ -10,14 +10,15 @@ use coracle_raft::apply::{
     Applied, BIRTH, Child, GroupState, Membership, Neighbour, NotReshaped, Outcome, Reshaped, apply,
 };
 use coracle_raft::command::{
-    AbsorbShard, AnnounceMerge, Change, Command, FreezeShard, Operation, Planned, Request,
-    SplitShard, Stamped,
+    AbsorbShard, AnnounceMerge, Change, Command, EndMerge, FreezeShard, Operation, Planned,
+    Request, RequestId, SplitShard, Stamped,
 };
-use coracle_raft::dedup::Bounds;
+use coracle_raft::dedup::{AGE_MS_MIN, Bounds};
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::history::{Pin, Pinned, Settings};
 use coracle_raft::rules::Rules;
 use coracle_raft::types::Position;
+use coracle_storage::state::Kind;
 
 use crate::apply_words::{Group, KEYSPACE, applied_version, put, request};
 
@@ -330,4 +331,115 @@ fn only_a_neighbour_on_the_right_is_taken_in_for_the_merge_that_was_announced() 
     assert_eq!(refused(&mut left, &late), NotReshaped::Epoch { epoch: 1 });
     let (_, outcome) = absorb(&mut left, &right, &plan);
     assert!(matches!(outcome, Outcome::Reshaped(Ok(_))), "{outcome:?}");
+}
+
+/// One of each kind, and of those that end a merge one for each reason to refuse it. No wildcard: a new command
+/// is to be thought about here.
+fn all_commands(group: &Group) -> Vec<Command> {
+    let now_ms = group.now_ms;
+    let epoch = PLANNED.epoch;
+    let announce = |merge, absorbs| {
+        Command::Announce(AnnounceMerge { planned: PLANNED, merge, absorbs, rules: rules() })
+    };
+    let freeze = |merge| Command::Freeze(FreezeShard { planned: PLANNED, merge });
+    let mut all = vec![
+        Command::Requests(vec![Request {
+            position: AT,
+            ..request(group.id(5, 1), vec![put("u", "late")])
+        }]),
+        Command::Advance,
+        Command::Describe(Descriptor { shard: 9, arc: Some((0, 0)), epoch: 9 }),
+        Command::Settings(vec![Settings { keyspace: KEYSPACE, history_ms: 1, revision: 99 }]),
+        Command::Pin(Pin { keyspace: KEYSPACE, version: now_ms << 16, until_ms: now_ms + 100_000 }),
+        Command::Split(SplitShard { planned: PLANNED, at: AT + 1, ..plan() }),
+        Command::Absorb(plan_to_absorb(group)),
+    ];
+    for merge in [7, 8] {
+        all.extend([announce(merge, true), announce(merge, false), freeze(merge)]);
+        all.push(Command::EndMerge(EndMerge { merge, epoch }));
+    }
+    for (merge, epoch) in [(7, epoch - 1), (7, epoch + 1), (8, epoch)] {
+        all.push(Command::Thaw(EndMerge { merge, epoch }));
+    }
+    let name = |command: &Command| match command {
+        Command::Requests(_) => 0,
+        Command::Advance => 1,
+        Command::Describe(_) => 2,
+        Command::Settings(_) => 3,
+        Command::Pin(_) => 4,
+        Command::Split(_) => 5,
+        Command::Announce(_) => 6,
+        Command::Freeze(_) => 7,
+        Command::Thaw(_) => 8,
+        Command::Absorb(_) => 9,
+        Command::EndMerge(_) => 10,
+    };
+    assert_eq!(all.iter().map(name).collect::<BTreeSet<_>>(), (0..=10).collect());
+    all
+}
+
+#[test]
+fn a_frozen_group_changes_by_no_command_but_the_thaw_that_is_done() {
+    for announced in [true, false] {
+        let (_, mut right) = neighbours();
+        let first = Request { position: AT, ..request(right.id(1, 1), vec![put("u", "v")]) };
+        applied_version(&right.write(first));
+        if announced {
+            announce(&mut right, false);
+        }
+        right.entry(Command::Freeze(FreezeShard { planned: PLANNED, merge: 7 }));
+        let (state, raw) = (right.store.state(), right.store.raw());
+        assert!(state.merge.frozen.is_some());
+        for command in all_commands(&right) {
+            right.now_ms += 5_000;
+            right.entry(command.clone());
+            assert_eq!(right.store.state(), state, "{command:?}");
+            assert_eq!(right.store.raw(), raw, "{command:?}");
+        }
+        right.now_ms += 5_000;
+        right.entry(Command::Thaw(EndMerge { merge: 7, epoch: PLANNED.epoch }));
+        let after = right.store.state();
+        assert!(after.merge.frozen.is_none() && after.ceiling > state.ceiling);
+    }
+}
+
+#[test]
+fn what_both_remember_is_cut_to_the_bounds_when_they_become_one() {
+    let bounds = Bounds { results: 100, result_bytes: 1 << 20, marks: 100 };
+    let fill = |group: &mut Group, clients: std::ops::Range<u64>, position| {
+        for client in clients {
+            let write = request(group.id(client, 1), vec![put("k", "v")]);
+            applied_version(&group.write(Request { position, ..write }));
+        }
+    };
+    for (old, left_over) in [(90, 99), (20, 120)] {
+        let (mut left, mut right) = (Group::fresh(bounds), Group::fresh(bounds));
+        left.entry(Command::Describe(Descriptor { shard: 1, arc: Some((0, AT)), epoch: 1 }));
+        right.entry(Command::Describe(Descriptor { shard: 2, arc: Some((AT, 0)), epoch: 1 }));
+        // Those of the same birth go by the client's id, so that all replicas cut the same.
+        fill(&mut left, 0..old, 5);
+        for group in [&mut left, &mut right] {
+            group.now_ms += 3 * AGE_MS_MIN;
+        }
+        fill(&mut left, old..90, 5);
+        fill(&mut right, 1_000..1_050, AT);
+        announce(&mut left, true);
+        right.entry(Command::Freeze(FreezeShard { planned: PLANNED, merge: 7 }));
+        let plan = plan_to_absorb(&right);
+        let (state, outcome) = absorb(&mut left, &right, &plan);
+        assert!(matches!(outcome, Outcome::Reshaped(Ok(_))), "{outcome:?}");
+        // Evicted in steps; nothing that is young goes.
+        let kept = state.dedup.results;
+        assert!(kept <= left_over && kept + 64 > left_over, "{kept}");
+        assert_eq!(state.dedup.marks, kept);
+        assert_eq!(left.store.count(Kind::Result) as u64, kept);
+        assert_eq!(left.store.count(Kind::ResultAge) as u64, 2 * kept);
+        let late =
+            request(RequestId { birth_ms: left.now_ms, ..left.id(5_000, 1) }, vec![put("k", "v")]);
+        let reply = left.write(late);
+        let refused = matches!(reply.outcome, Outcome::Overloaded { .. });
+        assert_eq!(refused, left_over >= bounds.results, "{reply:?}");
+        let retry = request(left.id(1_049, 1), vec![put("k", "v")]);
+        assert!(left.write(retry).duplicate, "a young one is known for its time");
+    }
 }

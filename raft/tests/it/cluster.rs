@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use coracle_raft::apply::{Outcome, Reply};
+use coracle_raft::birth::Failpoint;
 use coracle_raft::clock::Clock;
 use coracle_raft::command::{Change, Operation, Request, RequestId};
 use coracle_raft::descriptor::Descriptor;
@@ -110,6 +111,16 @@ pub(crate) struct Node {
 }
 
 async fn start(id: NodeId, disk: &FaultyFs, wires: &Arc<Wires>, start: u64) -> Node {
+    start_with(id, disk, wires, start, None).await
+}
+
+async fn start_with(
+    id: NodeId,
+    disk: &FaultyFs,
+    wires: &Arc<Wires>,
+    start: u64,
+    failpoint: Option<Failpoint>,
+) -> Node {
     let exec: Arc<dyn Exec> = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 8));
     let fs: Arc<dyn Fs> = Arc::new(disk.clone());
     let dir = PathBuf::from("/log");
@@ -131,6 +142,7 @@ async fn start(id: NodeId, disk: &FaultyFs, wires: &Arc<Wires>, start: u64) -> N
         stop: stop.clone(),
         on_hang: Arc::new(|| panic!("the disk hangs")),
     });
+    host.set_failpoint(failpoint);
     host.open_all(&recovery).await.expect("all replicas open");
     wires.hosts.lock().insert(id, host.clone());
     Node { host, log, stop }
@@ -187,6 +199,12 @@ impl Cluster {
 
     pub(crate) async fn restart(&mut self, id: NodeId, count: u64) {
         let node = start(id, &self.disks[&id], &self.wires, count).await;
+        self.nodes.insert(id, node);
+    }
+
+    /// As [`Cluster::restart`], and told of every step already while its replicas open.
+    pub(crate) async fn restart_with(&mut self, id: NodeId, count: u64, failpoint: Failpoint) {
+        let node = start_with(id, &self.disks[&id], &self.wires, count, Some(failpoint)).await;
         self.nodes.insert(id, node);
     }
 

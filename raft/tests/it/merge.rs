@@ -11,14 +11,18 @@ use std::time::Duration;
 use coracle_raft::apply::{GroupState, Outcome};
 use coracle_raft::birth::MergeStep;
 use coracle_raft::command::Change;
+use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::ChangeError;
 use coracle_raft::group::{MergePlan, PrepareMerge, SplitPlan};
 use coracle_raft::history::Settings;
+use coracle_raft::host::Condition;
+use coracle_raft::leadership::Standing;
 use coracle_raft::state_machine::ReadState;
 use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::ReplicaId;
-use coracle_storage::state::{MapEngines, OpenState, ReplicaState};
-use tokio::time::Instant;
+use coracle_storage::fs::Fs;
+use coracle_storage::state::{MapEngines, MetaName, OpenState, Overlay, ReplicaState};
+use tokio::time::{Instant, timeout};
 
 use crate::cluster::SHARD;
 use crate::members::{FOURTH, LEARNER, soon, until};
@@ -61,6 +65,35 @@ impl Ring {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         }
+    }
+
+    /// What a node that is stopped has of a replica.
+    fn on_disk(&self, node: NodeId, replica: u64) -> Overlay {
+        let engines = MapEngines::new(Arc::new(self.cluster.disks[&node].clone()));
+        let dir = format!("/shards/{replica:016x}");
+        let store = ReplicaState::open(&engines, dir.as_ref(), OpenState { create: false });
+        store.expect("it is there").overlay()
+    }
+
+    /// A merge goes on until a follower of the lower half has found its neighbour, and that node dies; its log
+    /// says durably that what it was to apply is committed.
+    async fn dies_taking_in(&mut self) -> NodeId {
+        let led = self.leading(SHARD).await.status().leader;
+        let node = nodes().find(|node| led != Some(*node)).expect("three nodes");
+        let (failpoint, reached) = stop_at(MergeStep::Found);
+        self.cluster.nodes[&node].host.set_failpoint(Some(failpoint));
+        tokio::select! {
+            () = self.merge() => {}
+            () = until("it is found", || reached.load(Ordering::SeqCst)) => {}
+        }
+        let whole = |known: Descriptor| known.arc == Some((0, 0));
+        until("the others have taken it in", || {
+            self.leader(SHARD).and_then(|group| group.descriptor()).is_some_and(whole)
+        })
+        .await;
+        self.fill(20..30).await;
+        self.cluster.stop(node).await;
+        node
     }
 
     fn prepare(&self, shard: ShardId, epoch: u64) -> PrepareMerge {
@@ -213,10 +246,7 @@ async fn a_frozen_group_serves_nothing_also_after_a_crash_and_serves_again_when_
             for node in nodes() {
                 ring.cluster.stop(node).await;
                 // What it had said is on the disk: it does not wait for the log to say it again.
-                let engines = MapEngines::new(Arc::new(ring.cluster.disks[&node].clone()));
-                let dir = format!("/shards/{:016x}", 20 + node.0);
-                let store = ReplicaState::open(&engines, dir.as_ref(), OpenState { create: false });
-                let state = GroupState::load(&store.expect("it is there").overlay());
+                let state = GroupState::load(&ring.on_disk(node, 20 + node.0));
                 assert!(state.expect("readable").merge.frozen.is_some(), "n{}", node.0);
             }
             for node in nodes() {
@@ -364,5 +394,76 @@ async fn a_merge_that_is_cancelled_at_any_step_before_it_is_decided_leaves_both_
         ring.agree(nodes()).await;
         let status = ring.cluster.nodes[&node].host.group(CHILD).expect("it runs").merge_status();
         assert_eq!(status.frozen, None, "{step:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_may_hold_keys_of_others_is_not_frozen() {
+    let ring = Ring::new().await;
+    let group = ring.leading(SHARD).await;
+    let refused = group.freeze(MERGE, ring.epoch_of(SHARD), soon()).await;
+    let Err(ChangeError::Refused(why)) = &refused else { panic!("{refused:?}") };
+    assert!(why.contains("left behind"), "{why}");
+    ring.put("k0", "v0").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn that_no_key_of_others_is_left_is_said_once_a_crash_leaves_it_so() {
+    let mut ring = halves(20).await;
+    for node in nodes() {
+        let group = ring.cluster.nodes[&node].host.group(CHILD).expect("it is here");
+        until("they are dropped", || group.merge_status().foreign_free.is_some()).await;
+        drop(group);
+        ring.cluster.stop(node).await;
+        let said = ring.on_disk(node, 20 + node.0).meta(MetaName::FOREIGN_FREE);
+        assert!(said.expect("readable").is_some(), "n{}", node.0);
+        ring.cluster.restart(node, 2).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_starts_while_one_of_its_replicas_takes_its_neighbour_in() {
+    let mut ring = halves(20).await;
+    let node = ring.dies_taking_in().await;
+    let (failpoint, again) = stop_at(MergeStep::Found);
+    let started = ring.cluster.restart_with(node, 2, failpoint);
+    timeout(Duration::from_secs(20), started).await.expect("it waits for none of its replicas");
+    until("it is found again", || again.load(Ordering::SeqCst)).await;
+    let host = ring.cluster.nodes[&node].host.clone();
+    let waiting = host.group(SHARD).expect("it is here").merge_status();
+    assert_eq!(waiting.absorbed, None);
+    assert!(host.group(CHILD).expect("it is here").merge_status().frozen.is_some());
+    drop(host);
+    ring.cluster.stop(node).await;
+    ring.cluster.restart(node, 3).await;
+    ring.merge().await;
+    ring.check(0..30).await;
+    ring.agree_on(&[SHARD], nodes()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_neighbour_is_lost_says_that_it_has_stopped_and_its_node_starts() {
+    let mut ring = halves(20).await;
+    let node = ring.dies_taking_in().await;
+    let (own, other) = (ReplicaId(10 + node.0), ReplicaId(20 + node.0));
+    let lost = format!("/shards/{:016x}", other.0);
+    ring.cluster.disks[&node].remove_dir_all(lost.as_ref()).expect("it is there");
+    let started = ring.cluster.restart(node, 2);
+    timeout(Duration::from_secs(20), started).await.expect("it waits for none of its replicas");
+    let host = ring.cluster.nodes[&node].host.clone();
+    assert_eq!(host.condition(other), Condition::Damaged);
+    until("it stops", || host.condition(own) == Condition::Damaged).await;
+    let group = host.group(SHARD).expect("it is here");
+    let status = group.status();
+    assert_eq!(status.state, Standing::Stopped);
+    assert!(status.failed.is_some_and(|why| why.contains("to be taken in")));
+    assert_eq!(group.merge_status().absorbed, None);
+    drop(group);
+    // The others go on, and it can be removed to be made anew.
+    ring.fill(30..40).await;
+    for (shard, replica) in [(SHARD, own), (CHILD, other)] {
+        let removed = timeout(Duration::from_secs(20), host.destroy(shard, replica)).await;
+        removed.expect("it waits for nobody").expect("destroyed");
+        assert_eq!(host.condition(replica), Condition::Absent);
     }
 }

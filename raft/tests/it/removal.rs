@@ -12,14 +12,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::group::Group;
-use coracle_raft::host::{Host, LogBudget, Options};
+use coracle_raft::host::{Condition, Host, LogBudget, Options};
 use coracle_raft::lease::Timing;
 use coracle_raft::transport::{Address, Answering, Lane, Transport, TransportError};
 use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::exec::{Exec, RealExec};
 use coracle_storage::fs::Fs;
 use coracle_storage::fs::faulty::{FaultyFs, Op};
-use coracle_storage::log::Log;
+use coracle_storage::log::{Log, Recovery};
 use coracle_storage::state::{Batch, Engine, Engines, Filter, MapEngines, OpenState, View};
 use coracle_storage::{Error, LogOptions, ReplicaId};
 use parking_lot::{Condvar, Mutex};
@@ -58,7 +58,10 @@ struct EndlessStore {
 impl Engines for Endless {
     fn open(&self, dir: &Path, options: OpenState) -> Result<Arc<dyn Engine>, Error> {
         let (below, compacting) = (self.below.open(dir, options)?, self.compacting.clone());
-        self.held.lock().push(below.clone());
+        // Of the replicas that the test makes, not of what the host looks at.
+        if options.create {
+            self.held.lock().push(below.clone());
+        }
         let ended = (Mutex::new(false), Condvar::new());
         Ok(Arc::new(EndlessStore { below, compacting, ended }))
     }
@@ -148,12 +151,17 @@ struct Rig {
 
 impl Rig {
     async fn start() -> Rig {
+        Rig::on(FaultyFs::new(1), "/log", false).await
+    }
+
+    /// On a disk with stores, and with a log that is told to have lost something.
+    async fn on(disk: FaultyFs, log: &str, lossy: bool) -> Rig {
         let exec: Arc<dyn Exec> = Arc::new(RealExec::new(tokio::runtime::Handle::current(), 8));
-        let disk = FaultyFs::new(1);
         let fs: Arc<dyn Fs> = Arc::new(disk.clone());
         let options = LogOptions { segment_bytes: 1 << 20, ..LogOptions::default() };
         let (log, recovery) =
-            Log::open(fs.clone(), exec.clone(), Path::new("/log"), options).expect("a new log");
+            Log::open(fs.clone(), exec.clone(), Path::new(log), options).expect("a new log");
+        let recovery = Recovery { lossy, ..recovery };
         let (stop, compacting) = (CancellationToken::new(), Arc::new(AtomicBool::new(false)));
         let held = Held::default();
         let below = MapEngines::new(fs);
@@ -343,4 +351,27 @@ async fn a_snapshot_that_is_being_installed_is_waited_for_and_brings_nothing_bac
         assert!(!disk.exists(&dir(learner.0)), "it came back");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_that_the_log_does_not_know_is_kept_where_the_log_has_lost_something() {
+    let rig = Rig::start().await;
+    rig.create_free(1, 11).await;
+    let disk = rig.disk.clone();
+    rig.end().await;
+    // Nothing was applied to it, and it may have voted.
+    let rig = Rig::on(disk.clone(), "/log2", true).await;
+    assert!(rig.disk.exists(&dir(11)), "it was taken for one that never took part");
+    assert_eq!(rig.host.condition(ReplicaId(11)), Condition::Damaged);
+    let initial = Descriptor { shard: 1, arc: Some((0, 0)), epoch: 1 };
+    let again = timeout(SOON, rig.host.create(ReplicaId(11), initial)).await;
+    assert!(again.expect("it waits for nobody").is_err(), "it would begin without its vote");
+    rig.create_free(1, 12).await;
+    rig.destroy(1, 12).await;
+    rig.end().await;
+    // A log that is whole says that its creation was cut short.
+    let rig = Rig::on(disk, "/log3", false).await;
+    assert!(!rig.disk.exists(&dir(11)));
+    rig.create_free(1, 11).await;
+    rig.end().await;
 }

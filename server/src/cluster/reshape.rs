@@ -28,8 +28,8 @@ pub(super) use self::enter::{
     SplitWork, begin_merge, begin_split, begin_undo, by_itself, check_free, check_merge, enter,
 };
 pub(super) use self::hold::{around, behind};
-pub(super) use self::merge::{apart, are_neighbours, check_size, has_taken, is_decided, needed_by};
 use self::merge::is_voter;
+pub(super) use self::merge::{apart, are_neighbours, check_size, has_taken, is_decided, needed_by};
 use super::members::is_lost_role;
 use crate::records::Snapshot;
 use crate::records::operations::has_ended;

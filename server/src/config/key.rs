@@ -273,7 +273,7 @@ pub(super) const KEYS: &[Key] = &[
         kind: Kind::Span(ms(0), ms(60_000)),
         preset: Preset::Fixed("0ms"),
         doc: "Work on the cluster waits so long between any two of its steps, and logs which: for \
-              those who want to end a process right there.",
+              those who want to end a process right there. Nodes that are silent are given up sooner.",
     },
     Key {
         name: "test.skip_drain",

@@ -31,6 +31,8 @@ pub struct Recovery {
     /// from their group under a fresh id, and destroyed here. A replica of which every record is
     /// lost is in no list: compare with the directories that hold the replicas' states.
     pub recovering: Vec<Damage>,
+    /// Whether a part of the log could not be read, whoever it told of.
+    pub lossy: bool,
     /// The replicas that were destroyed and not yet forgotten.
     pub destroyed: Vec<ReplicaId>,
     /// Bytes behind the last durable batch that a crash had left, and that were cut.
@@ -44,6 +46,7 @@ struct Found {
     damages: Vec<Damage>,
     /// The last segment is not to be written on: there is damage.
     leave: bool,
+    lossy: bool,
     log_start: u64,
     next_batch: u64,
     chain: u32,
@@ -71,6 +74,7 @@ pub(crate) fn open(
         replicas: found.index.replicas.keys().copied().collect(),
         destroyed: found.index.destroyed.keys().copied().collect(),
         recovering: found.damages.clone(),
+        lossy: found.lossy,
         torn_bytes: found.tail.as_ref().map_or(0, |tail| tail.torn_bytes),
     };
     recovery.replicas.retain(|id| found.damages.iter().all(|damage| damage.replica != *id));
@@ -133,10 +137,11 @@ fn read(fs: &dyn Fs, dir: &Path, options: &LogOptions) -> Result<Found, Error> {
         segments.push(Filled { segment: content.segment, used: scan.end });
     }
     let losses: Vec<Loss> = std::mem::take(&mut scan.losses);
-    let leave = scan.unsound || !losses.is_empty();
+    let lossy = !losses.is_empty();
+    let leave = scan.unsound || lossy;
     let (next_batch, chain) = (scan.next_batch.unwrap_or(1), scan.chain.unwrap_or(0));
     let (index, damages) = replay.finish(dir, &losses, options.cache_bytes);
-    Ok(Found { segments, index, damages, leave, log_start, next_batch, chain, tail, freed })
+    Ok(Found { segments, index, damages, leave, lossy, log_start, next_batch, chain, tail, freed })
 }
 
 fn content(fs: &dyn Fs, dir: &Path, number: u64, options: &LogOptions) -> Result<Content, Error> {

