@@ -39,15 +39,15 @@ impl Nemesis<'_> {
             };
             let ring = on_the_ring(&map);
             if ring.len() < SHARDS_MAX && (ring.len() < 2 || self.one_in(2)) {
-                self.split(&client, &ring).await;
+                self.split_one(&client, &ring).await;
             } else {
-                self.merge(&client, &ring).await;
+                self.merge_two(&client, &ring).await;
             }
         }
         client.close().await;
     }
 
-    async fn split(&self, client: &Client, ring: &[&Shard]) {
+    async fn split_one(&self, client: &Client, ring: &[&Shard]) {
         let shard = ring[self.below(ring.len() as u64) as usize];
         let size = shard.end.wrapping_sub(shard.start);
         // The whole ring is 2^64: none.
@@ -68,7 +68,7 @@ impl Nemesis<'_> {
         }
     }
 
-    async fn merge(&self, client: &Client, ring: &[&Shard]) {
+    async fn merge_two(&self, client: &Client, ring: &[&Shard]) {
         let at = self.below(ring.len() as u64 - 1) as usize;
         let (left, right) = (ring[at].id, ring[at + 1].id);
         self.trace.event(format_args!("{left} and {right} are merged"));

@@ -495,7 +495,6 @@ fn by(shard: u64, answer: Answer) -> Answer {
         Answer::Read { seen, at } => Answer::Read { seen, at: moved(at) },
         Answer::Written { version, at } => Answer::Written { version, at: moved(at) },
         Answer::Mismatch { seen, at } => Answer::Mismatch { seen, at: moved(at) },
-        other => other,
     }
 }
 

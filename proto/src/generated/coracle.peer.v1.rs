@@ -486,6 +486,10 @@ pub struct Operations {
     /// See coracle.v1.Balancing; 0 means the default.
     #[prost(uint64, tag = "9")]
     pub split_load: u64,
+    /// How many shards the cluster was made with and its operators have split off since: no fewer are left
+    /// by merges that nobody asked for. 0 means that nobody knows.
+    #[prost(uint64, tag = "10")]
+    pub shards_asked: u64,
 }
 /// See LeavingReplicas.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -3014,6 +3014,9 @@ pub struct ShardMerge {
     /// Where the right one's arc began.
     #[prost(uint64, tag = "10")]
     pub boundary: u64,
+    /// The cluster began it by itself.
+    #[prost(bool, tag = "11")]
+    pub automatic: bool,
 }
 /// One move of an operation.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::unasked::Unasked;
 use super::points::Point;
-use super::reshape::{self, Entry, Next, On, Seen, SplitWork};
+use super::reshape::{self, Entry, Next, On, Seen};
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target};
 use crate::records::Snapshot;
 use crate::records::operations::has_ended;

@@ -83,7 +83,9 @@ fn what_is_large_busy_asked_for_or_turned_off_is_left_alone() {
         known.bytes.values_mut().for_each(|bytes| *bytes += MERGE_BYTES_MAX / 2);
     };
     assert_eq!(look(&large), None, "no group takes in so much");
-    let unknown = |_: &mut Snapshot, known: &mut Knowledge| drop(known.bytes.remove(&2));
+    let unknown = |_: &mut Snapshot, known: &mut Knowledge| {
+        known.bytes.remove(&2);
+    };
     assert_eq!(look(&unknown), None, "not before every size is known");
     let work = |snapshot: &mut Snapshot, _: &mut Knowledge| {
         let state = v1::OperationState::Running.into();
