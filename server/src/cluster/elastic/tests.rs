@@ -1,6 +1,5 @@
 //! Which states may follow on which, and what becomes of operations that somebody controls.
 
-
 use super::*;
 use crate::cluster::testing;
 
