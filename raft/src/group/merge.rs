@@ -40,7 +40,7 @@ pub const MERGE_BYTES_MAX: u64 = 256 << 20;
 /// A merge as it is announced to one of its two groups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PrepareMerge {
-    /// The merge: the id of the operation, never used before.
+    /// The merge: never used before, another one with each attempt of an operation.
     pub merge: u64,
     /// This group's epoch.
     pub epoch: u64,

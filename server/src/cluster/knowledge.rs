@@ -54,7 +54,8 @@ pub struct Knowledge {
     pub(super) loads: BTreeMap<(u64, u64), u64>,
     /// By shard: who leads it.
     pub(super) leaders: BTreeMap<u64, u64>,
-    /// Shards whose leaders were asked to hand over, until that is heeded.
+    /// Shards whose leaders were asked to hand over, or whose members may be others by now, until somebody
+    /// has looked.
     pub(super) handed_over: BTreeSet<u64>,
     /// By shard: why it is not split by itself, though it is large or busy.
     pub(super) unsplit: BTreeMap<u64, String>,

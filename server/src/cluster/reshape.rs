@@ -121,8 +121,8 @@ pub(super) enum Entry {
     PlanSplit,
     /// The group has split: the map has both.
     Split { epoch: u64, child_epoch: u64 },
-    /// It was planned on an epoch that has passed.
-    SplitAgain,
+    /// It was planned on an epoch that has passed: the group has come to this one.
+    SplitAgain { epoch: u64 },
     /// Replicas of the right one move; read replicas that are in the way go.
     Gather { moves: Vec<(u64, u64)>, withdraw: Vec<(u64, u64, u64)> },
     /// Both are told of the merge.
@@ -267,7 +267,7 @@ fn split_next(
         };
     }
     if group.epoch > split.epoch {
-        return Next::Enter(Entry::SplitAgain);
+        return Next::Enter(Entry::SplitAgain { epoch: group.epoch });
     }
     let order = match operation.cancelling {
         // Raises the epoch: whatever was asked for before fails from then on.

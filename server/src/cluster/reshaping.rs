@@ -180,7 +180,9 @@ impl Cluster {
                 Next::Enter(entry) => {
                     tracing::info!(operation = id, ?entry, "a shard is reshaped");
                     (orders.refusals, orders.refused_by) = (0, None);
-                    if !self.enter(operation, &entry).await {
+                    // Planned again when the map has heard who its members are.
+                    let again = matches!(entry, Entry::SplitAgain { .. });
+                    if !self.enter(operation, &entry).await || again {
                         break;
                     }
                 }
@@ -253,11 +255,18 @@ impl Cluster {
             Ok(snapshot) if entered => {
                 self.hold_behind(operation, entry, &snapshot).await;
                 let own = self.map.update_from_proto(&snapshot.map);
-                let arcs = matches!(entry, Entry::Split { .. } | Entry::Taken { .. });
-                // Where arcs have changed routes of before are refused: who asks next is to find the new.
-                if own.is_ok()
-                    && (arcs || matches!(entry, Entry::Back { .. } | Entry::Ended { .. }))
-                {
+                // Where epochs have risen routes of before are refused: who asks next is to find the new.
+                let epochs = match entry {
+                    Entry::Split { .. } | Entry::Taken { .. } => true,
+                    Entry::Back { .. } | Entry::Ended { .. } => true,
+                    Entry::SplitAgain { .. } => {
+                        let shard = operation.split.as_ref().map(|split| split.shard);
+                        self.knowledge.lock().handed_over.extend(shard);
+                        true
+                    }
+                    _ => false,
+                };
+                if own.is_ok() && epochs {
                     self.publish(&snapshot.map).await;
                 }
                 true

@@ -138,7 +138,7 @@ async fn merged_again(bench: &mut Bench, client: &Client, lefts: &[String]) {
         }
         let there = shards(client).await;
         let open = pairs.iter().filter(|(_, right)| there.contains(right));
-        let open: Vec<_> = open.map(|(left, right)| (left.parse(), *right)).collect();
+        let open: Vec<_> = open.map(|(left, right)| (left.parse::<u64>(), *right)).collect();
         // One whose freeze was too slow each time, on a machine that has much else to do.
         for (left, right) in &open {
             let left = ShardId(*left.as_ref().expect("a number"));

@@ -133,7 +133,12 @@ fn enter_split(
             shards[at + 1].replicas.iter_mut().for_each(|replica| replica.replaces = 0);
             close(operation, OperationState::Done, String::new(), now_ms);
         }
-        (Entry::SplitAgain, SplitStep::Split) => {
+        (Entry::SplitAgain { epoch }, SplitStep::Split) => {
+            if operation.cancelling {
+                // By this operation itself. Else members have changed: the map hears of them first.
+                let shard = &mut snapshot.map.shards[at];
+                shard.epoch = shard.epoch.max(*epoch);
+            }
             split.set_step(SplitStep::Plan);
             split.attempts += 1;
             let attempts = split.attempts;

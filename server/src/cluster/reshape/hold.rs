@@ -37,7 +37,7 @@ pub(in crate::cluster) fn behind(entry: &Entry) -> Option<Point> {
     Some(match entry {
         Entry::PlanSplit => Point::SplitPlanned,
         Entry::Split { .. } => Point::SplitRecorded,
-        Entry::SplitAgain => Point::SplitTakenBack,
+        Entry::SplitAgain { .. } => Point::SplitTakenBack,
         Entry::Gather { .. } => Point::GatherBegun,
         Entry::Prepare => Point::MergePlanned,
         Entry::Freeze { .. } => Point::FreezePlanned,

@@ -49,7 +49,7 @@ fn a_split_waits_for_moves_and_is_planned_again_when_members_have_changed() {
     // Its group went on: what was asked for can never be heeded any more.
     let group = world.groups.get_mut(&L).expect("it is there");
     group.epoch += 1;
-    assert_eq!(world.step(id), Next::Enter(Entry::SplitAgain));
+    assert_eq!(world.step(id), Next::Enter(Entry::SplitAgain { epoch: 6 }));
     world.snapshot.map.shards[1].epoch = 6;
     let ended = world.run(id);
     let split = ended.split.expect("a split");
@@ -69,10 +69,14 @@ fn a_split_that_is_cancelled_never_happens_afterwards() {
     list.next().expect("it is there").cancelling = true;
     let ended = world.run(id);
     assert_eq!(ended.state(), OperationState::Cancelled);
-    world.snapshot.map.shards[1].epoch = world.groups[&L].epoch;
+    let epoch = world.shard(L).expect("it stays").epoch;
+    assert_eq!(epoch, world.groups[&L].epoch, "else nothing can be planned on it");
     world.deliver();
     assert_eq!(world.groups[&L].end, HALF, "the order of before came too late");
     assert!(world.shard(3).is_none());
+    let id = world.split();
+    let ended = world.run(id);
+    assert_eq!((ended.state(), ended.split.expect("a split").attempts), (OperationState::Done, 0));
 }
 
 #[test]
