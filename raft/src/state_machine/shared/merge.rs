@@ -228,7 +228,7 @@ mod tests {
     use std::sync::Arc;
 
     use coracle_proto::entity::EntityRule;
-    use coracle_storage::fs::faulty::FaultyFs;
+    use coracle_storage::fs::faulty::{FaultyFs, Loss};
     use coracle_storage::state::{MapEngines, OpenState, ReplicaState};
 
     use super::*;
@@ -241,9 +241,17 @@ mod tests {
 
     /// A store that was left by a crash, as `merge` says, with a key on each side of the arc's end.
     fn left_behind(merging: Option<(u64, bool)>, absorbed: Option<u64>) -> SharedState {
+        made((merging, absorbed), Some(4), &FaultyFs::new(0))
+    }
+
+    fn made(
+        (merging, absorbed): (Option<(u64, bool)>, Option<u64>),
+        foreign_free: Option<u64>,
+        disk: &FaultyFs,
+    ) -> SharedState {
         let rules =
             Rules { hash_seed: 7, keyspaces: BTreeMap::from([(KEYSPACE, EntityRule::Whole)]) };
-        let engines = MapEngines::new(Arc::new(FaultyFs::new(0)));
+        let engines = MapEngines::new(Arc::new(disk.clone()));
         let store = ReplicaState::open(&engines, Path::new("/state"), OpenState { create: true });
         let store = store.expect("an empty disk");
         let mut overlay = store.overlay();
@@ -257,7 +265,9 @@ mod tests {
             });
             overlay.put(KEYSPACE, &name.expect("half of them"), 5, b"v", 0);
         }
-        overlay.put_meta(MetaName::FOREIGN_FREE, foreign_free_bytes(4));
+        if let Some(epoch) = foreign_free {
+            overlay.put_meta(MetaName::FOREIGN_FREE, foreign_free_bytes(epoch));
+        }
         state.store_whole(&mut overlay);
         store.write(overlay.into_batch()).expect("a healthy disk");
         store.flush().expect("a healthy disk");
@@ -312,5 +322,32 @@ mod tests {
             *state.0.seen.write() = current.seen();
         }
         assert_eq!(said(&state), (true, Some(5)));
+    }
+
+    #[test]
+    fn that_no_foreign_key_is_left_is_said_once_it_survives_a_crash() {
+        let disk = FaultyFs::new(0);
+        let state = made((None, None), None, &disk);
+        assert!(state.is_untidy() && state.merge_status().foreign_free.is_none());
+        assert!(state.drop_foreign().expect("a healthy disk"), "all rules are known");
+        assert_eq!((keys(&state), state.merge_status().foreign_free), (1, Some(4)));
+        assert!(!state.is_untidy());
+        drop(state);
+        let engines = MapEngines::new(Arc::new(disk.crash(Loss::All)));
+        let store = ReplicaState::open(&engines, Path::new("/state"), OpenState { create: false });
+        let after = SharedState::open(store.expect("it is there")).expect("our own records");
+        assert_eq!(after.merge_status().foreign_free, Some(4));
+    }
+
+    #[test]
+    fn who_is_to_be_taken_in_drops_others_keys_too_until_it_is_frozen() {
+        let state = made((Some((7, false)), None), None, &FaultyFs::new(0));
+        assert!(state.is_untidy(), "else they were read for the sake of nobody");
+        {
+            let mut current = state.0.current.write();
+            current.group.merge.frozen = Some((7, 3));
+            *state.0.seen.write() = current.seen();
+        }
+        assert!(!state.is_untidy());
     }
 }
