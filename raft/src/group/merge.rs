@@ -71,7 +71,7 @@ pub struct MergePlan {
 
 impl Group {
     /// Announces a merge: no split and no change of members from then on. Returns the epoch, which
-    /// stays. Done already is no error.
+    /// stays. Refused where it is known already that it would be too much. Done already is no error.
     pub async fn prepare_merge(
         &self,
         plan: PrepareMerge,
@@ -81,7 +81,9 @@ impl Group {
             return Err(ChangeError::UnderWay);
         };
         let planned = self.planned(plan.epoch, deadline).await?;
-        self.size().may_be_announced(plan.absorbs).map_err(ChangeError::Refused)?;
+        if self.merge_status().merging != Some(plan.merge) {
+            self.size().may_be_announced(plan.absorbs).map_err(ChangeError::Refused)?;
+        }
         let PrepareMerge { merge, absorbs, rules, .. } = plan;
         let announce = AnnounceMerge { planned, merge, absorbs, rules };
         let reshaped = self.reshape(Command::Announce(announce), deadline).await?;

@@ -21,7 +21,7 @@ use coracle_raft::state_machine::ReadState;
 use coracle_raft::types::{NodeId, ShardId};
 use coracle_storage::ReplicaId;
 use coracle_storage::fs::Fs;
-use coracle_storage::state::{MapEngines, MetaName, OpenState, Overlay, ReplicaState};
+use coracle_storage::state::{MapEngines, OpenState, Overlay, ReplicaState};
 use tokio::time::{Instant, timeout};
 
 use crate::cluster::SHARD;
@@ -405,20 +405,6 @@ async fn what_may_hold_keys_of_others_is_not_frozen() {
     let Err(ChangeError::Refused(why)) = &refused else { panic!("{refused:?}") };
     assert!(why.contains("left behind"), "{why}");
     ring.put("k0", "v0").await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn that_no_key_of_others_is_left_is_said_once_a_crash_leaves_it_so() {
-    let mut ring = halves(20).await;
-    for node in nodes() {
-        let group = ring.cluster.nodes[&node].host.group(CHILD).expect("it is here");
-        until("they are dropped", || group.merge_status().foreign_free.is_some()).await;
-        drop(group);
-        ring.cluster.stop(node).await;
-        let said = ring.on_disk(node, 20 + node.0).meta(MetaName::FOREIGN_FREE);
-        assert!(said.expect("readable").is_some(), "n{}", node.0);
-        ring.cluster.restart(node, 2).await;
-    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

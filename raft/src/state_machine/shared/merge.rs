@@ -39,6 +39,21 @@ impl Current {
         Durable { frozen: merge.frozen, absorbed: merge.absorbed, foreign_free }
     }
 
+    /// Takes note of what a flush has made durable. One that began before the state changed may end after one
+    /// that began later: it says nothing of what is now.
+    fn note_flushed(&mut self, flushed: Durable) {
+        let (now, durable) = (self.once_durable(), &mut self.durable);
+        if flushed.frozen == now.frozen {
+            durable.frozen = now.frozen;
+        }
+        if flushed.absorbed == now.absorbed {
+            durable.absorbed = now.absorbed;
+        }
+        if flushed.foreign_free == now.foreign_free {
+            durable.foreign_free = now.foreign_free;
+        }
+    }
+
     /// Whether keys of a neighbour may be here that are not counted as the group's own yet: a crash came
     /// before the batch that makes them so was durable. Only a replica that is free of foreign keys, durably,
     /// takes in what it must not lose.
@@ -76,18 +91,7 @@ impl SharedState {
         };
         flush(&store, filter).map_err(io::Error::other)?;
         let mut current = self.0.current.write();
-        // One that began before the state changed may end after one that began later.
-        let now = current.once_durable();
-        let kept = &mut current.durable;
-        if durable.frozen == now.frozen {
-            kept.frozen = now.frozen;
-        }
-        if durable.absorbed == now.absorbed {
-            kept.absorbed = now.absorbed;
-        }
-        if durable.foreign_free == now.foreign_free {
-            kept.foreign_free = now.foreign_free;
-        }
+        current.note_flushed(durable);
         *self.0.seen.write() = current.seen();
         Ok(())
     }
@@ -228,7 +232,7 @@ mod tests {
     use std::sync::Arc;
 
     use coracle_proto::entity::EntityRule;
-    use coracle_storage::fs::faulty::FaultyFs;
+    use coracle_storage::fs::faulty::{FaultyFs, Loss};
     use coracle_storage::state::{MapEngines, OpenState, ReplicaState};
 
     use super::*;
@@ -241,9 +245,17 @@ mod tests {
 
     /// A store that was left by a crash, as `merge` says, with a key on each side of the arc's end.
     fn left_behind(merging: Option<(u64, bool)>, absorbed: Option<u64>) -> SharedState {
+        made((merging, absorbed), Some(4), &FaultyFs::new(0))
+    }
+
+    fn made(
+        (merging, absorbed): (Option<(u64, bool)>, Option<u64>),
+        foreign_free: Option<u64>,
+        disk: &FaultyFs,
+    ) -> SharedState {
         let rules =
             Rules { hash_seed: 7, keyspaces: BTreeMap::from([(KEYSPACE, EntityRule::Whole)]) };
-        let engines = MapEngines::new(Arc::new(FaultyFs::new(0)));
+        let engines = MapEngines::new(Arc::new(disk.clone()));
         let store = ReplicaState::open(&engines, Path::new("/state"), OpenState { create: true });
         let store = store.expect("an empty disk");
         let mut overlay = store.overlay();
@@ -257,7 +269,9 @@ mod tests {
             });
             overlay.put(KEYSPACE, &name.expect("half of them"), 5, b"v", 0);
         }
-        overlay.put_meta(MetaName::FOREIGN_FREE, foreign_free_bytes(4));
+        if let Some(epoch) = foreign_free {
+            overlay.put_meta(MetaName::FOREIGN_FREE, foreign_free_bytes(epoch));
+        }
         state.store_whole(&mut overlay);
         store.write(overlay.into_batch()).expect("a healthy disk");
         store.flush().expect("a healthy disk");
@@ -289,14 +303,55 @@ mod tests {
     }
 
     #[test]
-    fn a_look_that_ends_late_takes_back_nothing_that_is_durable() {
-        let state = left_behind(Some((7, true)), Some(7));
-        let absorbed = |state: &SharedState| state.merge_status().absorbed.map(|it| it.flushed);
-        assert_eq!(absorbed(&state), Some(true), "what is loaded has survived");
-        state.0.current.write().durable = Durable::default();
-        *state.0.seen.write() = state.0.current.read().seen();
-        assert_eq!((absorbed(&state), state.merge_status().foreign_free), (Some(false), None));
+    fn a_flush_that_ends_late_takes_back_nothing_that_is_durable() {
+        let state = left_behind(Some((7, true)), None);
+        let said = |state: &SharedState| {
+            let status = state.merge_status();
+            (status.absorbed.is_some_and(|it| it.flushed), status.foreign_free)
+        };
+        let early = {
+            let mut current = state.0.current.write();
+            let early = Durable { foreign_free: None, ..current.once_durable() };
+            current.group.merge.absorbed = Some(7);
+            (current.foreign_free, current.durable) = (Some(5), Durable::default());
+            *state.0.seen.write() = current.seen();
+            early
+        };
+        assert_eq!(said(&state), (false, None), "not before it is flushed");
         state.seal().expect("a healthy disk");
-        assert_eq!((absorbed(&state), state.merge_status().foreign_free), (Some(true), Some(4)));
+        assert_eq!(said(&state), (true, Some(5)));
+        {
+            let mut current = state.0.current.write();
+            current.note_flushed(early);
+            *state.0.seen.write() = current.seen();
+        }
+        assert_eq!(said(&state), (true, Some(5)));
+    }
+
+    #[test]
+    fn that_no_foreign_key_is_left_is_said_once_it_survives_a_crash() {
+        let disk = FaultyFs::new(0);
+        let state = made((None, None), None, &disk);
+        assert!(state.is_untidy() && state.merge_status().foreign_free.is_none());
+        assert!(state.drop_foreign().expect("a healthy disk"), "all rules are known");
+        assert_eq!((keys(&state), state.merge_status().foreign_free), (1, Some(4)));
+        assert!(!state.is_untidy());
+        drop(state);
+        let engines = MapEngines::new(Arc::new(disk.crash(Loss::All)));
+        let store = ReplicaState::open(&engines, Path::new("/state"), OpenState { create: false });
+        let after = SharedState::open(store.expect("it is there")).expect("our own records");
+        assert_eq!(after.merge_status().foreign_free, Some(4));
+    }
+
+    #[test]
+    fn who_is_to_be_taken_in_drops_others_keys_too_until_it_is_frozen() {
+        let state = made((Some((7, false)), None), None, &FaultyFs::new(0));
+        assert!(state.is_untidy(), "else they were read for the sake of nobody");
+        {
+            let mut current = state.0.current.write();
+            current.group.merge.frozen = Some((7, 3));
+            *state.0.seen.write() = current.seen();
+        }
+        assert!(!state.is_untidy());
     }
 }
