@@ -56,13 +56,67 @@ pub enum Point {
     Finish,
     /// It is ended.
     Finished,
+    /// The child of a split has its ids; its group knows nothing.
+    SplitPlanned,
+    /// A group is about to be told to split.
+    Split,
+    /// It has split; the map does not say so.
+    SplitDone,
+    /// The map has both.
+    SplitRecorded,
+    /// A split is cancelled: its group is about to be told, so that no order of before is heeded.
+    SplitCancel,
+    /// It knows.
+    SplitCancelled,
+    /// The records say that the split is not under way: it ends, or is planned anew.
+    SplitTakenBack,
+    /// Replicas of the right one of a merge are to move to the left one's nodes.
+    GatherBegun,
+    /// A merge is recorded with the epochs of both; no group knows of it.
+    MergePlanned,
+    /// One of the two groups is about to be told.
+    Announce,
+    /// It knows.
+    Announced,
+    /// The time within which the right one is to be frozen runs; its group was not told.
+    FreezePlanned,
+    /// It is about to be told.
+    Freeze,
+    /// It is frozen.
+    Frozen,
+    /// The records say that it is taken in.
+    AbsorbDecided,
+    /// The left one is about to be told.
+    Absorb,
+    /// It has taken it in; the map has both still.
+    Absorbed,
+    /// The map has one.
+    MergeRecorded,
+    /// Every replica holds all of it, and the records say which ones go.
+    MergeFlushed,
+    /// The left one is about to be told that the merge is over.
+    EndMerge,
+    /// It knows; the records do not say so.
+    MergeEnded,
+    /// The records say that a merge is cancelled.
+    CancelDecided,
+    /// The right one is about to be told that it goes on.
+    Thaw,
+    /// It serves.
+    Thawed,
+    /// The left one is about to be told that nothing comes.
+    Release,
+    /// It knows.
+    Released,
+    /// The records say that the merge is not under way: it ends, or is tried again.
+    MergeTakenBack,
     /// An operation is recorded as ended.
     OperationEnded,
 }
 
 impl Point {
     /// Every point, in the order in which work comes by.
-    pub const ALL: [Point; 24] = [
+    pub const ALL: [Point; 51] = [
         Point::OperationRecorded,
         Point::MoveBegun,
         Point::Make,
@@ -86,6 +140,33 @@ impl Point {
         Point::Forgotten,
         Point::Finish,
         Point::Finished,
+        Point::SplitPlanned,
+        Point::Split,
+        Point::SplitDone,
+        Point::SplitRecorded,
+        Point::SplitCancel,
+        Point::SplitCancelled,
+        Point::SplitTakenBack,
+        Point::GatherBegun,
+        Point::MergePlanned,
+        Point::Announce,
+        Point::Announced,
+        Point::FreezePlanned,
+        Point::Freeze,
+        Point::Frozen,
+        Point::AbsorbDecided,
+        Point::Absorb,
+        Point::Absorbed,
+        Point::MergeRecorded,
+        Point::MergeFlushed,
+        Point::EndMerge,
+        Point::MergeEnded,
+        Point::CancelDecided,
+        Point::Thaw,
+        Point::Thawed,
+        Point::Release,
+        Point::Released,
+        Point::MergeTakenBack,
         Point::OperationEnded,
     ];
 
