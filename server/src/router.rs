@@ -19,7 +19,6 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_raft::clock::Clock;
 use coracle_raft::group::Group;
 use coracle_raft::host::Host;
-use coracle_raft::leadership::Standing;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, StreamExt};
 use prost::Message;
@@ -52,7 +51,7 @@ pub(crate) use page::{PAGE_BYTES_MIN, PageSpec, entry_bytes};
 use plan::Plan;
 pub(crate) use plan::keyspace as open_keyspace;
 use steps::{Step, Steps};
-use whom::{Trail, Whom, leader_in, leads, whom};
+use whom::{Trail, Whom, leader_in, leads, reads_here, whom};
 
 /// What a forwarded request's answer needs to come back in.
 const FORWARD_MARGIN: Duration = Duration::from_millis(10);
@@ -434,9 +433,11 @@ impl Router {
             return self.serve_here(&map, group, plan, call, steps).await;
         }
         let status = group.as_deref().map(Group::status);
-        let runs = status.as_ref().is_some_and(|status| status.state != Standing::Stopped);
+        // A replica that has not heard from its leader since the node started would only wait.
+        let waits = self.parts.admission.is_starting() && !plan.takes_anything();
+        let here = plan.any_replica() && reads_here(status.as_ref(), trail, waits);
         let whom = match map.shard(plan.shard) {
-            _ if plan.any_replica() && runs && !trail.behind => Whom::Here,
+            _ if here => Whom::Here,
             Some(shard) => whom(shard, self.parts.node, status.as_ref(), trail, number),
             None if status.as_ref().is_some_and(leads) => Whom::Here,
             None => Whom::Nobody,
