@@ -6,6 +6,7 @@ pub mod failure;
 pub mod encoding;
 pub mod output;
 pub mod notify;
+mod flood;
 pub mod server;
 pub mod context;
 pub mod state;

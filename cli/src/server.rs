@@ -8,10 +8,13 @@ use std::time::Duration;
 use coracle_server::RunningNode;
 use coracle_server::config::{Config, Flag, LogFormat, SourceFile, Sources, split_set};
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, fmt};
 
 use crate::args::{Server, Settings};
 use crate::failure::{Exit, Failure};
+use crate::flood::Flood;
 use crate::notify::Notifier;
 use crate::output::Output;
 
@@ -26,7 +29,7 @@ const PARENT_INTERVAL: Duration = Duration::from_millis(200);
 /// Runs a node until a signal or a fatal error ends it.
 pub async fn run(server: Server, output: &Output) -> Result<(), Failure> {
     let config = load(&server.settings, None)?;
-    start_logs(&config)?;
+    let flood = start_logs(&config)?;
     // Before the start: a signal that arrives while the log is replayed must not be lost.
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
@@ -46,8 +49,15 @@ pub async fn run(server: Server, output: &Output) -> Result<(), Failure> {
         addresses.client, addresses.peer, addresses.http
     ));
     let notifier = Notifier::from_env();
-    notifier.ready(&format!("listens for clients at {}", addresses.client));
+    let told = async {
+        // A service manager that restarts node after node goes on when this one can lead again.
+        node.ready().await;
+        notifier.ready(&format!("listens for clients at {}", addresses.client));
+        std::future::pending().await
+    };
     tokio::select! {
+        () = told => Ok(()),
+        () = flood.tell() => Ok(()),
         () = stopped(&node) => {
             Err(Failure::failed("the node has stopped by itself; its log says why"))
         }
@@ -156,7 +166,7 @@ fn flags(settings: &Settings) -> Vec<Flag> {
 }
 
 /// Logs go to standard error; what is logged stands in the settings.
-fn start_logs(config: &Config) -> Result<(), Failure> {
+fn start_logs(config: &Config) -> Result<Flood, Failure> {
     let filter = EnvFilter::try_new(&config.observability.log_filter)
         .map_err(|error| Failure::usage(format!("observability.log_filter: {error}")))?;
     let terminal = std::io::stderr().is_terminal();
@@ -165,14 +175,15 @@ fn start_logs(config: &Config) -> Result<(), Failure> {
         LogFormat::Text => false,
         LogFormat::Auto => !terminal,
     };
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let flood = Flood::default();
     // Colours are for terminals; in a file they are noise.
-    let logs = logs.with_ansi(terminal);
+    let lines = fmt::layer().with_writer(std::io::stderr).with_ansi(terminal);
+    let logs = tracing_subscriber::registry().with(filter);
     match json {
-        true => logs.json().init(),
-        false => logs.init(),
+        true => logs.with(lines.json().with_filter(flood.clone())).init(),
+        false => logs.with(lines.with_filter(flood.clone())).init(),
     }
-    Ok(())
+    Ok(flood)
 }
 
 /// What is said once, when the node serves.

@@ -32,7 +32,7 @@ mod nearest;
 
 /// A node that owes an answer and says nothing for this long, to anybody, counts as down: longer than
 /// any healthy node takes for the fastest of what it has to do.
-const SILENCE: Duration = Duration::from_millis(500);
+pub(crate) const SILENCE: Duration = Duration::from_millis(500);
 
 /// What all calls of a client share. Dropped with the client's last handle, which ends the
 /// background tasks.

@@ -13,7 +13,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::Status;
 
 use crate::pipeline::{Pipeline, Pool};
-use crate::route::Routes;
+use crate::route::{Routes, Table};
 use crate::session::Session;
 
 /// First and longest wait between rounds over all known nodes when none gives a map. The longest is
@@ -60,20 +60,27 @@ impl Follower {
         self.random.lock().random::<f64>()
     }
 
-    /// All addresses worth asking, from a random one on, those that just failed last.
+    /// All addresses worth asking, from a random one on, those that just failed last. Seeds that the map
+    /// does not have, or has as nodes that have left, come behind all of them.
     pub(crate) fn candidates(&self) -> Vec<String> {
-        let mut addresses = self.routes.table().addresses();
-        for seed in &self.seeds {
-            if !addresses.contains(seed) {
-                addresses.push(seed.clone());
-            }
-        }
-        let start = (self.random() * addresses.len() as f64) as usize;
-        addresses.rotate_left(start);
-        let (mut usable, down): (Vec<_>, Vec<_>) =
-            addresses.into_iter().partition(|address| self.pool.is_usable(address));
-        usable.extend(down);
-        usable
+        let table = self.routes.table();
+        let known = table.addresses();
+        let seeds = self.seeds.iter().filter(|seed| !known.contains(seed)).cloned().collect();
+        let from_random = |mut addresses: Vec<String>| {
+            let start = (self.random() * addresses.len() as f64) as usize;
+            addresses.rotate_left(start);
+            addresses
+        };
+        let mut candidates = from_random(known);
+        candidates.extend(from_random(seeds));
+        candidates.sort_by_key(|address| !self.is_well(&table, address));
+        candidates
+    }
+
+    /// Whether a node answers there, as far as is known; of one that the map does not have nothing is, as
+    /// long as there is a map.
+    pub(crate) fn is_well(&self, table: &Table, address: &str) -> bool {
+        (!table.is_ready() || table.has_address(address)) && self.pool.is_usable(address)
     }
 
     pub(crate) fn seeds(&self) -> &[String] {

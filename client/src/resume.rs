@@ -11,9 +11,15 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tonic::{Response, Status, Streaming};
 
 use crate::connection::{Connection, fault_of};
-use crate::driver::Driver;
+use crate::driver::{Driver, SILENCE};
 use crate::pipeline::Pipeline;
 use crate::retry::{AttemptInfo, Decision, Failure, decide};
+
+/// Attempts of the shortest kind that fit into the time for one part. With it the first three do, and
+/// the third may take half of it: what a page of 1 MiB needs on any disk that keeps up at all.
+const FITTING: u32 = 4;
+/// What an attempt may take at least: a page ends after a quarter of a second of looking for keys.
+const PATIENCE_MIN: Duration = Duration::from_millis(300);
 
 /// A request that is answered part by part, and that takes a token to go on with.
 pub(crate) trait Resumable: Clone + Send + Sync + 'static {
@@ -62,8 +68,8 @@ pub(crate) struct Resumed<R: Resumable> {
     timeout: Duration,
     pub(crate) request: R,
     open: Option<(Arc<Pipeline>, Streaming<R::Part>)>,
-    /// The address that failed last.
-    avoid: Option<String>,
+    /// The addresses that failed since the last part, in the order in which they did.
+    failed: Vec<String>,
     /// Streams that were opened.
     pub(crate) streams: u64,
     /// An attempt that failed may have had an effect.
@@ -73,8 +79,8 @@ pub(crate) struct Resumed<R: Resumable> {
 
 impl<R: Resumable> Resumed<R> {
     pub(crate) fn new(driver: Arc<Driver>, timeout: Duration, request: R) -> Resumed<R> {
-        let (open, avoid) = (None, None);
-        Resumed { driver, timeout, request, open, avoid, streams: 0, unknown: false, over: false }
+        let (open, failed) = (None, Vec::new());
+        Resumed { driver, timeout, request, open, failed, streams: 0, unknown: false, over: false }
     }
 
     /// The next part, of whatever node; `None` behind the last.
@@ -91,11 +97,11 @@ impl<R: Resumable> Resumed<R> {
                 return Err(Broken::Closed);
             }
             attempts += 1;
-            // A part may take long without anybody being at fault: the later an attempt, the longer
-            // it waits.
-            let patience = driver.settings.attempt_timeout.saturating_mul(attempts.div_ceil(2));
+            let patience = patience(driver.settings.attempt_timeout, self.timeout, attempts);
+            // A node that is well takes a call on at once, however long its first part takes.
+            let taken_on = Instant::now() + SILENCE.max(patience / 2);
             let until = deadline.min(Instant::now() + patience);
-            let (failure, fault) = match self.attempt(until).await {
+            let (failure, fault) = match self.attempt(until.min(taken_on), until).await {
                 Ok(part) => return Ok(Some(part)),
                 Err(fault) => (Failure::of(fault.reason, None), fault),
             };
@@ -125,19 +131,25 @@ impl<R: Resumable> Resumed<R> {
         }
     }
 
-    /// Waits for one part, on the stream that is open or on a new one.
-    async fn attempt(&mut self, until: Instant) -> Result<R::Part, Fault> {
+    /// Waits for one part, on the stream that is open or on a new one, which is taken on in time.
+    async fn attempt(&mut self, taken_on: Instant, until: Instant) -> Result<R::Part, Fault> {
         let started = Instant::now();
         // Whatever goes wrong from here on, goes wrong at the node that is asked: also at one that was
         // well when it gave the part before, and whose stream broke while the reader was away.
         if let Some((pipeline, _)) = &self.open {
-            self.avoid = Some(pipeline.connection().address().to_owned());
+            note_failed(&mut self.failed, pipeline.connection().address());
         } else {
             let pipeline = self.choose()?;
-            self.avoid = Some(pipeline.connection().address().to_owned());
+            note_failed(&mut self.failed, pipeline.connection().address());
             let opening = self.request.clone().open(pipeline.connection());
-            let answer = match timeout_at(until, opening).await {
-                Ok(answer) => answer.map_err(|status| failed(&pipeline, &status)),
+            let answer = match timeout_at(taken_on, opening).await {
+                Ok(answer) => answer.map_err(|status| {
+                    let fault = failed(&pipeline, &status);
+                    if fault.reason == Reason::Unreachable {
+                        pipeline.connection().failed();
+                    }
+                    fault
+                }),
                 Err(_) => Err(silent::<R>(&pipeline, started)),
             };
             self.open = Some((pipeline, answer?.into_inner()));
@@ -154,7 +166,7 @@ impl<R: Resumable> Resumed<R> {
             Err(_) => return Err(silent::<R>(pipeline, started)),
         };
         pipeline.connection().heard();
-        self.avoid = None;
+        self.failed.clear();
         match self.request.advance(&part) {
             Behind::Same => {}
             Behind::Another => self.open = None,
@@ -167,7 +179,9 @@ impl<R: Resumable> Resumed<R> {
         Ok(part)
     }
 
-    /// The node to ask: the leader where all keys are of one entity, else any.
+    /// The node to ask: the leader where all keys are of one entity, else any. Those that failed come
+    /// behind the others, the one that did so longest ago first; behind them those that do not answer
+    /// at all.
     fn choose(&self) -> Result<Arc<Pipeline>, Fault> {
         let follower = &self.driver.follower;
         let table = follower.routes.table();
@@ -177,13 +191,28 @@ impl<R: Resumable> Resumed<R> {
         let leader = leader.filter(|address| follower.pool.is_usable(address));
         let mut candidates: Vec<String> = leader.into_iter().collect();
         candidates.extend(follower.candidates());
-        let others = candidates.iter().filter(|address| Some(*address) != self.avoid.as_ref());
-        let mut in_order = others.chain(&candidates);
-        in_order.find_map(|address| follower.pool.get(address)).ok_or_else(|| {
+        candidates.sort_by_key(|address| {
+            let place = self.failed.iter().position(|failed| failed == address);
+            (!follower.is_well(&table, address), place)
+        });
+        candidates.iter().find_map(|address| follower.pool.get(address)).ok_or_else(|| {
             let fault = Fault::new(Reason::Unreachable, "no node is known");
             fault.with_outcome(Outcome::NotApplied)
         })
     }
+}
+
+/// How long an attempt may take: so that several fit, whatever the whole may take. A part may take long
+/// without anybody being at fault: the later an attempt, the longer it waits.
+fn patience(attempt_timeout: Duration, timeout: Duration, attempts: u32) -> Duration {
+    let first = attempt_timeout.min((timeout / FITTING).max(PATIENCE_MIN));
+    first.saturating_mul(attempts.div_ceil(2))
+}
+
+/// Notes that an address failed last.
+fn note_failed(failed: &mut Vec<String>, address: &str) {
+    failed.retain(|known| known != address);
+    failed.push(address.to_owned());
 }
 
 fn failed(pipeline: &Pipeline, status: &Status) -> Fault {
@@ -197,4 +226,27 @@ fn silent<R: Resumable>(pipeline: &Pipeline, started: Instant) -> Fault {
     }
     let message = format!("no {} from {} in time", R::NAMES.1, connection.address());
     Fault::new(Reason::OutcomeUnknown, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn several_attempts_fit_into_the_time_for_a_part() {
+        let ms = Duration::from_millis;
+        let of = |timeout| [1, 2, 3, 4, 5].map(|n| patience(ms(1_000), timeout, n).as_millis());
+        assert_eq!(of(ms(2_000)), [500, 500, 1_000, 1_000, 1_500]);
+        assert_eq!(of(ms(5_000)), [1_000, 1_000, 2_000, 2_000, 3_000], "as without");
+        assert_eq!(of(ms(400)), [300, 300, 600, 600, 900], "a page has its time");
+    }
+
+    #[test]
+    fn who_failed_last_is_asked_last() {
+        let mut failed = Vec::new();
+        for address in ["a", "b", "a"] {
+            note_failed(&mut failed, address);
+        }
+        assert_eq!(failed, ["b", "a"]);
+    }
 }

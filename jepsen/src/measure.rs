@@ -19,6 +19,7 @@ pub mod attempts;
 pub mod mixed;
 pub mod moves;
 pub mod elastic;
+mod steps_work;
 pub mod steps;
 pub mod foretold;
 pub mod hot;

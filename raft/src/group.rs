@@ -39,6 +39,7 @@ use crate::transport::{Answering, TransportError};
 use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
 pub use members::Members;
 
+mod hand_over;
 mod merge;
 mod past;
 mod split;
@@ -56,8 +57,6 @@ const FLUSH_MAX: Duration = Duration::from_secs(60);
 const FLUSH_RETRY: Duration = Duration::from_secs(1);
 /// How often a store that is being closed is looked at.
 const CLOSE_POLL: Duration = Duration::from_millis(2);
-/// A group whose other voters were not heard for this many leases has nobody to hand over to.
-const PATIENCE_LEASES: u32 = 2;
 
 /// One replica, running.
 pub struct Group {
@@ -172,6 +171,11 @@ impl Group {
         self.leadership.leads().is_ok()
     }
 
+    /// Whether it gives no votes yet, and cannot be elected, because its node has just restarted.
+    pub fn is_under_embargo(&self) -> bool {
+        self.embargo.holds()
+    }
+
     /// The arc and epoch as replicated; `None` until the group was described.
     pub fn descriptor(&self) -> Option<Descriptor> {
         self.state.descriptor()
@@ -272,60 +276,6 @@ impl Group {
         formed.map_err(|error| GroupError::Storage(format!("group {}: {error}", self.shard)))
     }
 
-    /// Hands leadership to the replica on `to`, or to the best voter. Checked right before: the
-    /// target votes and holds the whole log. Returns once another leader is known here.
-    pub async fn hand_over(
-        &self,
-        to: Option<NodeId>,
-        deadline: Instant,
-    ) -> Result<NodeId, GroupError> {
-        let mut leadership = self.leadership.clone();
-        let patience = self.timing.lease() * PATIENCE_LEASES;
-        let entered = Instant::now();
-        loop {
-            let status = self.status();
-            if status.state != Standing::Leader {
-                return match status.leader {
-                    Some(leader) => Ok(leader),
-                    None => Err(GroupError::NotLeader { leader: None }),
-                };
-            }
-            let fresh = self.timing.heartbeat * 3;
-            if !crate::membership::has_other_voter(&status, self.replica, to) {
-                return Err(GroupError::NotLeader { leader: None });
-            }
-            let target = crate::membership::transfer_target(&status, self.replica, to, fresh);
-            if let Some(target) = target {
-                let asked = self.raft.trigger().transfer_leader(target).await;
-                asked.map_err(|_| GroupError::Stopped)?;
-                break;
-            }
-            // A leader of a moment ago has not heard of anybody yet.
-            let alone = crate::membership::is_alone(&status, self.replica, patience);
-            if Instant::now() >= deadline || alone && entered.elapsed() >= patience {
-                return Err(GroupError::TooStale);
-            }
-            let look = deadline.min(Instant::now() + self.timing.heartbeat);
-            // In time or not, it is looked at again.
-            if let Ok(false) = tokio::time::timeout_at(look, leadership.changed()).await {
-                return Err(GroupError::Stopped);
-            }
-        }
-        // By then the target has campaigned, or another voter has: a target that died keeps this
-        // leader waiting for good.
-        let deadline =
-            deadline.min(Instant::now() + (self.timing.lease() + self.timing.election_max) * 2);
-        loop {
-            let status = self.status();
-            if let (false, Some(leader)) = (status.state == Standing::Leader, status.leader) {
-                return Ok(leader);
-            }
-            if !matches!(tokio::time::timeout_at(deadline, leadership.changed()).await, Ok(true)) {
-                return Err(GroupError::TooStale);
-            }
-        }
-    }
-
     /// Waits until anything in [`Group::status`] changes; false when the replica has stopped.
     pub fn watch(&self) -> impl Future<Output = bool> + Send + 'static {
         let mut leadership = self.leadership.clone();
@@ -372,7 +322,7 @@ impl Group {
                 Ok(Answer::Vote(self.raft.vote(request).await.map_err(|e| why(&e))?))
             }
             Question::Transfer(request) => {
-                if self.embargo.holds() || !self.environment.healthy() {
+                if !self.may_campaign() {
                     return Ok(Answer::Transfer(false));
                 }
                 let taken = self.raft.handle_transfer_leader(request).await;
@@ -387,6 +337,7 @@ impl Group {
                 Ok(taken.map_or_else(Answer::SnapshotRefused, |()| Answer::SnapshotTaken))
             }
             Question::SnapshotEnd { vote, transfer } => self.install(vote, transfer).await,
+            Question::MayLead => Ok(Answer::Transfer(self.may_campaign())),
             Question::ReadPoint => Ok(self.reads.point_for_peer().await),
             Question::Fix { version } => Ok(self.reads.fix_for_peer(version).await),
         }
@@ -435,10 +386,14 @@ impl Group {
 
     /// Campaigns now, unless it gives no votes yet.
     pub(crate) async fn campaign(&self) {
-        if !self.embargo.holds() && self.environment.healthy() {
+        if self.may_campaign() {
             // A stopped group needs no leader.
             let _ = self.raft.trigger().elect(true).await;
         }
+    }
+
+    fn may_campaign(&self) -> bool {
+        !self.embargo.holds() && self.environment.healthy()
     }
 
     /// What this replica may do at the moment: looked at and set in one step, because those who call
@@ -457,8 +412,9 @@ impl Group {
         let healthy = self.set_duties();
         if !healthy && self.status().state == Standing::Leader {
             let (status, fresh) = (self.status(), self.timing.heartbeat * 10);
-            let target = crate::membership::transfer_target(&status, self.replica, None, fresh);
-            if let Some(target) = target {
+            // Nobody is asked first: this leader serves nothing any more in any case.
+            let targets = crate::membership::transfer_targets(&status, self.replica, None, fresh);
+            if let Some((target, _)) = targets.first().copied() {
                 let _ = self.raft.trigger().transfer_leader(target).await;
             }
         }

@@ -18,16 +18,16 @@ pub(crate) fn has_other_voter(status: &GroupStatus, own: ReplicaId, to: Option<N
         .any(|(id, member)| *id != own.0 && member.role == Role::Voter && wanted(member.node))
 }
 
-/// The voter to which leadership can go now: on `to`, or any. It holds the leader's whole log, so it
-/// neither refuses nor keeps the group waiting, and it was heard within `fresh`: a transfer to a dead
-/// one leaves the group without a leader until its timeouts. The one heard last is taken.
-pub(crate) fn transfer_target(
+/// The voters to which leadership can go now, with their nodes: on `to`, or any. Each holds the leader's
+/// whole log, so it neither refuses nor keeps the group waiting, and was heard within `fresh`: a transfer
+/// to a dead one leaves the group without a leader until its timeouts. The one heard last is the first.
+pub(crate) fn transfer_targets(
     status: &GroupStatus,
     own: ReplicaId,
     to: Option<NodeId>,
     fresh: Duration,
-) -> Option<u64> {
-    let last = status.last_index?;
+) -> Vec<(u64, NodeId)> {
+    let Some(last) = status.last_index else { return Vec::new() };
     let eligible = status.members.iter().filter(|(id, member)| {
         **id != own.0
             && member.role == Role::Voter
@@ -35,7 +35,9 @@ pub(crate) fn transfer_target(
             && member.matched.is_some_and(|matched| matched.index >= last)
             && member.heard.is_some_and(|heard| heard <= fresh)
     });
-    eligible.min_by_key(|(_, member)| member.heard).map(|(id, _)| *id)
+    let mut eligible: Vec<_> = eligible.collect();
+    eligible.sort_by_key(|(_, member)| member.heard);
+    eligible.into_iter().map(|(id, member)| (*id, member.node)).collect()
 }
 
 /// Whether no other voter was heard within `patience`: there is nobody to hand over to, and a leader
@@ -89,6 +91,15 @@ mod tests {
         }
     }
 
+    fn transfer_target(
+        status: &GroupStatus,
+        own: ReplicaId,
+        to: Option<NodeId>,
+        fresh: Duration,
+    ) -> Option<u64> {
+        transfer_targets(status, own, to, fresh).first().map(|(id, _)| *id)
+    }
+
     #[test]
     fn only_a_voter_with_the_whole_log_takes_over() {
         let own = ReplicaId(10);
@@ -98,7 +109,11 @@ mod tests {
         assert_eq!(transfer_target(&behind, own, Some(NodeId(2)), fresh), None);
         assert_eq!(transfer_target(&behind, own, Some(NodeId(3)), fresh), Some(12));
         let mut silent = status([Some(7), Some(7), Some(7)]);
-        assert_eq!(transfer_target(&silent, own, None, fresh), Some(12), "heard last");
+        assert_eq!(
+            transfer_targets(&silent, own, None, fresh),
+            [(12, NodeId(3)), (11, NodeId(2))],
+            "heard last"
+        );
         assert!(!is_alone(&silent, own, fresh));
         silent.members.get_mut(&12).expect("a member").heard = Some(Duration::from_secs(2));
         assert_eq!(transfer_target(&silent, own, None, fresh), Some(11), "12 may be dead");

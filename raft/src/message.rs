@@ -43,6 +43,8 @@ pub(crate) enum Question {
     /// A replica asks its leader to stamp above a version from now on; without one, above every
     /// version that was given before the leader takes this.
     Fix { version: Option<u64> },
+    /// The leader asks whether this replica could campaign at once, before it hands over to it.
+    MayLead,
 }
 
 /// The answer to a question.
@@ -50,7 +52,8 @@ pub(crate) enum Question {
 pub(crate) enum Answer {
     Append(StreamAppendResult<TypeConfig>),
     Vote(VoteResponse<TypeConfig>),
-    /// False: the replica does not campaign (its vote moved on, or its log is not flushed).
+    /// False: the replica does not campaign (its vote moved on, its log is not flushed, its node has just
+    /// restarted, or its disk stalls).
     Transfer(bool),
     /// The piece was taken.
     SnapshotTaken,
@@ -136,6 +139,7 @@ impl Question {
                 out.put_u8(9);
                 put_option(&mut out, *version);
             }
+            Self::MayLead => out.put_u8(10),
         }
         out.freeze()
     }
@@ -180,6 +184,7 @@ impl Question {
             7 => Self::SnapshotEnd { vote: get_vote(&mut reader)?, transfer: reader.u64()? },
             8 => Self::ReadPoint,
             9 => Self::Fix { version: reader.option(Reader::u64)? },
+            10 => Self::MayLead,
             _ => return Err(Malformed("an unknown kind of question")),
         };
         reader.end()?;
@@ -350,7 +355,8 @@ mod tests {
 
     #[test]
     fn golden_bytes_of_questions_for_reads() {
-        let golden: [(Question, &[u8]); 3] = [
+        let golden: [(Question, &[u8]); 4] = [
+            (Question::MayLead, &[1, 10]),
             (Question::ReadPoint, &[1, 8]),
             (Question::Fix { version: None }, &[1, 9, 0]),
             (Question::Fix { version: Some(0x0102) }, &[1, 9, 1, 0, 0, 0, 0, 0, 0, 1, 2]),

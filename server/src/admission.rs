@@ -3,7 +3,7 @@
 //! queue.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use coracle_proto::limits::{self, SCAN_PAGE_BYTES};
@@ -135,6 +135,7 @@ pub struct Admission {
     bytes: AtomicU64,
     scans: AtomicUsize,
     draining: CancellationToken,
+    starting: AtomicBool,
 }
 
 impl Admission {
@@ -150,7 +151,19 @@ impl Admission {
             bytes: AtomicU64::new(0),
             scans: AtomicUsize::new(0),
             draining,
+            starting: AtomicBool::new(false),
         })
+    }
+
+    /// Whether the node has just started again, and its replicas have not all caught up: whoever can
+    /// ask another node should.
+    pub fn is_starting(&self) -> bool {
+        self.starting.load(Ordering::Acquire)
+    }
+
+    /// The node says so of itself.
+    pub fn set_starting(&self, starting: bool) {
+        self.starting.store(starting, Ordering::Release);
     }
 
     /// Takes a request of so many bytes on, until the permit is dropped. A draining node takes what
@@ -168,8 +181,13 @@ impl Admission {
         Ok(permit)
     }
 
-    /// Takes a place among the open scans, until the seat is dropped.
-    pub fn open_scan(self: &Arc<Self>) -> Result<Seat, Fault> {
+    /// Takes a place among the open scans, until the seat is dropped. A node that has just started takes
+    /// none of a client: another serves it at once.
+    pub fn open_scan(self: &Arc<Self>, origin: Origin) -> Result<Seat, Fault> {
+        if origin == Origin::Client && self.is_starting() {
+            let message = "this node has just started, and has not caught up yet: ask another";
+            return Err(Fault::new(Reason::TooStale, message));
+        }
         if self.scans.fetch_add(1, Ordering::AcqRel) >= self.scans_max {
             self.scans.fetch_sub(1, Ordering::AcqRel);
             return Err(overloaded(&format!("{} open scans", self.scans_max)));
@@ -357,9 +375,10 @@ mod tests {
     fn open_scans_are_bounded_by_number_and_by_the_byte_budget() {
         let open = |bytes_max| {
             let admission = Admission::new(9, bytes_max, CancellationToken::new());
-            let seats: Vec<_> = std::iter::from_fn(|| admission.open_scan().ok()).collect();
+            let seats: Vec<_> =
+                std::iter::from_fn(|| admission.open_scan(Origin::Client).ok()).collect();
             assert_eq!(admission.scans_open(), seats.len());
-            let refused = admission.open_scan().err().unwrap();
+            let refused = admission.open_scan(Origin::Client).err().unwrap();
             assert_eq!(refused.reason, Reason::Overloaded);
             let opened = seats.len();
             drop(seats);

@@ -6,6 +6,7 @@
 
 mod front;
 mod gauges;
+mod starting;
 mod member;
 
 use std::collections::BTreeSet;
@@ -348,6 +349,14 @@ impl Node {
         self.shared.status()
     }
 
+    /// Waits until the node is as good as before its restart: its replicas may be elected, and have caught
+    /// up; half a minute at most. At once where it is in no cluster yet.
+    pub async fn ready(&self) {
+        if let Some(member) = self.shared.member() {
+            member.starting.done().await;
+        }
+    }
+
     /// The groups of the node, once it is in a cluster: for harnesses.
     pub fn host(&self) -> Option<Arc<Host>> {
         self.shared.member().map(|member| member.host.clone())
@@ -440,7 +449,6 @@ impl Shared {
         self.metrics.identify(&member.own.node.to_string(), &self.parts.config.node.zone);
         let keeping = self.clone();
         self.parts.exec.spawn("keep map", Box::pin(async move { keeping.keep_maps().await }));
-        health.set_ready(true).await;
         let (v1, v1alpha) = reflection();
         let keyspaces = Arc::new(KeyspacesOfCluster(member.cluster.clone()));
         let limit = MESSAGE_BYTES_MAX;
@@ -459,12 +467,17 @@ impl Shared {
             .add_service(AdminServiceServer::new(Admin(self.clone())));
         let routes = unsent::counted(routes, member.router.admission());
         let served = front.serve(routes, self.stop.clone());
-        let drained = async {
+        let told = async {
+            tokio::select! {
+                biased;
+                () = self.draining.cancelled() => {}
+                () = member.starting.done() => health.set_ready(true).await,
+            }
             self.draining.cancelled().await;
             health.set_ready(false).await;
             std::future::pending::<()>().await
         };
-        tokio::select! { () = served => {}, () = drained => {} }
+        tokio::select! { () = served => {}, () = told => {} }
     }
 
     /// Answers operators and other nodes, and waits to be taken into a cluster.
@@ -570,6 +583,7 @@ impl Probe for NodeHealth {
 
     fn ready(&self) -> Vec<Check> {
         let member = self.0.member();
+        let left = member.as_ref().map_or(0, |member| member.starting.left());
         let full = self.0.neighbours.disk_full();
         let draining = self.0.draining.is_cancelled();
         vec![
@@ -577,6 +591,14 @@ impl Probe for NodeHealth {
                 name: "joined",
                 ok: member.is_some(),
                 detail: self.0.home.own().map_or("no cluster yet".to_owned(), |own| own.cluster_id),
+            },
+            Check {
+                name: "caught up",
+                ok: left == 0,
+                detail: match left {
+                    0 => "yes".to_owned(),
+                    left => format!("{left} replicas have not, or may not be elected yet"),
+                },
             },
             Check {
                 name: "disk",

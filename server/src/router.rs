@@ -19,7 +19,6 @@ use coracle_proto::v1::pipeline_response::Result as Answer;
 use coracle_raft::clock::Clock;
 use coracle_raft::group::Group;
 use coracle_raft::host::Host;
-use coracle_raft::leadership::Standing;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, StreamExt};
 use prost::Message;
@@ -33,6 +32,7 @@ use crate::metrics::{Metrics, Reads, Stage, Stages};
 
 mod answer;
 mod attempts;
+mod held;
 mod ids;
 mod page;
 mod pin;
@@ -47,12 +47,13 @@ pub use ids::RequestIds;
 
 pub(crate) use answer::{bytes as answer_bytes, pipelined};
 use attempts::{Attempts, Next};
+use held::Held;
 pub(crate) use ids::Issued;
 pub(crate) use page::{PAGE_BYTES_MIN, PageSpec, entry_bytes};
 use plan::Plan;
 pub(crate) use plan::keyspace as open_keyspace;
 use steps::{Step, Steps};
-use whom::{Trail, Whom, leader_in, leads, whom};
+use whom::{Trail, Whom, leader_in, leads, reads_here, whom};
 
 /// What a forwarded request's answer needs to come back in.
 const FORWARD_MARGIN: Duration = Duration::from_millis(10);
@@ -415,8 +416,28 @@ impl Router {
         }
     }
 
+    /// Asks the shard that the map names; and the one that holds the key by now, where a group here
+    /// knows better than the map.
     async fn attempt(
         &self,
+        operation: &Operation,
+        call: &Call,
+        trail: &Trail,
+        number: u32,
+        steps: &mut Steps,
+    ) -> Result<Answer, Fault> {
+        let asked = self.attempt_at(None, operation, call, trail, number, steps).await;
+        let Err(Fault { reason: Reason::StaleRoute, .. }) = &asked else { return asked };
+        Box::pin(self.refresh(call.deadline)).await;
+        match self.held(operation, call) {
+            None => asked,
+            held => Box::pin(self.attempt_at(held, operation, call, trail, number, steps)).await,
+        }
+    }
+
+    async fn attempt_at(
+        &self,
+        held: Option<Held>,
         operation: &Operation,
         call: &Call,
         trail: &Trail,
@@ -427,16 +448,18 @@ impl Router {
             self.stages.drop_late(Stage::Queue);
             return Err(fault::expired());
         }
-        let (map, plan) = self.plan(operation, call).await?;
+        let (map, plan) = self.plan(held, operation, call).await?;
         let group = self.parts.host.group(plan.shard);
         // Most requests come to the leader: no more is asked of the group than that it leads.
         if let Some(group) = group.as_deref().filter(|group| trail.term == 0 && group.leads()) {
             return self.serve_here(&map, group, plan, call, steps).await;
         }
         let status = group.as_deref().map(Group::status);
-        let runs = status.as_ref().is_some_and(|status| status.state != Standing::Stopped);
+        // A replica that has not heard from its leader since the node started would only wait.
+        let waits = self.parts.admission.is_starting() && !plan.takes_anything();
+        let here = plan.any_replica() && reads_here(status.as_ref(), trail, waits);
         let whom = match map.shard(plan.shard) {
-            _ if plan.any_replica() && runs && !trail.behind => Whom::Here,
+            _ if here => Whom::Here,
             Some(shard) => whom(shard, self.parts.node, status.as_ref(), trail, number),
             None if status.as_ref().is_some_and(leads) => Whom::Here,
             None => Whom::Nobody,
@@ -484,11 +507,12 @@ impl Router {
     /// contradict each other, by a newer one if there is one.
     async fn plan(
         &self,
+        held: Option<Held>,
         operation: &Operation,
         call: &Call,
     ) -> Result<(Arc<ShardMap>, Plan), Fault> {
         let planned = |map: Arc<ShardMap>| {
-            let plan = plan::plan(&map, operation, call.origin)?;
+            let plan = plan::plan(&map, operation, call.origin)?.of_held(held);
             let descriptor = self.parts.host.group(plan.shard).and_then(|group| group.descriptor());
             let epoch = map.shard(plan.shard).map(|shard| shard.epoch.0);
             let epoch = descriptor.as_ref().map(|descriptor| descriptor.epoch).or(epoch);

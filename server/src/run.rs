@@ -101,6 +101,11 @@ impl RunningNode {
         self.node.addresses()
     }
 
+    /// See [`Node::ready`].
+    pub async fn ready(&self) {
+        self.node.ready().await;
+    }
+
     /// Returns when the node has stopped by itself: its disk failed, or another process has its
     /// identity.
     pub async fn stopped(&self) {

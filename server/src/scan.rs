@@ -131,7 +131,8 @@ impl Scan {
         };
         // A node that takes nothing new on takes no scan on either.
         router.admission().admit(0, call.origin)?;
-        let (seat, ahead) = (router.admission().open_scan()?, router.admission().hold(0));
+        let (seat, ahead) =
+            (router.admission().open_scan(call.origin)?, router.admission().hold(0));
         let token = spec.token().clone();
         Ok(Scan {
             done: spec.is_over(),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use coracle_client::NodeId;
 use coracle_client::testing::{Act, FakeCluster, Refusal};
+use coracle_client::topology::NodeState;
 use coracle_client::{Client, ErrorKind, Version};
 use futures_util::TryStreamExt;
 use tokio::time::Instant;
@@ -82,6 +83,42 @@ async fn a_silent_node_is_left_for_another() {
     let error = kv.scan(..).pages().try_next().await.expect_err("nobody answers");
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     assert_eq!(started.elapsed().as_secs(), 5);
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_silent_nodes_leave_time_for_the_third() {
+    let (cluster, _) = filled(4).await;
+    for turn in 0..20 {
+        for node in 1..=2 {
+            cluster.script(NodeId(node), [Act::LoseRequest]);
+        }
+        // A client that has not learnt yet who is silent.
+        let kv = cluster.client().await;
+        let found = kv.scan(..).timeout(Duration::from_secs(2)).stream();
+        let found: Result<Vec<_>, _> = found.try_collect().await;
+        assert_eq!(found.map(|found| found.len()).map_err(|e| e.to_string()), Ok(4), "{turn}");
+        for node in 1..=3 {
+            cluster.script(NodeId(node), []);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_has_left_is_asked_for_nothing_though_it_is_a_seed() {
+    let cluster = start(4, 4);
+    let kv = cluster.client().await;
+    kv.put("k00", "0").await.expect("a put");
+    cluster.set_node_state(NodeId(4), NodeState::Decommissioned);
+    let kv = cluster.client().await;
+    // Long enough that what failed once counts as well again.
+    cluster.take_requests();
+    for _ in 0..40 {
+        assert_eq!(keys(kv.scan(..).stream()).await, expected(0..1));
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+    let asked = cluster.take_requests();
+    assert_eq!(asked.len(), 40);
+    assert!(asked.iter().all(|request| request.node != NodeId(4)), "{asked:?}");
 }
 
 #[tokio::test(start_paused = true)]

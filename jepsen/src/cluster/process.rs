@@ -413,6 +413,25 @@ impl Cluster {
         self.wait_for(at, Instant::now() + START_DEADLINE, is_well).await
     }
 
+    /// Waits until a node says that it is ready: it may be elected again, knows its leaders, and holds
+    /// what they have committed.
+    pub async fn wait_ready(&mut self, at: usize) -> Result<(), String> {
+        let deadline = Instant::now() + START_DEADLINE;
+        loop {
+            let told = http_get(&self.nodes[at].http, "/readyz").await;
+            if told.as_ref().is_ok_and(|told| told.starts_with("HTTP/1.0 200")) {
+                return Ok(());
+            }
+            if let Some(why) = self.nodes[at].ended() {
+                return Err(why);
+            }
+            if Instant::now() >= deadline {
+                return Err(format!("n{} is not ready in time: {told:?}", at + 1));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
     async fn wait_for(
         &mut self,
         at: usize,
@@ -450,6 +469,20 @@ impl Cluster {
 
 fn is_well(status: &NodeStatus) -> bool {
     !status.groups.is_empty() && status.groups.iter().all(|group| group.leader.is_some())
+}
+
+/// What a node's HTTP listener answers, with its head.
+pub async fn http_get(address: &str, path: &str) -> Result<String, String> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let asked = async {
+        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        Ok::<_, io::Error>(text)
+    };
+    asked.await.map_err(|error| format!("{path} of {address}: {error}"))
 }
 
 /// The server's program stands beside the harness.

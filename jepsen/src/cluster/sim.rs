@@ -290,3 +290,47 @@ fn config(at: usize, settings: &Settings) -> Config {
     let loaded = Config::load(&Sources { set, ..Sources::default() });
     loaded.unwrap_or_else(|problems| panic!("the settings of a simulated node: {problems:?}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::trace::Detail;
+
+    const SETTINGS: Settings = Settings {
+        nodes: 3,
+        shards: 4,
+        raft_ms: [100, 250, 500],
+        link: LinkSpeed { latency_ms_min: 1, latency_ms_max: 2, slow_one_in: 500 },
+        disk: DiskSpeed { sync_ms_max: 1, slow_one_in: 500 },
+        clock_offset_ms_max: 0,
+        clock_drift_ppm_max: 0,
+        lying_disks: false,
+    };
+
+    #[test]
+    fn a_node_that_comes_back_is_ready_when_it_may_lead_and_knows_who_does() {
+        coracle_raft::runtime::seed_thread(Some(7));
+        let runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = { runtime }.enable_time().start_paused(true).build().expect("a runtime");
+        runtime.block_on(async {
+            let cluster = Cluster::new(SETTINGS, 7, Trace::begin(Detail::Silent));
+            cluster.form().await.expect("a cluster");
+            let client = cluster.client("load").connect().await.expect("a client");
+            client.put("k", "v").await.expect("a put");
+            cluster.crash(1, Down::Process, Loss::All);
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            cluster.boot(1).await.expect("it comes back");
+            let node = cluster.node(1).expect("it runs");
+            let groups = node.host().expect("it is a member").groups();
+            assert_eq!(groups.len(), 5, "the meta group, and four shards");
+            assert!(node.ready().now_or_never().is_none(), "it has heard nobody yet");
+            node.ready().await;
+            for group in groups {
+                assert!(!group.is_under_embargo(), "shard {}", group.shard());
+                assert!(group.status().leader.is_some(), "shard {}", group.shard());
+            }
+        });
+    }
+}

@@ -141,6 +141,9 @@ pub struct Hot {
     /// No node may serve more than so many percent of the load afterwards
     #[arg(long, value_name = "PERCENT", default_value_t = 60.0)]
     pub share_max: f64,
+    /// A shard is split by itself from so many keys a second on (default: a third of the hot one's)
+    #[arg(long, value_name = "N")]
+    pub split_load: Option<u64>,
     /// What the servers are told besides, `key=value`; may be given again
     #[arg(long, value_name = "SETTING")]
     pub set: Vec<String>,
@@ -164,9 +167,12 @@ impl Hot {
             shards: self.shards,
             settings: self.set,
             look: Duration::from_secs(look),
+            // A third of what the hot shard gets: its halves are above it, and halves of these are not.
+            split_load: self.split_load.unwrap_or(u64::from(self.rate) * 8 / 10 / 3),
             within: Duration::from_secs(self.within),
             share_max: self.share_max,
-            shape: shape(self.rate, 4_000, self.seed),
+            // A scan asks every shard, and so says nothing of a hot one.
+            shape: Shape { scans: 0, ..shape(self.rate, 4_000, self.seed) },
         }
     }
 }
@@ -218,5 +224,5 @@ impl Lost {
 }
 
 fn shape(rate: u32, keys: u64, seed: u64) -> Shape {
-    Shape { keys, value_bytes: 256, rate, deadline: Duration::from_secs(2), seed }
+    Shape { keys, value_bytes: 256, rate, scans: 4, deadline: Duration::from_secs(2), seed }
 }

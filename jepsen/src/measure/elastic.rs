@@ -4,7 +4,6 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use coracle_client::admin::{BalancingChange, OperationState, Plan as Moves, PlanOptions};
 use coracle_client::topology::NodeState;
 use coracle_client::{Client, ErrorKind};
 use tokio::time::Instant;
@@ -19,9 +18,6 @@ use crate::cluster::process::{Cluster, Setup};
 const PROGRESS: Duration = Duration::from_secs(15);
 /// Between two looks at what is waited for.
 const POLL: Duration = Duration::from_millis(100);
-/// Twice the default lease: a node that is back gives no votes for one, and the next restart may need
-/// its vote.
-const EMBARGO: Duration = Duration::from_secs(1);
 /// A percentile needs so many requests: shorter phases are held against the base line together.
 const PHASE_REQUESTS_MIN: usize = 1_000;
 /// Of the rate that was asked for, so much must have been reached.
@@ -84,9 +80,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     });
     let cluster = cluster.await?;
     // What moves is what this asks for, so that each phase is what it is called.
-    let change = BalancingChange { automatic: Some(false), ..BalancingChange::default() };
-    let set = cluster.client().admin().set_balancing(change).await;
-    set.map_err(|error| format!("turn balancing off: {error}"))?;
+    moves::by_hand(cluster.client()).await?;
     let client = Client::builder().seeds(cluster.addresses()).name("coracle-jepsen-load");
     let client = client.operation_timeout(deadline).connect_lazy();
     let client = client.map_err(|error| error.to_string())?;
@@ -99,17 +93,10 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         println!("WRONG: {why}");
     }
     let (phases, lost) = load.stop().await?;
-    let (looks, faults) = watch.stop().await?;
     let held = verdict(plan, &phases, &lost);
-    let left = moves::left_over(&cluster, PATIENCE / 5).await?;
-    println!(
-        "{looks} maps looked at, {} not as they must be; {} left over",
-        faults.len(),
-        left.len()
-    );
-    faults.iter().chain(&left).for_each(|line| println!("  {line}"));
+    let well = watch.judge(&cluster).await?;
     done?;
-    let held = held && faults.is_empty() && left.is_empty() && cluster.casualty().is_none();
+    let held = held && well && cluster.casualty().is_none();
     println!("{}", if held { "PASS" } else { "FAIL" });
     Ok(held)
 }
@@ -125,6 +112,7 @@ impl Run<'_> {
         loop {
             self.grow().await?;
             self.shrink().await?;
+            self.split_and_merge().await?;
             self.roll().await?;
             if began.elapsed() >= plan.lasts {
                 return Ok(());
@@ -164,16 +152,7 @@ impl Run<'_> {
         println!("        n{} has joined", at + 1);
         let admin = self.cluster.client().admin();
         let operation = loop {
-            let plan = planned(self.cluster.client(), from).await?;
-            println!(
-                "        plan of epoch {}: {} moves (at least {}), {} leaders, {:.1} MiB, about {:?}",
-                plan.epoch,
-                plan.moves.len(),
-                plan.moves_min,
-                plan.transfers.len(),
-                plan.bytes as f64 / f64::from(1 << 20),
-                plan.estimate
-            );
+            let plan = moves::planned(self.cluster.client()).await?;
             match admin.start_rebalance(&plan).await {
                 Ok(operation) => break operation,
                 // The map has changed meanwhile.
@@ -183,10 +162,7 @@ impl Run<'_> {
                 Err(error) => return Err(format!("apply: {error}")),
             }
         };
-        let ended = moves::follow(self.cluster.client(), operation.id).await?;
-        if ended.state != OperationState::Done {
-            return Err(moves::line(&ended));
-        }
+        moves::done(self.cluster.client(), operation.id).await?;
         self.hold(from, self.plan.phase_min).await;
         Ok(())
     }
@@ -215,10 +191,7 @@ impl Run<'_> {
         let begun = admin.decommission(node).await;
         let (_, operation) = begun.map_err(|error| format!("decommission: {error}"))?;
         let operation = operation.ok_or("decommission: no operation")?;
-        let ended = moves::follow(self.cluster.client(), operation.id).await?;
-        if ended.state != OperationState::Done {
-            return Err(moves::line(&ended));
-        }
+        moves::done(self.cluster.client(), operation.id).await?;
         let map = admin.map().await.map_err(|error| error.to_string())?;
         let state = map.node(node).map(|node| node.state);
         if state != Some(NodeState::Decommissioned) {
@@ -230,32 +203,44 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Every shard becomes two, one after the other, and all of them one again.
+    async fn split_and_merge(&mut self) -> Result<(), String> {
+        let from = self.begin("split every shard");
+        let client = self.cluster.client().clone();
+        let before = moves::arcs(&client).await?;
+        for shard in before.keys() {
+            moves::halve(&client, *shard).await?;
+        }
+        self.hold(from, self.plan.phase_min).await;
+        let from = self.begin("merge back");
+        let halves = moves::arcs(&client).await?;
+        if halves.len() != before.len() * 2 {
+            return Err(format!("{} shards became {}", before.len(), halves.len()));
+        }
+        for shard in before.keys() {
+            let behind = halves.get(shard).ok_or_else(|| format!("shard {shard} is gone"))?.1;
+            let right = halves.iter().find(|(_, (start, _))| *start == behind);
+            let (right, _) = right.ok_or_else(|| format!("nothing is behind shard {shard}"))?;
+            moves::merge(&client, *shard, *right).await?;
+        }
+        let after = moves::arcs(&client).await?;
+        if after != before {
+            return Err(format!("the shards were {before:?}, are {after:?}"));
+        }
+        self.hold(from, self.plan.phase_min).await;
+        Ok(())
+    }
+
     async fn roll(&mut self) -> Result<(), String> {
         let from = self.begin("rolling restart");
         for at in self.oldest..self.cluster.len() {
             let took = self.cluster.terminate(at).await?;
             self.cluster.restart(at)?;
             moves::caught_up(&mut self.cluster, at).await?;
-            tokio::time::sleep(EMBARGO).await;
             println!("        n{} stopped in {:.1} s, and is back", at + 1, took.as_secs_f64());
         }
         self.hold(from, self.plan.phase_min).await;
         Ok(())
-    }
-}
-
-/// A plan that moves something.
-async fn planned(client: &Client, since: Instant) -> Result<Moves, String> {
-    loop {
-        let plan = client.admin().plan_rebalance(&PlanOptions::default()).await;
-        let plan = plan.map_err(|error| format!("plan: {error}"))?;
-        if !plan.moves.is_empty() {
-            return Ok(plan);
-        }
-        if since.elapsed() >= PATIENCE / 5 {
-            return Err(format!("there is nothing to move: {:?}", plan.stalled));
-        }
-        tokio::time::sleep(POLL).await;
     }
 }
 

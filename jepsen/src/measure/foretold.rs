@@ -4,9 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use coracle_client::admin::{
-    BalancingChange, Control, NewKeyspace, OperationState, Plan as Moves, PlanOptions,
-};
+use coracle_client::admin::{Control, NewKeyspace, OperationState, Plan as Moves};
 use coracle_client::{Client, ErrorKind};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use tokio::time::Instant;
@@ -57,9 +55,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     });
     let mut cluster = cluster.await?;
     let client = cluster.client().clone();
-    let change = BalancingChange { automatic: Some(false), ..BalancingChange::default() };
-    let set = client.admin().set_balancing(change).await;
-    set.map_err(|error| format!("turn balancing off: {error}"))?;
+    moves::by_hand(&client).await?;
     fill(&client, plan).await?;
     purged(&cluster, &client, plan.seed).await?;
     println!("writes are paused from here on");
@@ -67,7 +63,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     tokio::time::sleep(LOOKED_AT).await;
     let mut held = stale(&client).await?;
     let before = moves::placement(&moves::settle(&client).await?);
-    let foretold = planned(&client).await?;
+    let foretold = moves::planned(&client).await?;
     tell(&foretold);
     let sent = sent_by(&cluster, &foretold).await?;
     held &= compare("the plan", foretold.bytes, sent, plan.off_max);
@@ -144,31 +140,7 @@ async fn purged(cluster: &Cluster, client: &Client, seed: u64) -> Result<(), Str
     }
 }
 
-async fn planned(client: &Client) -> Result<Moves, String> {
-    let began = Instant::now();
-    loop {
-        let plan = client.admin().plan_rebalance(&PlanOptions::default()).await;
-        let plan = plan.map_err(|error| format!("plan: {error}"))?;
-        if !plan.moves.is_empty() {
-            return Ok(plan);
-        }
-        if began.elapsed() >= PATIENCE / 5 {
-            return Err(format!("there is nothing to move: {:?}", plan.stalled));
-        }
-        tokio::time::sleep(POLL).await;
-    }
-}
-
 fn tell(plan: &Moves) {
-    println!(
-        "plan of epoch {}: {} moves (at least {}), {} leaders, {:.1} MiB, about {:?}",
-        plan.epoch,
-        plan.moves.len(),
-        plan.moves_min,
-        plan.transfers.len(),
-        mib(plan.bytes),
-        plan.estimate
-    );
     for node in &plan.nodes {
         println!(
             "    n{}: {} replicas, {:.1} MiB; then {} replicas, {:.1} MiB",
@@ -187,10 +159,7 @@ async fn sent_by(cluster: &Cluster, plan: &Moves) -> Result<u64, String> {
     let before = moves::counted(cluster, SENT).await?;
     let begun = client.admin().start_rebalance(plan).await;
     let begun = begun.map_err(|error| format!("apply: {error}"))?;
-    let ended = moves::follow(client, begun.id).await?;
-    if ended.state != OperationState::Done {
-        return Err(moves::line(&ended));
-    }
+    moves::done(client, begun.id).await?;
     Ok(moves::counted(cluster, SENT).await?.saturating_sub(before))
 }
 
@@ -206,7 +175,7 @@ fn compare(what: &str, foretold: u64, sent: u64, off_max: f64) -> bool {
 
 /// A plan is made, the map changes, the plan is applied.
 async fn stale(client: &Client) -> Result<bool, String> {
-    let plan = planned(client).await?;
+    let plan = moves::planned(client).await?;
     let made = client.admin().create_keyspace(NewKeyspace::new("later")).await;
     made.map_err(|error| format!("a keyspace: {error}"))?;
     refused(client, &plan, "a plan of an older map").await

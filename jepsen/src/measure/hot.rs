@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use coracle_client::admin::BalancingChange;
 use coracle_client::{Client, ShardId};
 use tokio::time::Instant;
 
 use super::attempts::Attempts;
 use super::block_on;
 use super::mixed::{Mixed, Phase, Shape};
-use super::moves::{self, MapWatch, PATIENCE};
+use super::moves::{self, MapWatch};
 use crate::cluster::process::{Cluster, Setup};
 
 /// Between two looks, and lines.
@@ -28,6 +29,8 @@ pub struct Plan {
     pub shards: u32,
     /// What the servers are told besides: `key=value`.
     pub settings: Vec<String>,
+    /// A shard is split by itself that has so many keys a second read and written.
+    pub split_load: u64,
     /// How long the load before is looked at, and the load after.
     pub look: Duration,
     /// It is split and spread within this.
@@ -54,13 +57,24 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     });
     let cluster = cluster.await?;
     let client = cluster.client().clone();
+    let change = BalancingChange {
+        automatic: Some(true),
+        split_load: Some(plan.split_load),
+        ..BalancingChange::default()
+    };
+    moves::balancing(&client, change).await?;
     let load = Mixed::start(&client, plan.shape, attempts).await?;
     let watch = MapWatch::start(&cluster)?;
     let map = client.admin().map().await.map_err(|error| error.to_string())?;
     let hot = map.shards.iter().map(|shard| shard.id).find(|id| id.0 != 0).ok_or("no shard")?;
     let first: BTreeSet<ShardId> = map.shards.iter().map(|shard| shard.id).collect();
     let keys = load.keys_of(hot.0).await?;
-    println!("shard {hot} gets the heat: {} of {} keys", keys.len(), plan.shape.keys);
+    println!(
+        "shard {hot} gets the heat: {} of {} keys; split by itself from {} keys a second on",
+        keys.len(),
+        plan.shape.keys,
+        plan.split_load
+    );
     load.heat(keys.clone());
     load.enter("hot");
     tokio::time::sleep(plan.look).await;
@@ -72,28 +86,18 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     let after = load.phase();
     tell("after", &after);
     let (phases, lost) = load.stop().await?;
-    let (looks, faults) = watch.stop().await?;
     phases.iter().for_each(|phase| println!("{}", phase.line()));
     let failed: usize = phases.iter().map(|p| p.failed.len() + p.wrong.len()).sum();
     phases.iter().flat_map(Phase::told).for_each(|line| println!("  {line}"));
-    let left = moves::left_over(&cluster, PATIENCE / 5).await?;
-    println!(
-        "{looks} maps looked at, {} not as they must be; {} left over",
-        faults.len(),
-        left.len()
-    );
-    faults.iter().chain(&left).chain(&lost).for_each(|line| println!("  {line}"));
+    moves::settle(&client).await?;
+    let well = watch.judge(&cluster).await?;
+    lost.iter().for_each(|line| println!("  {line}"));
     let (_, share) = most(&after.nodes);
     match took {
         Some(took) => println!("split and spread in {:.0} s by itself", took.as_secs_f64()),
         None => println!("WRONG: not split and spread within {:?}", plan.within),
     }
-    let held = took.is_some()
-        && share <= plan.share_max
-        && failed == 0
-        && lost.is_empty()
-        && faults.is_empty()
-        && left.is_empty();
+    let held = took.is_some() && share <= plan.share_max && failed == 0 && lost.is_empty() && well;
     println!("{}", if held { "PASS" } else { "FAIL" });
     Ok(held)
 }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use super::attempts::Attempts;
 use super::block_on;
 use super::mixed::{Mixed, Shape};
-use super::moves::{self, MapWatch, PATIENCE};
+use super::moves::{self, MapWatch};
 use crate::cluster::process::{Cluster, Setup};
 
 const POLL: Duration = Duration::from_millis(100);
@@ -53,8 +53,7 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     let mut cluster = cluster.await?;
     let client = cluster.client().clone();
     let change = BalancingChange { down_after: Some(plan.grace), ..BalancingChange::default() };
-    let set = client.admin().set_balancing(change).await;
-    set.map_err(|error| format!("set the grace: {error}"))?;
+    moves::balancing(&client, change).await?;
     let load = Mixed::start(&client, plan.shape, attempts).await?;
     let watch = MapWatch::start(&cluster)?;
     load.enter("before");
@@ -81,25 +80,18 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
         tokio::time::sleep(WARM_UP).await;
     }
     let (phases, lost) = load.stop().await?;
-    let (looks, faults) = watch.stop().await?;
     for phase in &phases {
         println!("{}", phase.line());
         phase.told().take(3).for_each(|line| println!("  {line}"));
     }
     let settled = moves::settle(&client).await.map(drop);
-    let left = moves::left_over(&cluster, PATIENCE / 5).await?;
-    println!(
-        "{looks} maps looked at, {} not as they must be; {} left over",
-        faults.len(),
-        left.len()
-    );
-    faults.iter().chain(&left).for_each(|line| println!("  {line}"));
+    let well = watch.judge(&cluster).await?;
     let wrong: usize = phases.iter().map(|phase| phase.wrong.len()).sum();
     println!("{} acknowledged writes lost, {wrong} wrong answers", lost.len());
     lost.iter().take(10).for_each(|line| println!("  {line}"));
     took?;
     settled?;
-    let held = lost.is_empty() && wrong == 0 && faults.is_empty() && left.is_empty();
+    let held = lost.is_empty() && wrong == 0 && well;
     println!("{}", if held { "PASS" } else { "FAIL" });
     Ok(held)
 }

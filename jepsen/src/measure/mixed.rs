@@ -22,8 +22,7 @@ use tracing::Instrument;
 use super::Quantiles;
 use super::attempts::{Attempt, Attempts};
 
-/// Of 100 requests so many are scans; of those that are left three of ten are writes.
-const SCANS: u32 = 4;
+/// Of the requests that are no scans three of ten are writes.
 const WRITES_OF_TEN: u32 = 3;
 /// Keys that a scan reads.
 const SCAN_KEYS: u64 = 40;
@@ -45,6 +44,8 @@ pub struct Shape {
     pub value_bytes: usize,
     /// Requests a second.
     pub rate: u32,
+    /// So many of a hundred are scans.
+    pub scans: u32,
     /// Each request's deadline.
     pub deadline: Duration,
     /// What is drawn.
@@ -291,7 +292,7 @@ impl Book {
         let mut random = StdRng::seed_from_u64(seed);
         let of_hundred = random.random_range(0..100);
         let is_write = random.random_range(0..10) < WRITES_OF_TEN;
-        let (kind, answered) = match (of_hundred < SCANS, is_write) {
+        let (kind, answered) = match (of_hundred < self.shape.scans, is_write) {
             (true, _) => ("scan", self.scan(&mut random).await),
             (false, true) => ("write", self.write(&mut random).await),
             (false, false) => ("read", self.read(&mut random).await),
@@ -490,8 +491,14 @@ impl Phase {
 mod tests {
     use super::*;
 
-    const SHAPE: Shape =
-        Shape { keys: 10, value_bytes: 64, rate: 1, deadline: Duration::from_secs(2), seed: 1 };
+    const SHAPE: Shape = Shape {
+        keys: 10,
+        value_bytes: 64,
+        rate: 1,
+        scans: 4,
+        deadline: Duration::from_secs(2),
+        seed: 1,
+    };
 
     #[test]
     fn a_value_says_which_write_it_is_of() {

@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::Duration;
 
-use coracle_client::admin::{ClusterOperation, OperationId};
+use coracle_client::admin::{
+    BalancingChange, ClusterOperation, OperationId, OperationState, Plan, PlanOptions, SplitAt,
+};
 use coracle_client::topology::Shard;
-use coracle_client::{Client, ClusterMap, NodeId, ShardId};
+use coracle_client::{Client, ClusterMap, ErrorKind, NodeId, ShardId};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::cluster::process::Cluster;
+use crate::cluster::process::{Cluster, http_get};
 
 /// Between two looks at an operation, or at what is waited for.
 const POLL: Duration = Duration::from_millis(100);
@@ -91,11 +93,128 @@ impl MapWatch {
         Ok(MapWatch { stop, watching })
     }
 
+    /// Ends it when all is over, and looks at what nodes still hold: tells what is wrong, and whether
+    /// nothing is.
+    pub async fn judge(self, cluster: &Cluster) -> Result<bool, String> {
+        let (looks, faults) = self.stop().await?;
+        let left = left_over(cluster, PATIENCE / 5).await?;
+        println!(
+            "{looks} maps looked at, {} not as they must be; {} left over",
+            faults.len(),
+            left.len()
+        );
+        faults.iter().chain(&left).for_each(|line| println!("  {line}"));
+        Ok(faults.is_empty() && left.is_empty())
+    }
+
     /// Ends it: how many maps were looked at, and what was wrong with them.
     pub async fn stop(self) -> Result<(u64, BTreeSet<String>), String> {
         self.stop.send_replace(true);
         self.watching.await.map_err(|error| error.to_string())
     }
+}
+
+/// From now on nothing moves or is split but what is asked for.
+pub async fn by_hand(client: &Client) -> Result<(), String> {
+    balancing(client, BalancingChange { automatic: Some(false), ..BalancingChange::default() })
+        .await
+}
+
+/// Sets how the cluster balances itself.
+pub async fn balancing(client: &Client, change: BalancingChange) -> Result<(), String> {
+    let set = client.admin().set_balancing(change).await;
+    set.map(drop).map_err(|error| format!("set the balancing: {error}"))
+}
+
+/// A plan that moves something, as soon as there is one.
+pub async fn planned(client: &Client) -> Result<Plan, String> {
+    let began = Instant::now();
+    loop {
+        let plan = client.admin().plan_rebalance(&PlanOptions::default()).await;
+        let plan = plan.map_err(|error| format!("plan: {error}"))?;
+        if !plan.moves.is_empty() {
+            println!("        {}", plan_line(&plan));
+            return Ok(plan);
+        }
+        if began.elapsed() >= PATIENCE / 5 {
+            return Err(format!("there is nothing to move: {:?}", plan.stalled));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn plan_line(plan: &Plan) -> String {
+    format!(
+        "plan of epoch {}: {} moves (at least {}), {} leaders, {:.1} MiB, about {:?}",
+        plan.epoch,
+        plan.moves.len(),
+        plan.moves_min,
+        plan.transfers.len(),
+        plan.bytes as f64 / f64::from(1 << 20),
+        plan.estimate
+    )
+}
+
+/// By shard: its arc.
+pub type Arcs = BTreeMap<ShardId, (u64, u64)>;
+
+/// Of the shards as they are now.
+pub async fn arcs(client: &Client) -> Result<Arcs, String> {
+    let map = client.admin().map().await.map_err(|error| error.to_string())?;
+    let shards = map.shards.iter().filter(|shard| shard.id.0 != 0);
+    Ok(shards.map(|shard| (shard.id, (shard.start, shard.end))).collect())
+}
+
+/// Splits a shard.
+pub async fn split(client: &Client, shard: ShardId, at: SplitAt) -> Result<(), String> {
+    let admin = client.admin();
+    let begun = asked(|| admin.split_shard(shard, at, false)).await;
+    let begun = begun.map_err(|error| format!("split shard {shard}: {error}"))?;
+    let operation = begun.operation.ok_or("a split: no operation")?;
+    done(client, operation.id).await
+}
+
+/// Splits a shard in the middle of its arc: with positions by hash, about in the middle of its keys.
+pub async fn halve(client: &Client, shard: ShardId) -> Result<(), String> {
+    let arcs = arcs(client).await?;
+    let (start, end) = *arcs.get(&shard).ok_or_else(|| format!("shard {shard} is gone"))?;
+    split(client, shard, SplitAt::Position(middle(start, end))).await
+}
+
+/// The position in the middle of an arc.
+pub fn middle(start: u64, end: u64) -> u64 {
+    // An end of 0 is 2^64, and an arc may be the whole ring.
+    start.wrapping_add(end.wrapping_sub(start).wrapping_sub(1) / 2 + 1)
+}
+
+/// Merges two neighbours.
+pub async fn merge(client: &Client, left: ShardId, right: ShardId) -> Result<(), String> {
+    let admin = client.admin();
+    let begun = asked(|| admin.merge_shards(left, right, false)).await;
+    let begun = begun.map_err(|error| format!("merge shard {right} into shard {left}: {error}"))?;
+    let operation = begun.operation.ok_or("a merge: no operation")?;
+    done(client, operation.id).await
+}
+
+/// Asks again for as long as the map changes meanwhile.
+async fn asked<T, A: Future<Output = Result<T, coracle_client::Error>>>(
+    ask: impl Fn() -> A,
+) -> Result<T, coracle_client::Error> {
+    let began = Instant::now();
+    loop {
+        match ask().await {
+            Err(error) if error.kind() == ErrorKind::Conflict && began.elapsed() < PATIENCE / 5 => {
+                tokio::time::sleep(POLL).await;
+            }
+            answered => return answered,
+        }
+    }
+}
+
+/// Follows an operation, which must come to its end as it was meant to.
+pub async fn done(client: &Client, id: OperationId) -> Result<(), String> {
+    let ended = follow(client, id).await?;
+    if ended.state == OperationState::Done { Ok(()) } else { Err(line(&ended)) }
 }
 
 /// Looks at an operation until it has ended, and tells how far it is.
@@ -167,10 +286,11 @@ pub async fn settle(client: &Client) -> Result<ClusterMap, String> {
     }
 }
 
-/// Waits until a node that was started again is as good as before: its replicas know their leaders,
-/// and lack next to nothing of what these have.
+/// Waits until a node that was started again is as good as before: it is ready, and its replicas lack
+/// next to nothing of what their leaders have.
 pub async fn caught_up(cluster: &mut Cluster, at: usize) -> Result<(), String> {
     cluster.wait_back(at).await?;
+    cluster.wait_ready(at).await?;
     let (began, node) = (Instant::now(), cluster.status(at).await?.node.id);
     loop {
         let mut near = 0;
@@ -245,24 +365,11 @@ async fn strays(cluster: &Cluster) -> Result<Vec<String>, String> {
 pub async fn counted(cluster: &Cluster, metric: &str) -> Result<u64, String> {
     let mut sum = 0.0;
     for at in (0..cluster.len()).filter(|at| cluster.is_running(*at)) {
-        let text = metrics(cluster.http(at)).await?;
+        let text = http_get(cluster.http(at), "/metrics").await?;
         let values = text.lines().filter_map(|line| line.strip_prefix(metric));
         sum += values.filter_map(|value| value.trim().parse::<f64>().ok()).sum::<f64>();
     }
     Ok(sum as u64)
-}
-
-async fn metrics(address: &str) -> Result<String, String> {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let asked = async {
-        let mut stream = tokio::net::TcpStream::connect(address).await?;
-        let request = format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n");
-        stream.write_all(request.as_bytes()).await?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text).await?;
-        Ok::<_, std::io::Error>(text)
-    };
-    asked.await.map_err(|error| format!("metrics of {address}: {error}"))
 }
 
 #[cfg(test)]
@@ -291,6 +398,13 @@ mod tests {
             leader_term: 0,
         });
         ClusterMap { shards: shards.collect(), ..ClusterMap::default() }
+    }
+
+    #[test]
+    fn the_middle_of_an_arc_is_inside_it() {
+        assert_eq!(middle(0, 0), 1 << 63, "the whole ring");
+        assert_eq!(middle(10, 12), 11);
+        assert_eq!(middle(u64::MAX - 1, 0), u64::MAX);
     }
 
     #[test]

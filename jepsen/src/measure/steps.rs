@@ -1,6 +1,7 @@
-//! Processes that are killed between any two steps of work on replicas: whoever is left goes on, or
-//! takes it back. Owns the rounds: which work, at which point who is killed, and what must be so
-//! afterwards. The points are the server's own list (`coracle_server::cluster::Point`).
+//! Processes that are killed between any two steps of work on replicas and shards: whoever is left goes
+//! on, or takes it back. Owns the rounds: at which point who is killed, and what must be so afterwards.
+//! Which work comes by which point, and what it may leave behind, is `steps_work`'s. The points are the
+//! server's own list (`coracle_server::cluster::Point`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -8,16 +9,15 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use coracle_client::admin::{
-    BalancingChange, ClusterOperation, Control, OperationId, OperationState,
-};
-use coracle_client::{ClusterMap, NodeId, ShardId};
+use coracle_client::admin::{ClusterOperation, Control, OperationId};
+use coracle_client::{ClusterMap, ShardId};
 use coracle_server::cluster::Point;
 use tokio::time::Instant;
 
 use super::block_on;
 use super::load::Load;
 use super::moves::{self, MapWatch};
+use super::steps_work::{Cast, Crew, Work, ending, pair_on_the_same_nodes, works_at};
 use crate::cluster::process::{Cluster, Setup};
 
 /// Work waits so long at each point: the harness sees it and kills meanwhile.
@@ -26,15 +26,16 @@ const HOLD: Duration = Duration::from_millis(250);
 const LISTEN: Duration = Duration::from_millis(10);
 /// A point is reached within this, or not at all.
 const REACH: Duration = Duration::from_secs(45);
-/// A replica is given up when its node has been silent for a minute.
-/// Whoever leads the meta group next counts anew.
-const REACH_LATE: Duration = Duration::from_secs(240);
+/// A replica is given up when its node has been silent for a minute; for less, where steps are held.
+const REACH_LATE: Duration = Duration::from_secs(120);
 /// Whoever was killed comes back so much later: the others have noticed by then.
 const AWAY: Duration = Duration::from_secs(1);
 /// Nothing may be left over so long after the work has ended.
 const LEFT_OVER: Duration = Duration::from_secs(40);
 /// One writer a shard, so that what moves is in use.
 const WRITE_PAUSE: Duration = Duration::from_millis(20);
+/// So many shards at most, the meta group among them.
+const SHARDS_MAX: usize = 8;
 /// How often a leader is killed in the middle of a change of voters, each time a little later, until it
 /// leaves one half done.
 const HALVES: u32 = 40;
@@ -62,35 +63,6 @@ pub enum Victim {
     Target,
 }
 
-/// What is begun, for a point to be reached.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Work {
-    /// A voter moves.
-    Move,
-    /// A move is cancelled when its new replica is a member.
-    Cancel,
-    /// Every shard gets a read replica, and loses it.
-    ReadReplicas,
-    /// The node of the replica that comes goes away for so long that it is given up.
-    GiveUp,
-    /// A group's only voter moves.
-    OnlyVoter,
-    /// A group's leader is killed in the middle of a change of voters.
-    Half,
-}
-
-/// Which work comes by a point.
-fn work_of(point: Point) -> Work {
-    match point {
-        Point::Settle | Point::Settled => Work::ReadReplicas,
-        Point::Withdraw | Point::Withdrawn => Work::GiveUp,
-        Point::Remove | Point::Removed => Work::Cancel,
-        Point::Retire | Point::Retired => Work::OnlyVoter,
-        Point::Finish | Point::Finished => Work::Half,
-        _ => Work::Move,
-    }
-}
-
 /// Runs, prints, and says whether all held.
 pub fn run(plan: &Plan) -> Result<bool, String> {
     block_on(measure(plan))
@@ -106,11 +78,11 @@ async fn measure(plan: &Plan) -> Result<bool, String> {
     }
     let mut reached = BTreeMap::new();
     let mut held = true;
-    let (alone, others): (Vec<_>, Vec<_>) =
-        points.iter().copied().partition(|point| work_of(*point) == Work::OnlyVoter);
-    for (nodes, replicas, points) in [(5, 3, others), (3, 1, alone)] {
-        if !points.is_empty() {
-            held &= rounds(plan, nodes, replicas, &points, &mut reached).await?;
+    let acts = points.iter().flat_map(|point| works_at(*point).iter().map(|work| (*work, *point)));
+    let (alone, others): (Vec<_>, Vec<_>) = acts.partition(|(work, _)| *work == Work::OnlyVoter);
+    for (nodes, replicas, acts) in [(5, 3, others), (3, 1, alone)] {
+        if !acts.is_empty() {
+            held &= rounds(plan, nodes, replicas, &acts, &mut reached).await?;
         }
     }
     println!("\npoints, and how often work came by:");
@@ -136,22 +108,11 @@ struct Rig {
     replicas: usize,
 }
 
-/// Who takes part in a round.
-#[derive(Clone, Copy, Debug)]
-struct Cast {
-    shard: ShardId,
-    from: NodeId,
-    to: NodeId,
-    controller: usize,
-    source: usize,
-    target: usize,
-}
-
 async fn rounds(
     plan: &Plan,
     nodes: usize,
     replicas: u32,
-    points: &[Point],
+    acts: &[(Work, Point)],
     reached: &mut BTreeMap<String, u64>,
 ) -> Result<bool, String> {
     let cluster = Cluster::start_as(Setup {
@@ -164,23 +125,20 @@ async fn rounds(
     });
     let cluster = cluster.await?;
     println!("{nodes} nodes, {replicas} voters a shard");
-    let change = BalancingChange { automatic: Some(false), ..BalancingChange::default() };
-    let set = cluster.client().admin().set_balancing(change).await;
-    set.map_err(|error| format!("turn balancing off: {error}"))?;
+    moves::by_hand(cluster.client()).await?;
     let client = cluster.client().clone();
     let load = Load::start(&client, 1, WRITE_PAUSE).await?;
     let watch = MapWatch::start(&cluster)?;
     let (heard, replicas) = (vec![0; nodes], replicas as usize);
     let mut rig = Rig { cluster, heard, reached: BTreeMap::new(), round: 0, replicas };
     let mut held = true;
-    for point in points {
-        let work = work_of(*point);
+    for (work, point) in acts {
         match work {
             Work::Half if rig.reached.contains_key(&point.name()) => continue,
             Work::Half => held &= rig.halves(*point).await?,
             _ => {
                 for victim in &plan.victims {
-                    held &= rig.round(work, *point, *victim).await?;
+                    held &= rig.round(*work, *point, *victim).await?;
                 }
             }
         }
@@ -205,8 +163,8 @@ impl Rig {
     async fn round(&mut self, work: Work, point: Point, victim: Victim) -> Result<bool, String> {
         self.round += 1;
         let began = Instant::now();
+        let cast = self.prepare(work).await?;
         let before = moves::settle(self.cluster.client()).await?;
-        let cast = self.cast(&before).await?;
         self.listen()?;
         let id = self.begin(work, cast).await?;
         let hit = self.wait_for(work, point, cast, id).await?;
@@ -224,14 +182,12 @@ impl Rig {
             wrong.push("the point was not reached".to_owned());
         }
         println!(
-            "{:>5}: {:<20} {:<12} n{} killed, shard {} from n{} to n{}: {ended}; {:.1} s",
+            "{:>5}: {:<20} {:<12} n{} killed, {}: {ended}; {:.1} s",
             if wrong.is_empty() { "ok" } else { "WRONG" },
             point.name(),
             format!("{victim:?}").to_lowercase(),
             at + 1,
-            cast.shard,
-            cast.from,
-            cast.to,
+            cast.told(work),
             began.elapsed().as_secs_f64()
         );
         wrong.iter().for_each(|line| println!("         {line}"));
@@ -244,18 +200,18 @@ impl Rig {
         let mut good = true;
         for turn in 0..HALVES {
             self.round += 1;
+            let cast = self.prepare(Work::Half).await?;
             let before = moves::settle(self.cluster.client()).await?;
-            let cast = self.cast(&before).await?;
             self.listen()?;
-            let id = self.begin(Work::Move, cast).await?;
-            if !self.wait_for(Work::Move, Point::Promote, cast, id).await? {
+            let id = self.begin(Work::Half, cast).await?;
+            if !self.wait_for(Work::Half, Point::Promote, cast, id).await? {
                 return Ok(false);
             }
             let leaders = self.cluster.leaders().await;
             let leader = leaders.get(&cast.shard).ok_or("nobody leads")?.at;
             tokio::time::sleep(HOLD.saturating_sub(LISTEN * 3) + HALVES_APART * turn).await;
             self.strike(leader).await?;
-            let (ended, wrong) = self.aftermath(Work::Move, cast, &before, id).await?;
+            let (ended, wrong) = self.aftermath(Work::Half, cast, &before, id).await?;
             self.listen()?;
             good &= wrong.is_empty();
             wrong.iter().for_each(|line| println!("         {line}"));
@@ -276,30 +232,63 @@ impl Rig {
         Ok(good)
     }
 
-    /// A shard, and a move of it on which the controller looks on, where there are enough nodes.
-    async fn cast(&self, map: &ClusterMap) -> Result<Cast, String> {
-        let leaders = self.cluster.leaders().await;
-        let controller = leaders.get(&ShardId(0)).ok_or("nobody leads the meta group")?.at;
+    /// Who takes part in the next round, on a cluster that is made ready for it.
+    async fn prepare(&mut self, work: Work) -> Result<Cast, String> {
+        let client = self.cluster.client().clone();
+        let map = moves::settle(&client).await?;
         let mut ids = Vec::new();
         for at in 0..self.cluster.len() {
             ids.push(self.cluster.status(at).await?.node.id);
         }
-        let shards: Vec<_> = map.shards.iter().filter(|shard| shard.id.0 != 0).collect();
-        let shard = shards[self.round % shards.len()];
-        let holds = |node: &NodeId| shard.replicas.iter().any(|replica| replica.node == *node);
-        let pick = |wanted: bool| {
-            let mut fit: Vec<usize> =
-                (0..ids.len()).filter(|at| holds(&ids[*at]) == wanted).collect();
-            // Another one each time, the controller last.
-            let turn = self.round / shards.len();
-            let count = fit.len().max(1);
-            fit.rotate_left(turn % count);
-            fit.sort_by_key(|at| *at == controller);
-            fit.first().copied().ok_or("nobody to move from or to")
+        let pair = match work.is_merge() {
+            true => Some(self.neighbours(map, work).await?),
+            false => {
+                self.room(map).await?;
+                None
+            }
         };
-        let (source, target) = (pick(true)?, pick(false)?);
-        let (from, to) = (ids[source], ids[target]);
-        Ok(Cast { shard: shard.id, from, to, controller, source, target })
+        let map = moves::settle(&client).await?;
+        let leaders = self.cluster.leaders().await;
+        let controller = leaders.get(&ShardId(0)).ok_or("nobody leads the meta group")?.at;
+        let crew = Crew { ids: &ids, leaders: &leaders, controller, round: self.round };
+        match pair {
+            Some((left, right)) => crew.of_merge(left, right),
+            None if work.is_split() => crew.of_split(&map),
+            None => crew.of_move(&map),
+        }
+    }
+
+    /// Two neighbours that can be merged: on the same nodes, or, where one is to be gathered first, not.
+    async fn neighbours(&self, map: ClusterMap, work: Work) -> Result<(ShardId, ShardId), String> {
+        let client = self.cluster.client();
+        let mut pair = pair_on_the_same_nodes(&map, self.round);
+        if pair.is_none() {
+            let shards: Vec<ShardId> = moves::arcs(client).await?.into_keys().collect();
+            moves::halve(client, shards[self.round % shards.len()]).await?;
+            pair = pair_on_the_same_nodes(&moves::settle(client).await?, self.round);
+        }
+        let (left, right) = pair.ok_or("a split leaves no two shards on the same nodes")?;
+        if work == Work::Gather {
+            let map = moves::settle(client).await?;
+            let holds = moves::placement(&map).remove(&right).unwrap_or_default();
+            let to = map.nodes.iter().map(|node| node.id).find(|node| !holds.contains(node));
+            let (from, to) = holds.first().copied().zip(to).ok_or("nobody to move to")?;
+            let begun = client.admin().move_replica(right, from, to).await;
+            let begun = begun.map_err(|error| format!("move a replica away: {error}"))?;
+            moves::done(client, begun.id).await?;
+        }
+        Ok((left, right))
+    }
+
+    /// Splits leave shards behind: before there are too many, two become one.
+    async fn room(&self, map: ClusterMap) -> Result<(), String> {
+        if map.shards.len() <= SHARDS_MAX {
+            return Ok(());
+        }
+        match pair_on_the_same_nodes(&map, self.round) {
+            Some((left, right)) => moves::merge(self.cluster.client(), left, right).await,
+            None => Ok(()),
+        }
     }
 
     /// Begins. The answer may be lost, with the one who would give it: then the records tell.
@@ -313,8 +302,7 @@ impl Rig {
         let known = admin.operations().await.map_err(|error| error.to_string())?;
         let last = known.operations.iter().map(|known| known.id).max();
         let asking = admin.clone();
-        let asked =
-            tokio::spawn(async move { asking.move_replica(cast.shard, cast.from, cast.to).await });
+        let asked = tokio::spawn(async move { cast.ask(work, &asking).await });
         let began = Instant::now();
         loop {
             let known = admin.operations().await.map_err(|error| error.to_string())?;
@@ -324,7 +312,7 @@ impl Rig {
             }
             if began.elapsed() >= REACH {
                 let why = asked.await.map_err(|error| error.to_string())?.err();
-                return Err(format!("a move is not recorded: {why:?}"));
+                return Err(format!("{work:?} is not recorded: {why:?}"));
             }
             tokio::time::sleep(LISTEN).await;
         }
@@ -343,14 +331,16 @@ impl Rig {
         let patience = if work == Work::GiveUp { REACH_LATE } else { REACH };
         while began.elapsed() < patience {
             seen.extend(self.listen()?);
-            let of_it = |(_, shard): &&(String, u64)| *shard == 0 || *shard == cast.shard.0;
-            let mut mine = seen.iter().filter(|seen| work == Work::ReadReplicas || of_it(seen));
-            if mine.any(|(name, _)| *name == point.name()) {
+            let of_it = |(_, shard): &&(String, u64)| {
+                *shard == 0 || *shard == cast.shard.0 || Some(*shard) == cast.right.map(|id| id.0)
+            };
+            let mine = seen.iter().filter(|seen| work == Work::ReadReplicas || of_it(seen));
+            if mine.clone().any(|(name, _)| *name == point.name()) {
                 return Ok(true);
             }
-            let at = |name: Point| seen.iter().any(|(seen, _)| *seen == name.name());
+            let at = |name: Point| mine.clone().any(|(seen, _)| *seen == name.name());
             let admin = self.cluster.client().admin();
-            if work == Work::Cancel && !cancelled && at(Point::Added) {
+            if !cancelled && work.cancelled_at().is_some_and(at) {
                 cancelled = true;
                 let cancel = admin.control(id, Control::Cancel).await;
                 cancel.map_err(|error| format!("cancel: {error}"))?;
@@ -400,29 +390,15 @@ impl Rig {
             Err(why) => return Ok(("stuck".to_owned(), vec![why])),
         };
         let (now, then) = (moves::placement(&map), moves::placement(before));
-        let moved = |from: NodeId, to: NodeId| {
-            let mut wanted = then.clone();
-            let voters = wanted.entry(cast.shard).or_default();
-            voters.remove(&from);
-            voters.insert(to);
-            wanted
-        };
         let operation = match id {
             Some(id) => client.admin().operation(id).await.map_err(|error| error.to_string())?,
             None => None,
         };
         let state = operation.as_ref().map(|operation| operation.state);
-        let ended = match state {
-            Some(OperationState::Done) if now == moved(cast.from, cast.to) => "done",
-            Some(OperationState::Cancelled | OperationState::Failed) if now == then => "undone",
-            // The group had let it vote when the cancel came.
-            Some(OperationState::Cancelled) if now == moved(cast.from, cast.to) => "done after all",
-            None if work == Work::ReadReplicas && now == then => "taken back",
-            _ => {
-                wrong.push(format!("{state:?}, and the voters were {then:?}, are {now:?}"));
-                "neither done nor undone"
-            }
-        };
+        let ended = ending(work, cast, state, &then, &now).unwrap_or_else(|| {
+            wrong.push(format!("{state:?}, and the voters were {then:?}, are {now:?}"));
+            "neither done nor undone"
+        });
         let short = now.values().filter(|voters| voters.len() != self.replicas).count();
         if short > 0 {
             wrong.push(format!("{short} shards have not {} voters", self.replicas));

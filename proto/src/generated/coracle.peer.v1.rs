@@ -201,7 +201,7 @@ pub struct Probe {
     pub node: bool,
 }
 /// How a node is: what those must know who place replicas.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NodeReport {
     /// Free bytes of the data directory's file system.
     #[prost(uint64, tag = "1")]
@@ -212,6 +212,19 @@ pub struct NodeReport {
     /// The replicas that it holds, damaged ones too; each a coracle.v1.GroupStatus.
     #[prost(bytes = "bytes", repeated, tag = "3")]
     pub replicas: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// The nodes that it has heard since it started, and how long ago that was.
+    #[prost(message, repeated, tag = "15")]
+    pub heard: ::prost::alloc::vec::Vec<NodeHeard>,
+}
+/// When a node was last heard by another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NodeHeard {
+    /// The node.
+    #[prost(uint64, tag = "1")]
+    pub node: u64,
+    /// Milliseconds since then, by the clock of who says so.
+    #[prost(uint64, tag = "2")]
+    pub silent_ms: u64,
 }
 /// Changes a group's members, on its leader. Done already is no error.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -47,10 +47,14 @@ pub(crate) struct Wires {
     pub(crate) held: Mutex<BTreeSet<NodeId>>,
     /// Questions for read points.
     pub(crate) points: AtomicUsize,
+    /// Leaderships that were sent to a node that had just restarted.
+    pub(crate) to_embargoed: AtomicUsize,
 }
 
 /// As a question for a read point stands on the wire.
 pub(crate) const READ_POINT: &[u8] = &[1, 8];
+/// As a transfer of leadership begins.
+const TRANSFER: &[u8] = &[1, 4];
 
 struct Wire {
     from: NodeId,
@@ -74,6 +78,10 @@ impl Transport for Wire {
             let error = TransportError::Unreachable("down".to_owned());
             return Box::pin(std::future::ready(Err(error)));
         };
+        let embargoed = host.group(to.shard).is_some_and(|group| group.is_under_embargo());
+        if question.starts_with(TRANSFER) && embargoed {
+            self.wires.to_embargoed.fetch_add(1, Ordering::SeqCst);
+        }
         let answer = host.answer(self.from, to.shard, to.replica, question);
         Box::pin(async move {
             tokio::time::timeout(timeout, answer)

@@ -14,6 +14,7 @@ mod apply_words;
 mod cluster;
 mod cluster_past;
 mod members;
+mod transfers;
 mod reads;
 mod reclaim;
 mod voters;

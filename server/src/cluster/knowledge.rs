@@ -68,6 +68,8 @@ pub struct Knowledge {
     pub(super) nodes: Option<(Vec<u64>, Instant)>,
     /// By node: when it last said how it is.
     pub(super) reported: BTreeMap<u64, Instant>,
+    /// By node: when anybody who has said so last heard it.
+    pub(super) heard: BTreeMap<u64, Instant>,
 }
 
 impl Knowledge {
@@ -79,6 +81,11 @@ impl Knowledge {
         now: Instant,
     ) -> BTreeMap<u64, u64> {
         self.reported.insert(node, now);
+        for heard in &report.heard {
+            let at = now.checked_sub(Duration::from_millis(heard.silent_ms)).unwrap_or(now);
+            let last = self.heard.entry(heard.node).or_insert(at);
+            *last = at.max(*last);
+        }
         if report.disk_total_bytes > 0 {
             let capacity = report.disk_total_bytes;
             let used = capacity.saturating_sub(report.disk_free_bytes);
@@ -127,6 +134,7 @@ impl Knowledge {
         let replicas: BTreeSet<u64> = replicas.map(|replica| replica.id).collect();
         self.disks.retain(|node, _| is_node(node));
         self.reported.retain(|node, _| is_node(node));
+        self.heard.retain(|node, _| is_node(node));
         self.bytes.retain(|shard, _| is_shard(shard));
         self.tidy.retain(is_shard);
         self.loads.retain(|(shard, node), _| is_shard(shard) && is_node(node));
@@ -163,6 +171,23 @@ impl Knowledge {
         }
     }
 
+    /// Nodes have been silent since anybody last heard them, not only since this node began to look: a
+    /// grace goes on under a new leader of the meta group. Only once all that are not silent have said
+    /// whom they have heard; what a node heard before its own start nobody knows, and is not counted.
+    pub(super) fn backdate(&self, map: &v1::ShardMap, silent: &mut BTreeMap<u64, Instant>) {
+        let has_said = |node: &v1::Node| {
+            matches!(node.state(), NodeState::Gone | NodeState::Decommissioned)
+                || silent.contains_key(&node.id)
+                || self.reported.contains_key(&node.id)
+        };
+        if !map.nodes.iter().all(has_said) {
+            return;
+        }
+        for (node, since) in silent.iter_mut() {
+            *since = self.heard.get(node).map_or(*since, |heard| (*since).min(*heard));
+        }
+    }
+
     /// Nodes that are not heard, though they should be.
     pub(super) fn missed<'a>(&'a self, map: &'a v1::ShardMap) -> impl Iterator<Item = u64> + 'a {
         let expected = map
@@ -186,5 +211,54 @@ impl Knowledge {
             && self.damaged.is_empty()
             && map.shards.iter().all(sized)
             && map.nodes.iter().all(said)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn map(nodes: u64) -> v1::ShardMap {
+        let node = |id| v1::Node { id, state: NodeState::Active.into(), ..Default::default() };
+        v1::ShardMap { nodes: (1..=nodes).map(node).collect(), ..Default::default() }
+    }
+
+    fn heard(others: &[(u64, Duration)]) -> peer::NodeReport {
+        let one = |(node, silent): &(u64, Duration)| peer::NodeHeard {
+            node: *node,
+            silent_ms: silent.as_millis() as u64,
+        };
+        peer::NodeReport { heard: others.iter().map(one).collect(), ..Default::default() }
+    }
+
+    #[test]
+    fn a_new_controller_goes_on_with_the_grace_of_a_silent_node() {
+        // n4 is down. n1, n2 and n3 are there, and n3 has just started: it has never heard n4.
+        let (map, began) = (map(4), Instant::now() + 1_000 * SECOND);
+        let (mut known, mut silent) = (Knowledge::default(), BTreeMap::from([(4, began)]));
+        known.learn(1, &heard(&[(2, SECOND), (4, 70 * SECOND)]), began);
+        known.learn(3, &heard(&[(1, SECOND)]), began);
+        known.backdate(&map, &mut silent);
+        assert_eq!(silent[&4], began, "n2 has not said yet whom it has heard");
+        known.learn(2, &heard(&[(4, 50 * SECOND)]), began);
+        known.backdate(&map, &mut silent);
+        assert_eq!(silent[&4], began - 50 * SECOND, "since anybody heard it, never longer");
+        let (operations, later) = (Operations::default(), began + 250 * SECOND);
+        known.silent = silent;
+        assert!(known.lost(&map.nodes[3], &operations, later), "the five minutes are over");
+        assert!(!known.lost(&map.nodes[3], &operations, later - SECOND), "and not sooner");
+    }
+
+    #[test]
+    fn a_node_that_somebody_hears_is_silent_only_since_this_one_looks() {
+        let (map, now) = (map(3), Instant::now() + 1_000 * SECOND);
+        let (mut known, since) = (Knowledge::default(), now - 9 * SECOND);
+        known.learn(1, &heard(&[(3, 400 * SECOND)]), now);
+        known.learn(2, &heard(&[(3, Duration::ZERO)]), now);
+        let mut silent = BTreeMap::from([(3, since)]);
+        known.backdate(&map, &mut silent);
+        assert_eq!(silent[&3], since, "n2 hears it all the time");
     }
 }

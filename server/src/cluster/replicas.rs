@@ -187,6 +187,7 @@ impl Cluster {
         }
         tending.silent.retain(|node, _| map.nodes.iter().any(|known| known.id == *node));
         let mut known = self.knowledge.lock();
+        known.backdate(map, &mut tending.silent);
         known.silent.clone_from(&tending.silent);
         let nodes: Vec<u64> = map.nodes.iter().map(|node| node.id).collect();
         if known.nodes.as_ref().is_none_or(|(before, _)| *before != nodes) {

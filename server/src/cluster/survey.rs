@@ -90,7 +90,14 @@ impl Cluster {
     pub(super) fn report(&self) -> peer::NodeReport {
         let space = (self.space)();
         let replicas = self.replica_statuses(false);
+        let map = self.map.current();
+        let heard = map.iter().flat_map(|map| map.nodes()).filter_map(|node| {
+            let silence = self.commands.silence(node.id)?;
+            let silent_ms = u64::try_from(silence.as_millis()).ok()?;
+            Some(peer::NodeHeard { node: node.id.0, silent_ms })
+        });
         peer::NodeReport {
+            heard: heard.collect(),
             disk_free_bytes: space.map_or(0, |space| space.free_bytes),
             disk_total_bytes: space.map_or(0, |space| space.total_bytes),
             replicas: replicas.iter().map(|status| Bytes::from(status.encode_to_vec())).collect(),

@@ -24,6 +24,7 @@ use parking_lot::Mutex;
 use peer::cluster_command::Kind;
 use tokio::time::Instant;
 
+use super::starting::Starting;
 use super::{Parts, Shared};
 use crate::admission::{Admission, Call};
 use crate::cluster::{Cluster, Commands, Holding, Target};
@@ -51,6 +52,8 @@ pub(crate) struct Member {
     pub(crate) router: Arc<Router>,
     /// Replicas that came up damaged: not running.
     pub(crate) recovering: Vec<Damage>,
+    /// Those that came up, and have yet to catch up.
+    pub(crate) starting: Arc<Starting>,
 }
 
 impl Member {
@@ -94,9 +97,21 @@ impl Member {
         parts.exec.spawn("settle keyspaces", Box::pin(settle));
         let (tended, stop) = (cluster.clone(), shared.stop.clone());
         parts.exec.spawn("replicas", Box::pin(async move { tended.tend_replicas(stop).await }));
+        let starting = start_up(shared, &host, &router);
         let recovering = recovery.recovering;
-        Ok(Arc::new(Self { own, host, log, cluster, router, recovering }))
+        Ok(Arc::new(Self { own, host, log, cluster, router, recovering, starting }))
     }
+}
+
+/// Waits, beside all else, until the replicas that are there already have caught up.
+fn start_up(shared: &Arc<Shared>, host: &Arc<Host>, router: &Router) -> Arc<Starting> {
+    let groups = host.groups();
+    let starting = Starting::new(groups.len());
+    let admission = router.admission().clone();
+    admission.set_starting(!groups.is_empty());
+    let wait = starting.clone().run(host.clone(), groups, admission, shared.stop.clone());
+    shared.parts.exec.spawn("starting", Box::pin(wait));
+    starting
 }
 
 fn new_host(shared: &Arc<Shared>, log: Log, clock: Arc<StampClock>, start_count: u64) -> Arc<Host> {

@@ -91,6 +91,14 @@ impl Plan {
         !matches!(self.task, Task::Write { .. } | Task::DeleteRange(_) | Task::Pin { .. })
     }
 
+    /// True when it takes whatever the replica at hand has, and never waits.
+    pub(crate) fn takes_anything(&self) -> bool {
+        match &self.task {
+            Task::Get(lookup) | Task::BatchGet(lookup) => lookup.freshness == Freshness::Any,
+            _ => false,
+        }
+    }
+
     /// True when it reads keys by their positions. Then the arc that the view itself holds says whether
     /// the shard may answer: an epoch that only a change of the members has raised, on this side or on
     /// the caller's, refuses no read.

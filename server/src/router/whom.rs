@@ -72,6 +72,13 @@ pub(crate) fn whom(
     }
 }
 
+/// Whether the replica here is to serve a read that any may. `waits`: it has yet to hear from its leader
+/// since its node started, and would keep the read until then.
+pub(crate) fn reads_here(local: Option<&GroupStatus>, trail: &Trail, waits: bool) -> bool {
+    let runs = local.is_some_and(|status| status.state != Standing::Stopped);
+    runs && !trail.behind && !waits
+}
+
 /// Whether a replica leads.
 pub(crate) fn leads(status: &GroupStatus) -> bool {
     status.state == Standing::Leader
@@ -140,6 +147,17 @@ mod tests {
         assert_eq!(whom(&shard(0, 0), OWN, None, &trail, 1), Whom::Node(NodeId(3)));
         let stopped = replica(Standing::Stopped, 9, None);
         assert_eq!(asked(&shard(3, 4), Some(stopped), &trail), Whom::Node(NodeId(3)));
+    }
+
+    #[test]
+    fn a_replica_reads_here_unless_it_is_behind_or_has_just_started() {
+        let (fresh, trail) = (replica(Standing::Follower, 5, Some(3)), Trail::default());
+        assert!(reads_here(Some(&fresh), &trail, false));
+        assert!(!reads_here(Some(&fresh), &trail, true), "its leader is asked at once");
+        assert_eq!(asked(&shard(3, 5), Some(fresh.clone()), &trail), Whom::Node(NodeId(3)));
+        assert!(!reads_here(Some(&fresh), &Trail { behind: true, ..Trail::default() }, false));
+        assert!(!reads_here(Some(&replica(Standing::Stopped, 5, None)), &trail, false));
+        assert!(!reads_here(None, &trail, false));
     }
 
     #[test]

@@ -396,6 +396,22 @@ async fn open_scans_are_bounded_and_a_reader_that_goes_makes_room() {
     nodes.draining_is_told_to_readers(&exec).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_has_just_started_sends_scans_elsewhere_at_once() {
+    let (nodes, exec) = (Nodes::start().await, exec());
+    fill(&nodes.one, 4).await;
+    let admission = nodes.one.router.admission();
+    admission.set_starting(true);
+    let refused = open(&nodes.one, &exec, scan(), None).await.err().unwrap();
+    assert_eq!((refused.reason, refused.retry_after_ms), (Reason::TooStale, 0));
+    // Pages that another node asks for are of a shard that it believes to be here.
+    assert_eq!(admission.scans_open(), 0);
+    admission.set_starting(false);
+    let found = open(&nodes.one, &exec, scan(), None).await.unwrap().next().await.unwrap();
+    assert_eq!(keys(&found.into_iter().collect::<Vec<_>>()).len(), 4);
+    nodes.stop().await;
+}
+
 impl Nodes {
     async fn draining_is_told_to_readers(self, exec: &RealExec) {
         fill(&self.one, 400).await;

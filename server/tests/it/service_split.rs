@@ -85,6 +85,16 @@ async fn requests_find_the_child_as_soon_as_the_map_knows_it() {
     let split = split(&nodes).await;
     let key = keys_of_child(&split).next().expect("one of many");
     assert_eq!(shard_of("", &key), PARENT, "as the maps have it");
+    // The group knows it before any map does.
+    let route = Some(v1::Route { shard: PARENT, shard_epoch: 1 });
+    let early = nodes.one.put(v1::PutRequest { route, ..put(&key, "early") }).await;
+    let served = early.expect("its node holds the child").served;
+    assert_eq!(served.map(|served| served.shard), Some(CHILD));
+    for node in [&nodes.one, &nodes.two] {
+        assert_eq!(node.map.current().map(|map| map.epoch().0), Some(1), "as before");
+        assert_eq!(node.value(&key).await.as_deref(), Some("early"));
+    }
+    nodes.one.put(put(&key, &key)).await.expect("a write");
     tell(&nodes, &split);
     for node in [&nodes.one, &nodes.two] {
         assert_eq!(node.value(&key).await, Some(key.clone()));
