@@ -137,7 +137,11 @@ impl Watch {
         for invariant in all {
             if let Some(why) = invariant.look(look) {
                 let sentence = invariant.sentence();
-                self.broken.push(format!("{sentence}: shard {}: {why}", look.shard));
+                let broken = format!("{sentence}: shard {}: {why}", look.shard);
+                // Most of it stays as it is, and is seen again at every look.
+                if !self.broken.contains(&broken) {
+                    self.broken.push(broken);
+                }
             }
         }
     }

@@ -4,8 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use coracle_proto::shard_map::{KeyspaceId, ShardMap};
 use coracle_raft::group::Group;
 use coracle_raft::types::Position;
+use coracle_storage::state::ArcFilter;
 use tokio::time::Instant;
 
 use crate::cluster::sim::Cluster;
@@ -42,12 +44,15 @@ async fn differences(cluster: &Cluster) -> Vec<(bool, String)> {
         groups.extend(host.iter().flat_map(|host| host.groups()).map(|group| (node, group)));
     }
     groups.sort_by_key(|(node, group)| (group.shard(), *node));
+    let Some(map) = (0..cluster.len()).find_map(|at| cluster.node(at)?.map()) else {
+        return vec![(false, "no node has a map".to_owned())];
+    };
     let mut different = Vec::new();
     for replicas in groups.chunk_by(|(_, one), (_, other)| one.shard() == other.shard()) {
         let shard = replicas[0].1.shard();
         let mut digests: Vec<(usize, Digest)> = Vec::new();
         for (node, group) in replicas {
-            match digest(group).await {
+            match digest(group, map.clone()).await {
                 Ok(digest) => digests.push((*node, digest)),
                 Err(why) => different.push((false, format!("{shard} on n{}: {why}", node + 1))),
             }
@@ -64,9 +69,18 @@ async fn differences(cluster: &Cluster) -> Vec<(bool, String)> {
     different
 }
 
-async fn digest(group: &Group) -> Result<Digest, String> {
-    let look = |state: &coracle_raft::state_machine::ReadState| {
-        let hash = state.reader.state_hash(None, state.clock);
+/// Of what belongs to the group: what a split has left behind goes sooner here than there.
+async fn digest(group: &Group, map: Arc<ShardMap>) -> Result<Digest, String> {
+    let look = move |state: &coracle_raft::state_machine::ReadState| {
+        let held = state.descriptor.clone();
+        let owns: ArcFilter = Arc::new(move |keyspace, key| {
+            let position = match map.keyspace_by_id(KeyspaceId(keyspace)) {
+                Some(keyspace) => map.position_of(keyspace, key).0,
+                None => 0,
+            };
+            held.as_ref().is_some_and(|held| held.owns(keyspace, position))
+        });
+        let hash = state.reader.state_hash(Some(&owns), state.clock);
         hash.map(|hash| Digest { at: state.position, clock: state.clock, hash })
     };
     let read = group.read_local(0, Instant::now() + LOOK, look).await;

@@ -27,8 +27,8 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 /// And followers that were away have caught up, by a snapshot if need be.
 const AGREEMENT_WITHIN: Duration = Duration::from_secs(30);
 
-/// Keys that are tried to reach every shard.
-const PROBES_MAX: u64 = 128;
+/// Keys among which one of every shard is looked for: a split may leave it a sliver of the ring.
+const PROBES_MAX: u64 = 100_000;
 
 /// The id of the keyspace that the load works on.
 const DEFAULT_KEYSPACE: u32 = 1;
@@ -205,8 +205,14 @@ async fn serve(run: &mut Run) {
         let mut missing: BTreeSet<u64> = map.shards.iter().map(|shard| shard.id.0).collect();
         // The meta group holds no keys of clients.
         missing.remove(&0);
+        let ring = (0..run.cluster.len()).find_map(|at| run.cluster.node(at)?.map());
+        let Some(ring) = ring else { return missing };
+        let keyspace = ring.keyspace("default").expect("it is made with the cluster");
         for probe in 0..PROBES_MAX {
             let (key, value) = (format!("probe-{probe}"), format!("probe-{probe}"));
+            if !missing.contains(&ring.locate_key(keyspace, key.as_bytes()).id.0) {
+                continue;
+            }
             if !worker.perform(&key, Action::Put { value }).await {
                 return missing;
             }
