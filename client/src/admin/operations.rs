@@ -307,7 +307,10 @@ impl Admin {
         state: NodeState,
     ) -> Result<(Node, Option<ClusterOperation>), Error> {
         let request = v1::SetNodeStateRequest { node: node.0, state: state.to_wire().into() };
-        let set = self.any(self.timeout(), true, |node: Arc<Pipeline>| async move {
+        // Asked again it is the same state; but only the first time it is told what was begun, which
+        // matters to whoever waits for it.
+        let once = state == NodeState::Decommissioning;
+        let set = self.any(self.timeout(), once, |node: Arc<Pipeline>| async move {
             node.connection().admin().set_node_state(request).await
         });
         let v1::SetNodeStateResponse { node, operation } = set.await?;
@@ -319,7 +322,7 @@ impl Admin {
     /// most 65,535. Returns it as it is recorded now.
     pub async fn set_node_weight(&self, node: NodeId, weight: u32) -> Result<Node, Error> {
         let weight = Some(v1::NodeWeight { node: node.0, weight });
-        let set = self.any(self.timeout(), true, |node: Arc<Pipeline>| async move {
+        let set = self.any(self.timeout(), false, |node: Arc<Pipeline>| async move {
             node.connection().admin().set_node_weight(v1::SetNodeWeightRequest { weight }).await
         });
         Ok(Node::from_wire(set.await?.node.unwrap_or_default()))

@@ -34,6 +34,8 @@ fn touch(metrics: &Metrics) {
     metrics.replica_lag_entries.with(["s1", "n2"]).set(3);
     metrics.replica_lag_seconds.with(["s1", "n2"]).set(0.5);
     metrics.memory_bytes.with(["log_cache"]).set(5);
+    metrics.shard_reads_per_second.with(["s1"]).set(4);
+    metrics.shard_writes_per_second.with(["s1"]).set(2);
 }
 
 #[test]
