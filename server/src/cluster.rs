@@ -132,6 +132,8 @@ pub struct Cluster {
     pub knowledge: Mutex<Knowledge>,
     /// For tests: a wait between any two steps.
     pub holding: Holding,
+    /// When this node started.
+    pub started: Instant,
     /// What each replica of this node has to do.
     pub loads: Arc<Loads>,
     /// The data directory's file system.

@@ -68,8 +68,14 @@ pub struct Knowledge {
     pub(super) nodes: Option<(Vec<u64>, Instant)>,
     /// By node: when it last said how it is.
     pub(super) reported: BTreeMap<u64, Instant>,
-    /// By node: when anybody who has said so last heard it.
+    /// By node: when anybody who has said so last heard it, or may have, before a start.
     pub(super) heard: BTreeMap<u64, Instant>,
+}
+
+/// How long ago a node heard another at the latest: one that was not heard since it started may have been
+/// right before.
+pub(super) fn last_heard(silence: Option<Duration>, up: Duration) -> Duration {
+    silence.unwrap_or(up)
 }
 
 impl Knowledge {
@@ -171,21 +177,36 @@ impl Knowledge {
         }
     }
 
-    /// Nodes have been silent since anybody last heard them, not only since this node began to look: a
-    /// grace goes on under a new leader of the meta group. Only once all that are not silent have said
-    /// whom they have heard; what a node heard before its own start nobody knows, and is not counted.
-    pub(super) fn backdate(&self, map: &v1::ShardMap, silent: &mut BTreeMap<u64, Instant>) {
+    /// Since when nodes are silent: since anybody last heard them, or may have, not only since this node
+    /// began to look (`began`): a grace goes on under a new leader of the meta group. Only once all that are
+    /// not silent have said whom they have heard. What others that are silent have heard nobody knows, up to
+    /// when they were last heard themselves; so news of them takes a moment back.
+    pub(super) fn silent_since(
+        &self,
+        map: &v1::ShardMap,
+        began: &BTreeMap<u64, Instant>,
+    ) -> BTreeMap<u64, Instant> {
+        let is_over =
+            |node: &v1::Node| matches!(node.state(), NodeState::Gone | NodeState::Decommissioned);
         let has_said = |node: &v1::Node| {
-            matches!(node.state(), NodeState::Gone | NodeState::Decommissioned)
-                || silent.contains_key(&node.id)
-                || self.reported.contains_key(&node.id)
+            is_over(node) || began.contains_key(&node.id) || self.reported.contains_key(&node.id)
         };
         if !map.nodes.iter().all(has_said) {
-            return;
+            return began.clone();
         }
-        for (node, since) in silent.iter_mut() {
-            *since = self.heard.get(node).map_or(*since, |heard| (*since).min(*heard));
-        }
+        let ears: Vec<u64> = map
+            .nodes
+            .iter()
+            .filter(|node| !is_over(node) && began.contains_key(&node.id))
+            .map(|node| node.id)
+            .collect();
+        let since = |(node, began): (&u64, &Instant)| {
+            // Its own last moment, and those of others that may have heard it until then.
+            let moments = std::iter::once(node).chain(&ears).map(|ear| self.heard.get(ear));
+            let last = moments.map(|heard| heard.copied().unwrap_or(*began)).max();
+            (*node, last.map_or(*began, |last| last.min(*began)))
+        };
+        began.iter().map(since).collect()
     }
 
     /// Nodes that are not heard, though they should be.
@@ -235,18 +256,16 @@ mod tests {
 
     #[test]
     fn a_new_controller_goes_on_with_the_grace_of_a_silent_node() {
-        // n4 is down. n1, n2 and n3 are there, and n3 has just started: it has never heard n4.
-        let (map, began) = (map(4), Instant::now() + 1_000 * SECOND);
-        let (mut known, mut silent) = (Knowledge::default(), BTreeMap::from([(4, began)]));
-        known.learn(1, &heard(&[(2, SECOND), (4, 70 * SECOND)]), began);
-        known.learn(3, &heard(&[(1, SECOND)]), began);
-        known.backdate(&map, &mut silent);
-        assert_eq!(silent[&4], began, "n2 has not said yet whom it has heard");
-        known.learn(2, &heard(&[(4, 50 * SECOND)]), began);
-        known.backdate(&map, &mut silent);
-        assert_eq!(silent[&4], began - 50 * SECOND, "since anybody heard it, never longer");
-        let (operations, later) = (Operations::default(), began + 250 * SECOND);
-        known.silent = silent;
+        // n4 is down. n1, n2 and n3 are there, and n3 has started a minute ago.
+        let (map, now) = (map(4), Instant::now() + 1_000 * SECOND);
+        let (mut known, began) = (Knowledge::default(), BTreeMap::from([(4, now)]));
+        known.learn(1, &heard(&[(2, SECOND), (4, 70 * SECOND)]), now);
+        known.learn(3, &heard(&[(1, SECOND), (4, 60 * SECOND)]), now);
+        assert_eq!(known.silent_since(&map, &began)[&4], now, "n2 has not said whom it has heard");
+        known.learn(2, &heard(&[(4, 50 * SECOND)]), now);
+        known.silent = known.silent_since(&map, &began);
+        assert_eq!(known.silent[&4], now - 50 * SECOND, "since anybody heard it, never longer");
+        let (operations, later) = (Operations::default(), now + 250 * SECOND);
         assert!(known.lost(&map.nodes[3], &operations, later), "the five minutes are over");
         assert!(!known.lost(&map.nodes[3], &operations, later - SECOND), "and not sooner");
     }
@@ -257,8 +276,43 @@ mod tests {
         let (mut known, since) = (Knowledge::default(), now - 9 * SECOND);
         known.learn(1, &heard(&[(3, 400 * SECOND)]), now);
         known.learn(2, &heard(&[(3, Duration::ZERO)]), now);
-        let mut silent = BTreeMap::from([(3, since)]);
-        known.backdate(&map, &mut silent);
-        assert_eq!(silent[&3], since, "n2 hears it all the time");
+        let began = BTreeMap::from([(3, since)]);
+        assert_eq!(known.silent_since(&map, &began)[&3], since, "n2 hears it all the time");
+    }
+
+    #[test]
+    fn what_a_silent_node_may_have_heard_counts_until_it_says_what_it_did() {
+        // Only n2 hears n3, and led. It falls silent; n1 leads, and n4 is there.
+        let (map, now) = (map(4), Instant::now() + 1_000 * SECOND);
+        let (mut known, operations) = (Knowledge::default(), Operations::default());
+        let mut began = BTreeMap::from([(3, now - 5 * SECOND), (2, now)]);
+        known.learn(1, &heard(&[(2, 5 * SECOND), (3, 400 * SECOND)]), now);
+        known.learn(4, &heard(&[(2, 6 * SECOND), (3, 400 * SECOND)]), now);
+        known.silent = known.silent_since(&map, &began);
+        assert_eq!(known.silent[&3], now - 5 * SECOND, "n2 may have heard it until then");
+        assert_eq!(known.silent[&2], now - 5 * SECOND);
+        assert!(!known.lost(&map.nodes[2], &operations, now));
+        // Both are silent for longer: so is n3's grace.
+        began.insert(3, now);
+        let later = now + 200 * SECOND;
+        known.learn(1, &heard(&[(2, 205 * SECOND), (3, 600 * SECOND)]), later);
+        known.learn(4, &heard(&[(2, 206 * SECOND), (3, 600 * SECOND)]), later);
+        assert_eq!(known.silent_since(&map, &began)[&3], now - 5 * SECOND);
+        // It was cut off, and has heard it all the time.
+        began.remove(&2);
+        known.learn(2, &heard(&[(1, SECOND), (3, SECOND)]), later);
+        assert_eq!(known.silent_since(&map, &began)[&3], now, "as this one began to look");
+    }
+
+    #[test]
+    fn a_node_that_starts_again_may_have_heard_others_until_it_did() {
+        // As before, but n2 has only been restarted, a second ago: it was away for three.
+        let (map, now) = (map(4), Instant::now() + 1_000 * SECOND);
+        let (mut known, began) = (Knowledge::default(), BTreeMap::from([(3, now)]));
+        known.learn(1, &heard(&[(2, SECOND), (3, 400 * SECOND)]), now);
+        known.learn(4, &heard(&[(2, SECOND), (3, 400 * SECOND)]), now);
+        known.learn(2, &heard(&[(1, SECOND), (3, last_heard(None, SECOND))]), now);
+        assert_eq!(known.silent_since(&map, &began)[&3], now - SECOND);
+        assert_eq!(last_heard(Some(9 * SECOND), 70 * SECOND), 9 * SECOND, "it knows");
     }
 }

@@ -75,7 +75,9 @@ struct Tending {
     leaders: BTreeMap<u64, NodeId>,
     /// By shard: when it was last worked on.
     worked: BTreeMap<u64, Instant>,
-    /// By node: since when it is silent.
+    /// By node: since when it was not heard here.
+    unheard: BTreeMap<u64, Instant>,
+    /// By node: since when it is silent, by what all have heard.
     silent: BTreeMap<u64, Instant>,
     /// By shard: how often it was asked in vain, and nobody named its leader.
     failed: BTreeMap<u64, usize>,
@@ -181,13 +183,13 @@ impl Cluster {
     fn note_silence(&self, map: &v1::ShardMap, tending: &mut Tending) {
         for node in &map.nodes {
             match self.commands.silence(NodeId(node.id)).is_some_and(|silence| silence < SILENT) {
-                true => drop(tending.silent.remove(&node.id)),
-                false => drop(tending.silent.entry(node.id).or_insert_with(Instant::now)),
+                true => drop(tending.unheard.remove(&node.id)),
+                false => drop(tending.unheard.entry(node.id).or_insert_with(Instant::now)),
             }
         }
-        tending.silent.retain(|node, _| map.nodes.iter().any(|known| known.id == *node));
+        tending.unheard.retain(|node, _| map.nodes.iter().any(|known| known.id == *node));
         let mut known = self.knowledge.lock();
-        known.backdate(map, &mut tending.silent);
+        tending.silent = known.silent_since(map, &tending.unheard);
         known.silent.clone_from(&tending.silent);
         let nodes: Vec<u64> = map.nodes.iter().map(|node| node.id).collect();
         if known.nodes.as_ref().is_none_or(|(before, _)| *before != nodes) {

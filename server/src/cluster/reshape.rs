@@ -40,6 +40,11 @@ pub(super) const FREEZE_MAX_MS: u64 = 500;
 const ATTEMPTS_MAX: u32 = 5;
 /// Before a merge that was cancelled by itself is tried again; doubled each time.
 const AGAIN_AFTER_MS: u64 = 1_000;
+/// How long both of a merge may take until they can freeze, before that is cancelled: neither is mended
+/// meanwhile, and nothing else is begun by itself. What they drop by then stays dropped.
+const PREPARE_MAX_MS: u64 = 10 * 60_000;
+/// How long a merge may wait for others' work on its shards before it fails, for the same reason.
+const GATHER_MAX_MS: u64 = 60 * 60_000;
 /// How many entries a replica may lack that is to freeze within [`FREEZE_MAX_MS`].
 const LAG_MAX: u64 = 1_000;
 /// Bits of a merge's id that tell its attempts apart.
@@ -196,7 +201,6 @@ pub(super) fn asked(
     let Some(merge) = &operation.merge else { return Vec::new() };
     match merge.step() {
         MergeStep::Gather if has_open_moves(operation) => Vec::new(),
-        MergeStep::Gather => of(merge.right).collect(),
         MergeStep::Flush | MergeStep::End => of(merge.left).collect(),
         _ => of(merge.left).chain(of(merge.right)).collect(),
     }

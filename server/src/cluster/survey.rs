@@ -17,7 +17,7 @@ use prost::Message;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::knowledge::BalancingSet;
+use super::knowledge::{BalancingSet, last_heard};
 use super::members::{ABSENT, DAMAGED, STOPPED, member_statuses};
 use super::{Cluster, PUBLISH_TIMEOUT, Target};
 
@@ -91,8 +91,9 @@ impl Cluster {
         let space = (self.space)();
         let replicas = self.replica_statuses(false);
         let map = self.map.current();
+        let up = self.started.elapsed();
         let heard = map.iter().flat_map(|map| map.nodes()).filter_map(|node| {
-            let silence = self.commands.silence(node.id)?;
+            let silence = last_heard(self.commands.silence(node.id), up);
             let silent_ms = u64::try_from(silence.as_millis()).ok()?;
             Some(peer::NodeHeard { node: node.id.0, silent_ms })
         });

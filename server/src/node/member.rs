@@ -83,6 +83,7 @@ impl Member {
             told: Mutex::default(),
             knowledge: Mutex::default(),
             holding: Holding(parts.config.test.hold_steps),
+            started: tokio::time::Instant::now(),
             loads: Loads::new(),
             space: {
                 let neighbours = shared.neighbours.clone();

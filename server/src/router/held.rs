@@ -7,13 +7,14 @@
 use coracle_proto::shard_map::{ShardId, ShardMap};
 use coracle_proto::v1::pipeline_request::Operation;
 use coracle_raft::group::Group;
+use coracle_raft::leadership::Standing;
 
 use crate::admission::Call;
 use crate::router::Router;
 use crate::router::plan::{self, Freshness, Plan, Task};
 
 /// A shard that holds a key, by the word of its group.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Held {
     shard: ShardId,
     epoch: u64,
@@ -26,15 +27,21 @@ impl Router {
         let plan = plan::plan(&map, operation, call.origin).ok()?;
         let position = plan.position.filter(|_| plan.has_one_key() && !plan.differs_from(&map))?;
         let groups = self.parts.host.groups();
-        let holds = |group: &&std::sync::Arc<Group>| {
-            let descriptor = group.descriptor();
-            group.shard() != plan.shard
-                && descriptor.is_some_and(|known| known.owns(plan.keyspace.0, position))
+        let holds = |group: &std::sync::Arc<Group>| {
+            let serves = group.shard() != plan.shard && group.status().state != Standing::Stopped;
+            let descriptor = group.descriptor().filter(|_| serves)?;
+            let owns = descriptor.owns(plan.keyspace.0, position);
+            owns.then(|| Held { shard: group.shard(), epoch: descriptor.epoch })
         };
-        let group = groups.iter().find(holds)?;
-        let (shard, epoch) = (group.shard(), group.descriptor()?.epoch);
-        is_news(&map, shard, position).then_some(Held { shard, epoch })
+        let held = furthest(groups.iter().filter_map(holds))?;
+        is_news(&map, held.shard, position).then_some(held)
     }
+}
+
+/// Of those whose groups believe that they hold a key: a frozen one, or one that lags behind a split, has
+/// not come as far as the one that serves it.
+fn furthest(held: impl Iterator<Item = Held>) -> Option<Held> {
+    held.max_by_key(|held| held.epoch)
 }
 
 /// Whether the map does not have the shard there.
@@ -62,5 +69,20 @@ impl Plan {
             _ => {}
         }
         plan
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_that_had_the_key_the_furthest_is_asked() {
+        let held = |shard, epoch| Held { shard: ShardId(shard), epoch };
+        // s2 is frozen and not removed yet, s1 has taken it in, s3 lags behind them.
+        let all = [held(3, 2), held(1, 9), held(2, 8)];
+        assert_eq!(furthest(all.into_iter()), Some(held(1, 9)));
+        assert_eq!(furthest([held(1, 4), held(17, 5)].into_iter()), Some(held(17, 5)), "a child");
+        assert_eq!(furthest(std::iter::empty()), None);
     }
 }

@@ -7,8 +7,8 @@ use coracle_proto::{peer, v1};
 use v1::{MergeStep, OperationKind, OperationState, SplitStep};
 
 use super::{
-    ATTEMPTS_MAX, Entry, On, are_neighbours, attempt, find, has_open_moves, is_decided, is_inside,
-    is_voter, moves,
+    ATTEMPTS_MAX, Entry, On, PREPARE_MAX_MS, are_neighbours, attempt, find, has_open_moves,
+    is_decided, is_inside, is_voter, moves,
 };
 use crate::cluster::operations;
 use crate::records::Snapshot;
@@ -169,6 +169,8 @@ fn enter_merge(
             let shards = &snapshot.map.shards;
             (merge.left_epoch, merge.right_epoch) = (shards[left].epoch, shards[right].epoch);
             merge.set_step(MergeStep::Prepare);
+            // A new controller finds it passed, as it does in the next step.
+            merge.freeze_until_ms = now_ms + PREPARE_MAX_MS;
             operation.message.clear();
         }
         (Entry::Freeze { for_ms }, MergeStep::Prepare, Some(_)) => {

@@ -14,8 +14,8 @@ use peer::ReshapeStep;
 use v1::{MergeStep, OperationState};
 
 use super::{
-    AGAIN_AFTER_MS, ATTEMPTS_MAX, Entry, FREEZE_MAX_MS, LAG_MAX, Next, Seen, attempt, cancelled,
-    failed, find, has_open_moves, is_paused, moves, order, wait,
+    AGAIN_AFTER_MS, ATTEMPTS_MAX, Entry, FREEZE_MAX_MS, GATHER_MAX_MS, LAG_MAX, Next, Seen,
+    attempt, cancelled, failed, find, has_open_moves, is_paused, moves, order, wait,
 };
 use crate::records::Snapshot;
 
@@ -61,6 +61,14 @@ fn nodes<'a>(
     replicas.map(|replica| replica.node).filter(|node| of.contains(node))
 }
 
+/// A replica of either shard that its node has lost: nobody makes it anew as long as they merge.
+fn broken((left, right): (&v1::Shard, &v1::Shard), seen: &Seen) -> Option<String> {
+    let mut replicas =
+        [left, right].into_iter().flat_map(|it| it.replicas.iter().map(|replica| (it.id, replica)));
+    let (shard, lost) = replicas.find(|(_, replica)| seen.is_broken(replica))?;
+    Some(format!("n{} has lost its replica of s{shard}", lost.node))
+}
+
 fn gather(
     snapshot: &Snapshot,
     operation: &v1::ClusterOperation,
@@ -88,6 +96,9 @@ fn gather(
     if let Some(node) = nodes(pair, &seen.lost).next() {
         return failed(format!("n{node} is lost: what it held is made anew first"));
     }
+    if let Some(why) = broken(pair, seen) {
+        return failed(format!("{why}: it is made anew first"));
+    }
     if let Some(node) = nodes(pair, &seen.silent).next() {
         return wait(format!("n{node} does not answer"));
     }
@@ -95,7 +106,11 @@ fn gather(
         return wait("paused");
     }
     if moves(snapshot, left) || moves(snapshot, right) {
-        return wait("it waits until nothing of the shards moves");
+        let since = operation.began_ms.max(merge.freeze_until_ms);
+        return match seen.now_ms >= since.saturating_add(GATHER_MAX_MS) {
+            true => failed("replicas of the shards have come and gone for an hour"),
+            false => wait("it waits until nothing of the shards moves"),
+        };
     }
     let (moves, withdraw) = (apart(left, right), in_the_way(left, right));
     if !moves.is_empty() || !withdraw.is_empty() {
@@ -156,6 +171,12 @@ fn prepare(
     }
     if let Some(node) = nodes(pair, &seen.silent).chain(nodes(pair, &seen.lost)).next() {
         return stop(format!("n{node} does not answer"));
+    }
+    if let Some(why) = broken(pair, seen) {
+        return stop(why);
+    }
+    if seen.now_ms >= merge.freeze_until_ms {
+        return stop(format!("they were not ready within ten minutes: {}", operation.message));
     }
     for (shard, epoch, absorbs) in
         [(left, merge.left_epoch, true), (right, merge.right_epoch, false)]

@@ -9,7 +9,7 @@ use crate::cluster::Cluster;
 use crate::cluster::grow::{self, Growing};
 use crate::cluster::points::Point;
 use crate::cluster::reshape::{self, SplitWork};
-use crate::cluster::shrink::Shrinking;
+use crate::cluster::shrink::{self, Shrinking};
 use crate::records::Snapshot;
 
 /// What a controller remembers of shards that grow and shrink.
@@ -58,13 +58,10 @@ impl Cluster {
     /// Merges what is small and idle, and more than anybody asked for, by itself.
     async fn shrink(&self, snapshot: &Snapshot, shrinking: &mut Shrinking) {
         let (known, now) = (self.knowledge.lock().clone(), Instant::now());
-        let Some(pair) = shrinking.next(snapshot, &known, now) else { return };
         let now_ms = self.records.now_ms();
-        let begun = self.records.change_all(|snapshot| {
-            let begun = reshape::begin_merge(snapshot, pair, 0, now_ms)?;
-            reshape::by_itself(snapshot, begun, true);
-            Ok(true)
-        });
+        let Some(pair) = shrinking.next(snapshot, &known, (now, now_ms)) else { return };
+        let begun =
+            self.records.change_all(|snapshot| shrink::begin(snapshot, pair, now_ms).map(|_| true));
         let (left, right) = pair;
         match begun.await {
             Ok(_) => {

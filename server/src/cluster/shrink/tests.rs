@@ -44,7 +44,8 @@ fn found(
     minutes: u64,
 ) -> Option<(u64, Pair)> {
     (0..minutes).find_map(|minute| {
-        let next = shrinking.next(snapshot, known, from + Duration::from_secs(60 * minute));
+        let at = from + Duration::from_secs(60 * minute);
+        let next = shrinking.next(snapshot, known, (at, 60_000 * minute));
         next.map(|pair| (minute, pair))
     })
 }
@@ -105,4 +106,45 @@ fn what_could_not_be_merged_is_left_alone_for_a_while() {
     assert_eq!(found(&mut shrinking, (&snapshot, &known), next, 1), Some((0, (2, 3))));
     let hour = then + Duration::from_secs(3_600);
     assert_eq!(found(&mut shrinking, (&snapshot, &known), hour, 1), Some((0, (1, 2))));
+}
+
+#[test]
+fn what_was_begun_and_did_not_end_well_is_begun_again_later_and_later_whoever_leads() {
+    const HOUR_MS: u64 = 3_600_000;
+    for state in [v1::OperationState::Failed, v1::OperationState::Cancelled] {
+        let (mut snapshot, known, begun) = world();
+        let mut now_ms = 1_000_000;
+        // A controller that has just begun to lead, and has seen all of them idle for an hour.
+        let next = |snapshot: &Snapshot, now_ms: u64| {
+            let mut shrinking = Shrinking::default();
+            shrinking.next(snapshot, &known, (begun, now_ms));
+            shrinking.next(snapshot, &known, (begun + QUIET_FOR, now_ms))
+        };
+        for wait in [1, 2, 4, 8, 16, 24, 24].map(|hours| hours * HOUR_MS) {
+            assert_eq!(next(&snapshot, now_ms), Some((1, 2)));
+            begin(&mut snapshot, (1, 2), now_ms).expect("nothing is against it");
+            assert_eq!(next(&snapshot, now_ms), None, "it is under way");
+            let operation = snapshot.operations.list.last_mut().expect("it has begun");
+            (operation.state, operation.ended_ms) = (state.into(), now_ms);
+            assert_eq!(
+                next(&snapshot, now_ms + wait - 1),
+                Some((2, 3)),
+                "others are none the worse"
+            );
+            assert!(begin(&mut snapshot.clone(), (1, 2), now_ms + wait - 1).is_err());
+            now_ms += wait;
+        }
+        // One that somebody asked for tells nothing of those.
+        snapshot
+            .operations
+            .list
+            .last_mut()
+            .expect("it is there")
+            .merge
+            .as_mut()
+            .expect("it is")
+            .automatic = false;
+        snapshot.operations.list.drain(..6);
+        assert_eq!(may_begin(&snapshot.operations, (1, 2), 0), Some(0));
+    }
 }

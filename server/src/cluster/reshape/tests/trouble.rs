@@ -179,3 +179,73 @@ fn files_that_a_replica_may_need_stay_until_it_says_otherwise_or_goes() {
     let other = peer::LeavingReplica { shard: 9, replica: 1, node: 1, ..Default::default() };
     assert_eq!(needed_by(&world.snapshot, &other), None, "of no merge");
 }
+
+#[test]
+fn a_replica_that_its_node_has_lost_ends_what_is_not_decided_so_that_it_can_be_mended() {
+    for shard in [L, R] {
+        for step in [MergeStep::Gather, MergeStep::Prepare] {
+            let mut world = world();
+            let id = world.merge();
+            world.until(id, step);
+            let lost = world.groups[&shard].on(3);
+            world.group(shard).broken.insert(lost);
+            let ended = world.run(id);
+            assert_eq!(ended.state(), OperationState::Failed, "s{shard} in {step:?}");
+            assert!(ended.message.contains("n3 has lost its replica"), "{}", ended.message);
+            assert!(!world.taken.contains("Freeze") && is_free(&world), "{:?}", world.taken);
+            assert!(!world.snapshot.operations.is_busy(shard), "it can be mended");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_get_ready_is_cancelled_after_a_while_and_fails_in_the_end() {
+    let mut world = world();
+    let id = world.merge();
+    world.until(id, MergeStep::Prepare);
+    let first = world.groups[&L].replicas[0].id;
+    world.group(L).untidy.insert(first);
+    let began = world.now_ms;
+    for attempts in 1..=ATTEMPTS_MAX {
+        // It pauses in between.
+        world.now_ms += AGAIN_AFTER_MS << attempts;
+        world.until(id, MergeStep::Prepare);
+        let until = world.operation(id).merge.expect("a merge").freeze_until_ms;
+        assert!(until > world.now_ms + PREPARE_MAX_MS / 2, "each has as long");
+        for _ in 0..10 {
+            assert!(!matches!(world.step(id), Next::Enter(_)), "not before");
+        }
+        world.now_ms = until;
+        let next = world.step(id);
+        assert!(matches!(&next, Next::Enter(Entry::Cancel { .. })), "{next:?}");
+        while world.operation(id).merge.expect("a merge").step() == MergeStep::Cancel {
+            world.step(id);
+        }
+        assert!(is_free(&world), "attempt {attempts}");
+    }
+    let ended = world.run(id);
+    assert_eq!(ended.state(), OperationState::Failed);
+    assert!(ended.message.contains("not ready"), "{}", ended.message);
+    assert!(world.now_ms - began < 2 * u64::from(ATTEMPTS_MAX) * PREPARE_MAX_MS);
+    // One that gets there in time.
+    let mut world = self::world();
+    let id = world.merge();
+    world.until(id, MergeStep::Prepare);
+    world.now_ms += PREPARE_MAX_MS - 1_000;
+    assert_eq!(world.run(id).state(), OperationState::Done);
+}
+
+#[test]
+fn what_others_work_on_for_long_is_not_merged() {
+    let mut world = world();
+    let id = world.merge();
+    // On a node that does not come back, and is not given up either.
+    let left = peer::LeavingReplica { shard: L, replica: 90, node: 5, ..Default::default() };
+    world.snapshot.leaving.push(left);
+    let operation = world.operation(id);
+    let merge = next(&world.snapshot, &operation, &world.seen());
+    assert!(matches!(merge, Next::Wait(_)), "{merge:?}");
+    world.now_ms += GATHER_MAX_MS;
+    assert_eq!(world.step(id), failed("replicas of the shards have come and gone for an hour"));
+    assert!(has_ended(world.operation(id).state()));
+}
