@@ -36,12 +36,13 @@ use crate::reader::Reads;
 use crate::snapshot::{Snapshots, blocking};
 use crate::state_machine::{ReadState, SharedState};
 use crate::transport::{Answering, TransportError};
-use crate::types::{NodeId, Place, ShardId, TypeConfig, Vote};
+use crate::types::{NodeId, Place, ShardId, Vote};
 pub use members::Members;
 
 mod hand_over;
 mod merge;
 mod past;
+mod purge;
 mod split;
 mod start;
 
@@ -51,10 +52,6 @@ pub use split::{Split, SplitPlan, SplitPoints};
 pub(crate) use start::Start;
 use start::{config, start_core};
 
-/// How long a flush may take before the next replica's turn comes; it goes on meanwhile.
-const FLUSH_MAX: Duration = Duration::from_secs(60);
-/// How often a flush is asked for until it is seen to be done.
-const FLUSH_RETRY: Duration = Duration::from_secs(1);
 /// How often a store that is being closed is looked at.
 const CLOSE_POLL: Duration = Duration::from_millis(2);
 
@@ -420,49 +417,6 @@ impl Group {
         }
     }
 
-    /// Makes the state durable and frees the log behind it, but for the last `keep` entries, which
-    /// a follower that was away for a moment may still want.
-    pub(crate) async fn compact(&self, keep: u64) -> Result<(), GroupError> {
-        let Some(applied) = self.status().applied else {
-            return Ok(());
-        };
-        let stopped = |_| GroupError::Stopped;
-        let mut progress = self.raft.metrics();
-        let reached = |metrics: &openraft::RaftMetrics<TypeConfig>| {
-            metrics.snapshot.is_some_and(|id| id.index() >= applied.index)
-                || metrics.running_state.is_err()
-        };
-        use openraft::async_runtime::watch::WatchReceiver;
-        let until = Instant::now() + FLUSH_MAX;
-        loop {
-            let built = async {
-                // Again and again: openraft drops the wish while it builds an earlier snapshot.
-                self.raft.trigger().snapshot().await.map_err(stopped)?;
-                while !reached(&progress.borrow_watched()) {
-                    progress.changed().await.map_err(|_| GroupError::Stopped)?;
-                }
-                Ok(())
-            };
-            match tokio::time::timeout(FLUSH_RETRY, built).await {
-                Ok(built) => break built?,
-                Err(_) if Instant::now() < until => {}
-                Err(_) => {
-                    let why = format!("a flush has not ended within {FLUSH_MAX:?}");
-                    return Err(GroupError::Storage(why));
-                }
-            }
-        }
-        // Never beyond what a flush made durable: a crash replays from there.
-        let state = self.state.clone();
-        let durable = blocking(&*self.environment.exec, move || state.durable_index()).await;
-        let durable = durable.map_err(|_| GroupError::Stopped)?.unwrap_or(0);
-        let upto = applied.index.min(durable).saturating_sub(keep);
-        if upto == 0 {
-            return Ok(());
-        }
-        self.raft.trigger().purge_log(upto).await.map_err(stopped)
-    }
-
     /// Ends the replica's tasks, and what rewrites its store.
     pub(crate) async fn shutdown(&self) {
         self.stop.cancel();
@@ -515,7 +469,8 @@ impl Group {
         }
     }
 
-    /// Ends the embargo, and describes the group when this replica first leads it.
+    /// Ends the embargo, describes the group when this replica first leads it, and purges what nobody
+    /// may be sent any more.
     async fn supervise(self: Arc<Self>) {
         let mut leadership = self.leadership.clone();
         let embargo = self.embargo.end();
@@ -538,7 +493,8 @@ impl Group {
                 }
             }
         };
-        let all = async { tokio::join!(lift, describe, self.follow()) };
+        let all =
+            async { tokio::join!(lift, describe, self.follow(), self.purge_what_came_before()) };
         tokio::select! { () = self.stop.cancelled() => {}, _ = all => {} }
     }
 }

@@ -100,6 +100,11 @@ impl Lineage {
         self.ancestors.contains(&shard)
     }
 
+    /// Where it last took something over, in this log.
+    pub(crate) fn place(&self) -> Position {
+        self.place
+    }
+
     /// Where a result is to be looked for in this log.
     pub(crate) fn place_of(&self, version: u64, stored: Position) -> Position {
         if version <= self.until { self.place } else { stored }

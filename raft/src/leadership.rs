@@ -95,6 +95,13 @@ impl Leadership {
         Err(GroupError::NotLeader { leader: leader.map(|place| place.node) })
     }
 
+    /// Up to where this replica has applied, and up to where its log is purged; 0: nothing.
+    pub(crate) fn applied_and_purged(&self) -> (u64, u64) {
+        let metrics = self.0.borrow_watched();
+        let index = |id: &Option<crate::types::LogId>| id.as_ref().map_or(0, |id| id.index());
+        (index(&metrics.last_applied), index(&metrics.purged))
+    }
+
     /// This replica.
     pub(crate) fn own(&self) -> u64 {
         self.0.borrow_watched().id

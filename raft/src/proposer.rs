@@ -68,8 +68,8 @@ struct Waiting {
 
 enum Item {
     Write(Waiting),
-    /// Entries that carry no request: the group's own.
-    Own(Command, oneshot::Sender<Result<Replies, GroupError>>),
+    /// Entries that carry no request: the group's own. Stamped above a version; 0: above what is usual.
+    Own(Command, u64, oneshot::Sender<Result<Replies, GroupError>>),
     /// Fixes a version for reads: later stamps lie above it.
     Fix {
         version: Option<u64>,
@@ -139,8 +139,18 @@ impl Proposer {
 
     /// Proposes a command of the group's own and waits until it is applied.
     pub(crate) async fn own(&self, command: Command) -> Result<Replies, GroupError> {
+        self.own_above(0, command).await
+    }
+
+    /// The same, stamped above a version, as is all that comes later: also before it is applied here, and on
+    /// another replica is already.
+    pub(crate) async fn own_above(
+        &self,
+        version: u64,
+        command: Command,
+    ) -> Result<Replies, GroupError> {
         let (answer, receiver) = oneshot::channel();
-        self.push(64, Item::Own(command, answer))?;
+        self.push(64, Item::Own(command, version, answer))?;
         receiver.await.unwrap_or(Err(GroupError::Stopped))
     }
 
@@ -260,11 +270,12 @@ impl Task {
                     requests.push(waiting.request);
                     answers.push((waiting.answer, queued));
                 }
-                Item::Own(command, answer) => own = Some((command, answer)),
+                Item::Own(command, above, answer) => own = Some((command, above, answer)),
                 Item::Fix { .. } => unreachable!("an item that is not a write is taken alone"),
             }
         }
-        if let Some((command, answer)) = own {
+        if let Some((command, above, answer)) = own {
+            self.stamps.last = self.stamps.last.max(above);
             let result = self.propose(term, command, 0).await;
             return Some(Box::pin(async move {
                 let _ = answer.send(applied(result).await);
@@ -463,7 +474,7 @@ fn refuse(item: Item, error: &GroupError) {
     assert!(error.outcome() == Outcome::NotApplied, "what was never proposed was not applied");
     match item {
         Item::Write(waiting) => drop(waiting.answer.send(Err(error.clone()))),
-        Item::Own(_, answer) => drop(answer.send(Err(error.clone()))),
+        Item::Own(_, _, answer) => drop(answer.send(Err(error.clone()))),
         Item::Fix { answer, .. } => drop(answer.send(Err(error.clone()))),
     }
 }

@@ -184,7 +184,7 @@ impl StateMachine {
     }
 
     /// Sees to what the batch of an entry waits for, and writes it.
-    async fn reshape(&self, mut prepared: Prepared, entry: &Entry) -> io::Result<Vec<Replies>> {
+    async fn reshape(&mut self, mut prepared: Prepared, entry: &Entry) -> io::Result<Vec<Replies>> {
         match prepared.wait.take() {
             Some(Wait::Child(child)) => self.split(prepared, *child).await,
             Some(Wait::Neighbour(plan)) => {
@@ -212,7 +212,9 @@ impl StateMachine {
     /// Takes a frozen neighbour in. Its keys come first: until the batch that makes them this group's is
     /// durable, nothing here counts them as its own, so compaction is held back, and a crash takes all of
     /// it again from the neighbour, which stays until every replica has it.
-    async fn absorb(&self, plan: &AbsorbShard, entry: Entry) -> io::Result<Vec<Replies>> {
+    async fn absorb(&mut self, plan: &AbsorbShard, entry: Entry) -> io::Result<Vec<Replies>> {
+        // Nobody is sent what is from before: who takes it would come to this entry by the log.
+        self.recent = None;
         let (births, own) = (&self.parts.births, self.parts.replica);
         let other = plan.replicas.get(&own.0).copied().map(ReplicaId).ok_or_else(|| {
             io::Error::other("this replica is no member of the group that takes another in")

@@ -100,6 +100,10 @@ pub(super) fn announce(
             return Err(NotReshaped::Merging);
         }
         planned(state, &plan.planned)?;
+        // They stay from here on, and the decision names them: of another one it could not be carried out.
+        if plan.replicas != state.membership.replicas {
+            return Err(NotReshaped::Replicas);
+        }
         state.kin.learn(&plan.rules);
         state.merge.merging = announced;
         state.merge.touch();

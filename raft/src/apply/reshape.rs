@@ -58,7 +58,7 @@ pub enum NotReshaped {
     },
     /// It was planned on other members, or they are between two configurations.
     Members,
-    /// The replicas that it names are not one for each member.
+    /// The replicas that it names are not the members, or not one for each.
     Replicas,
     /// The position is not inside the arc, or is its first.
     Position,

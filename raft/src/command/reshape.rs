@@ -1,7 +1,7 @@
 //! Owns the commands that change what a group holds, and their bytes (FORMAT.md). Does not say what they
 //! do (see `apply::reshape`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{BufMut, BytesMut};
 
@@ -34,6 +34,8 @@ pub struct AnnounceMerge {
     pub merge: u64,
     /// Whether the group takes the other in, or is taken in.
     pub absorbs: bool,
+    /// The group's replicas.
+    pub replicas: BTreeSet<u64>,
     /// Of all keyspaces.
     pub rules: Rules,
 }
@@ -121,19 +123,25 @@ impl SplitShard {
 
 impl AnnounceMerge {
     pub(super) fn size(&self) -> usize {
-        Planned::BYTES + 8 + 1 + self.rules.size()
+        Planned::BYTES + 8 + 1 + 4 + 8 * self.replicas.len() + self.rules.size()
     }
 
     pub(super) fn put(&self, out: &mut BytesMut) {
         self.planned.put(out);
         out.put_u64(self.merge);
         out.put_u8(u8::from(self.absorbs));
+        out.put_u32(self.replicas.len() as u32);
+        self.replicas.iter().for_each(|replica| out.put_u64(*replica));
         self.rules.put(out);
     }
 
     pub(super) fn get(reader: &mut Reader) -> Result<AnnounceMerge, Malformed> {
         let (planned, merge) = (Planned::get(reader)?, reader.u64()?);
-        Ok(AnnounceMerge { planned, merge, absorbs: reader.bool()?, rules: Rules::get(reader)? })
+        let (absorbs, mut replicas) = (reader.bool()?, BTreeSet::new());
+        for _ in 0..reader.count(8)? {
+            replicas.insert(reader.u64()?);
+        }
+        Ok(AnnounceMerge { planned, merge, absorbs, replicas, rules: Rules::get(reader)? })
     }
 }
 

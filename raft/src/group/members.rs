@@ -199,6 +199,10 @@ impl Group {
         if is_done(&stored, change)? {
             return Ok(known);
         }
+        if matches!(change, Change::Add { .. }) && self.may_send_what_it_took() {
+            // It would be sent an entry that only those can apply who were there; the purge is under way.
+            return Err(ChangeError::UnderWay);
+        }
         if !finish && known != epoch {
             return Err(ChangeError::EpochPassed { epoch: known });
         }

@@ -17,7 +17,7 @@
 //!    than [`MERGE_BYTES_MAX`], and remember no more than [`crate::dedup::MERGE_MEMORY_MAX`].
 //! 5. When every replica of L says absorbed, R is destroyed; [`Group::end_merge`] on L ends it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use coracle_storage::ReplicaId;
 use tokio::time::Instant;
@@ -48,6 +48,9 @@ pub struct PrepareMerge {
     pub other: ShardId,
     /// Whether this one takes the other in (L), or is taken in (R).
     pub absorbs: bool,
+    /// This group's replicas, all that the map knows: it stays as it is from then on, so that the decision
+    /// finds what it names.
+    pub replicas: BTreeSet<ReplicaId>,
     /// The rules of all keyspaces, read after the epoch was: see [`Rules::of`].
     pub rules: Rules,
 }
@@ -84,8 +87,9 @@ impl Group {
         if self.merge_status().merging != Some(plan.merge) {
             self.size().may_be_announced(plan.absorbs).map_err(ChangeError::Refused)?;
         }
-        let PrepareMerge { merge, absorbs, rules, .. } = plan;
-        let announce = AnnounceMerge { planned, merge, absorbs, rules };
+        let PrepareMerge { merge, absorbs, replicas, rules, .. } = plan;
+        let replicas = replicas.into_iter().map(|replica| replica.0).collect();
+        let announce = AnnounceMerge { planned, merge, absorbs, replicas, rules };
         let reshaped = self.reshape(Command::Announce(announce), deadline).await?;
         Ok(reshaped.descriptor.epoch)
     }
@@ -136,11 +140,11 @@ impl Group {
         if self.merge_status().merging != Some(plan.merge) {
             return Err(ChangeError::UnderWay);
         }
-        self.check_neighbour(&plan, deadline).await?;
+        let above = self.check_neighbour(&plan, deadline).await?;
         let replicas = plan.replicas.iter().map(|(own, other)| (own.0, other.0)).collect();
         let MergePlan { merge, other, frozen_at, rules, .. } = plan;
         let absorb = AbsorbShard { planned, merge, other, frozen_at, replicas, rules };
-        let reshaped = self.reshape(Command::Absorb(absorb), deadline).await?;
+        let reshaped = self.reshape_above(above, Command::Absorb(absorb), deadline).await?;
         Ok(reshaped.descriptor)
     }
 
@@ -158,7 +162,11 @@ impl Group {
 
     /// How far a merge is on this replica.
     pub fn merge_status(&self) -> MergeStatus {
-        self.state.merge_status()
+        let mut status = self.state.merge_status();
+        if let Some(absorbed) = &mut status.absorbed {
+            absorbed.flushed &= !self.may_send_what_it_took();
+        }
+        status
     }
 
     fn size(&self) -> Size {
@@ -176,12 +184,12 @@ impl Group {
     }
 
     /// Looks at the neighbour on this node: once the command is in the log, every replica waits for its
-    /// own, and does nothing else.
+    /// own, and does nothing else. Returns the highest version that was served of its keys.
     async fn check_neighbour(
         &self,
         plan: &MergePlan,
         deadline: Instant,
-    ) -> Result<(), ChangeError> {
+    ) -> Result<u64, ChangeError> {
         let refused = |why: &str| Err(ChangeError::Refused(why.to_owned()));
         let Some(replica) = plan.replicas.get(&self.replica()) else {
             return refused("the plan names no replica of the neighbour for this one");
@@ -199,7 +207,7 @@ impl Group {
         {
             return refused("the neighbour is not what the plan says");
         }
-        Ok(())
+        Ok(sealed.state.ceiling.max(sealed.state.clock))
     }
 
     fn leads_here(&self) -> Result<(), ChangeError> {

@@ -102,8 +102,19 @@ impl Group {
         command: Command,
         deadline: Instant,
     ) -> Result<Reshaped, ChangeError> {
+        self.reshape_above(0, command, deadline).await
+    }
+
+    /// The same, stamped above a version that is no more to be given by this group.
+    pub(super) async fn reshape_above(
+        &self,
+        version: u64,
+        command: Command,
+        deadline: Instant,
+    ) -> Result<Reshaped, ChangeError> {
         let unknown = || ChangeError::Unknown("it was proposed, and is not applied yet".to_owned());
-        let replies = match tokio::time::timeout_at(deadline, self.proposer.own(command)).await {
+        let proposed = self.proposer.own_above(version, command);
+        let replies = match tokio::time::timeout_at(deadline, proposed).await {
             Ok(Ok(replies)) => replies,
             Ok(Err(GroupError::Unknown(why))) => return Err(ChangeError::Unknown(why)),
             Ok(Err(error)) => return Err(unchanged(error)),
@@ -164,7 +175,9 @@ fn refusal(refused: NotReshaped) -> ChangeError {
     let why = match refused {
         NotReshaped::Epoch { epoch } => return ChangeError::EpochPassed { epoch },
         NotReshaped::Members | NotReshaped::Merging => return ChangeError::UnderWay,
-        NotReshaped::Replicas => "the plan does not name one new replica for each of the group's",
+        NotReshaped::Replicas => {
+            "the plan does not name each of the group's replicas, and nothing else"
+        }
         NotReshaped::Position => "the position is not inside the group's arc, or is its first",
         NotReshaped::Child => "the child's shard is the group's own, or the meta group's",
     };

@@ -62,6 +62,8 @@ struct Seen {
     merge: MergeState,
     durable: Durable,
     remembered: Remembered,
+    /// The index at which the group last took something over; 0: never.
+    taken_over_at: u64,
 }
 
 pub(super) struct Current {
@@ -258,12 +260,12 @@ impl SharedState {
         neighbour: Option<&Neighbour<'_>>,
     ) -> io::Result<Prepared> {
         // Only the state machine writes, one batch at a time, so what is read here stays true.
-        let (store, mut group, mut membership, foreign_free) = {
+        let (store, mut group, mut membership) = {
             let current = self.0.current.read();
             // The state machine swaps and applies in turn.
             let store = current.store.clone().ok_or_else(no_store)?;
             let (group, membership) = (current.group.clone(), current.membership.clone());
-            (store, group, membership, current.foreign_free)
+            (store, group, membership)
         };
         let was_frozen = group.is_frozen();
         let mut overlay = store.overlay();
@@ -302,18 +304,16 @@ impl SharedState {
         }
         // A split leaves foreign keys behind; who takes a neighbour in takes only what is its own.
         let splits = matches!(wait, Some(Wait::Child(_)));
-        let foreign_free = foreign_free.filter(|_| !splits);
         group.store(&mut overlay);
         overlay.put_meta(MetaName::APPLIED, applied_bytes(&last));
         overlay.put_meta(MetaName::MEMBERSHIP, encode_stored_membership(&membership));
         let batch = overlay.into_batch();
-        Ok(Prepared { store, group, membership, last, batch, replies, foreign_free, wait })
+        Ok(Prepared { store, group, membership, last, batch, replies, splits, wait })
     }
 
     /// Writes a batch; then it is visible.
     pub(super) fn commit(&self, prepared: Prepared) -> io::Result<Vec<Replies>> {
-        let Prepared { store, group, membership, last, batch, replies, foreign_free, wait } =
-            prepared;
+        let Prepared { store, group, membership, last, batch, replies, splits, wait } = prepared;
         assert!(wait.is_none(), "what a batch waits for is there before it is written");
         {
             // Written under the lock: a read sees the batch and the descriptor that it left, or
@@ -327,7 +327,10 @@ impl SharedState {
                 // It came to nothing, or all of it is durable.
                 store.filter().hold(false);
             }
-            current.foreign_free = foreign_free;
+            // Only this: they may have been dropped since the batch was judged.
+            if splits {
+                current.foreign_free = None;
+            }
             current.group = group;
             current.membership = membership;
             current.last_applied = Some(last);
@@ -346,7 +349,8 @@ pub(super) struct Prepared {
     last: LogId,
     batch: Batch,
     replies: Vec<Replies>,
-    foreign_free: Option<u64>,
+    /// Whether it leaves foreign keys behind.
+    splits: bool,
     /// What must be there before it is written, or done right after.
     pub(super) wait: Option<Wait>,
 }
@@ -393,6 +397,7 @@ impl Current {
             merge: self.group.merge,
             durable: self.durable,
             remembered: self.group.dedup.remembered(),
+            taken_over_at: self.group.kin.lineage().place().index,
         }
     }
 

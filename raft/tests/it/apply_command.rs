@@ -145,10 +145,21 @@ fn golden_bytes_of_the_commands_of_a_merge() {
     let rules = Rules { hash_seed: 7, keyspaces: BTreeMap::new() };
     let plan = Planned { epoch: 5, membership: Position { term: 3, index: 9 } };
     let merge = "000000000000004d";
-    let announce = AnnounceMerge { planned: plan, merge: 77, absorbs: true, rules: rules.clone() };
+    let announce = AnnounceMerge {
+        planned: plan,
+        merge: 77,
+        absorbs: true,
+        replicas: [11, 12].into(),
+        rules: rules.clone(),
+    };
     assert_eq!(
         stamped(Command::Announce(announce)),
-        head("07") + &planned + merge + "01" + no_rules
+        head("07")
+            + &planned
+            + merge
+            + "01"
+            + "00000002000000000000000b000000000000000c" // replicas
+            + no_rules
     );
     let freeze = FreezeShard { planned: plan, merge: 77 };
     assert_eq!(stamped(Command::Freeze(freeze)), head("08") + &planned + merge);

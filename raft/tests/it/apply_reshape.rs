@@ -204,7 +204,8 @@ fn neighbours() -> (Group, Group) {
 }
 
 fn announce(group: &mut Group, absorbs: bool) {
-    let plan = AnnounceMerge { planned: PLANNED, merge: 7, absorbs, rules: rules() };
+    let replicas = BTreeSet::new();
+    let plan = AnnounceMerge { planned: PLANNED, merge: 7, absorbs, replicas, rules: rules() };
     let replies = group.entry(Command::Announce(plan));
     assert!(matches!(replies[0].outcome, Outcome::Reshaped(Ok(_))), "{replies:?}");
 }
@@ -333,13 +334,45 @@ fn only_a_neighbour_on_the_right_is_taken_in_for_the_merge_that_was_announced() 
     assert!(matches!(outcome, Outcome::Reshaped(Ok(_))), "{outcome:?}");
 }
 
+#[test]
+fn a_merge_is_announced_only_with_exactly_the_members() {
+    let (left, _) = neighbours();
+    let announced = |replicas: &[u64]| {
+        let (mut overlay, mut state) = (left.store.overlay(), left.store.state());
+        state.membership = members();
+        let planned = Planned { membership: MEMBERSHIP, ..PLANNED };
+        let replicas = replicas.iter().copied().collect();
+        let plan = AnnounceMerge { planned, merge: 7, absorbs: true, replicas, rules: rules() };
+        let stamp = left.now_ms << 16;
+        let entry = Stamped { stamp, ceiling: stamp, command: Command::Announce(plan) }.encode();
+        let at = Position { term: left.term, index: left.index + 1 };
+        let done = apply(&mut overlay, &mut state, at, &entry, None).expect("a sound entry");
+        let Outcome::Reshaped(reshaped) = done.replies[0].outcome.clone() else {
+            panic!("{:?}", done.replies)
+        };
+        assert_eq!(state.merge.merging.is_some(), reshaped.is_ok());
+        reshaped.map(|reshaped| reshaped.descriptor.epoch)
+    };
+    for other in [&[][..], &[11], &[11, 13], &[11, 12, 13]] {
+        assert_eq!(announced(other), Err(NotReshaped::Replicas), "{other:?}");
+    }
+    assert_eq!(announced(&[11, 12]), Ok(PLANNED.epoch));
+}
+
 /// One of each kind, and of those that end a merge one for each reason to refuse it. No wildcard: a new command
 /// is to be thought about here.
 fn all_commands(group: &Group) -> Vec<Command> {
     let now_ms = group.now_ms;
     let epoch = PLANNED.epoch;
     let announce = |merge, absorbs| {
-        Command::Announce(AnnounceMerge { planned: PLANNED, merge, absorbs, rules: rules() })
+        let replicas = BTreeSet::new();
+        Command::Announce(AnnounceMerge {
+            planned: PLANNED,
+            merge,
+            absorbs,
+            replicas,
+            rules: rules(),
+        })
     };
     let freeze = |merge| Command::Freeze(FreezeShard { planned: PLANNED, merge });
     let mut all = vec![

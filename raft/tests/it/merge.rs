@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use coracle_raft::apply::{GroupState, Outcome};
 use coracle_raft::birth::MergeStep;
+use coracle_raft::clock::Clock;
 use coracle_raft::command::Change;
 use coracle_raft::descriptor::Descriptor;
 use coracle_raft::error::ChangeError;
@@ -24,7 +25,7 @@ use coracle_storage::fs::Fs;
 use coracle_storage::state::{MapEngines, OpenState, Overlay, ReplicaState};
 use tokio::time::{Instant, timeout};
 
-use crate::cluster::SHARD;
+use crate::cluster::{SHARD, WallClock};
 use crate::members::{FOURTH, LEARNER, soon, until};
 use crate::ring_rig::{AT, CHILD, KEYSPACE, Ring, child_of, position, rules};
 use crate::split::stop_at;
@@ -99,7 +100,9 @@ impl Ring {
     fn prepare(&self, shard: ShardId, epoch: u64) -> PrepareMerge {
         let other = if shard == SHARD { CHILD } else { SHARD };
         let absorbs = shard == SHARD;
-        PrepareMerge { merge: MERGE, epoch, other, absorbs, rules: rules() }
+        let members = self.leader(shard).map(|group| group.status().members.into_keys());
+        let replicas = members.into_iter().flatten().map(ReplicaId).collect();
+        PrepareMerge { merge: MERGE, epoch, other, absorbs, replicas, rules: rules() }
     }
 
     fn epoch_of(&self, shard: ShardId) -> u64 {
@@ -331,6 +334,80 @@ async fn a_key_that_was_deleted_in_the_neighbour_does_not_come_back() {
     let (_, next) = ring.put(&key, "new").await;
     assert!(again.index < next.index && !next.duplicate);
     assert_eq!(ring.get(&key).await.as_deref(), Some("new"));
+}
+
+/// What happens to a group that has just taken its neighbour in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    Nothing,
+    AnotherLeads,
+    AllDie,
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_joins_after_a_merge_holds_what_all_hold() {
+    for after in [After::Nothing, After::AnotherLeads, After::AllDie] {
+        let mut ring = halves(20).await;
+        ring.merge().await;
+        match after {
+            After::Nothing => {}
+            After::AnotherLeads => {
+                let before = ring.leading(SHARD).await;
+                before.hand_over(None, soon()).await.expect("the others are well");
+                until("another leads", || {
+                    ring.leader(SHARD).is_some_and(|now| now.replica() != before.replica())
+                })
+                .await;
+            }
+            After::AllDie => {
+                for node in nodes() {
+                    ring.cluster.stop(node).await;
+                }
+                for node in nodes() {
+                    ring.cluster.restart(node, 2).await;
+                }
+            }
+        }
+        drop(ring.cluster.make_learner().await);
+        ring.cluster.add_learner().await;
+        ring.fill(20..25).await;
+        let learner = ring.caught_up(FOURTH, SHARD).await;
+        assert_eq!(learner.status().failed, None, "{after:?}");
+        ring.agree_on(&[SHARD], nodes().chain([FOURTH])).await;
+        ring.check(0..25).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_version_is_fixed_below_what_the_neighbour_has_acknowledged() {
+    let ring = halves(10).await;
+    let tidy = || ring.all(CHILD, |it| it.foreign_free.is_some());
+    until("no foreign key is left", tidy).await;
+    let (into, from) = (ring.leading(SHARD).await, ring.leading(CHILD).await);
+    // Its clock is ahead, as that of its leader's node may be, or of whoever reads.
+    let ahead = (WallClock.now_ms() + 450) << 16;
+    from.fix_version(Some(ahead)).await.expect("within the bound");
+    let lower = (0..).map(|n| format!("l{n}")).find(|key| position(key) < AT).expect("half");
+    let (_, written) = ring.put(&upper(), "ahead").await;
+    let Outcome::Applied { version, .. } = written.outcome else { panic!("{written:?}") };
+    assert!(version > ahead);
+    ring.freeze().await;
+    // Others have taken it in, and the one that leads has not.
+    let led = into.status().leader.expect("it leads");
+    let (failpoint, reached) = stop_at(MergeStep::Found);
+    ring.cluster.nodes[&led].host.set_failpoint(Some(failpoint));
+    ring.put(&lower, "v").await;
+    let plan = ring.plan_to_absorb().expect("both lead");
+    tokio::select! {
+        done = into.absorb(plan, soon()) => panic!("{done:?}"),
+        () = until("it is found", || reached.load(Ordering::SeqCst)) => {}
+    }
+    // It may wait until that is applied; what it fixes at once lies above.
+    let fixed = timeout(Duration::from_millis(300), into.fix_version(None)).await;
+    if let Ok(fixed) = fixed {
+        let fixed = fixed.expect("it leads").version;
+        assert!(fixed >= version, "{fixed} is below {version}, which was acknowledged");
+    }
 }
 
 /// One node dies at each step of a merge, loses what it had not synced, and comes back.

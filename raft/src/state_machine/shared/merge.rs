@@ -82,6 +82,11 @@ impl SharedState {
         }
     }
 
+    /// The index in the log at which the group last took over what it had not written itself; 0: never.
+    pub(crate) fn taken_over_at(&self) -> u64 {
+        self.0.seen.read().taken_over_at
+    }
+
     /// Makes all of it durable, and lets compaction and the merge's controller go by it.
     pub(crate) fn seal(&self) -> io::Result<()> {
         let (store, filter, durable) = {
@@ -234,11 +239,13 @@ mod tests {
     use coracle_proto::entity::EntityRule;
     use coracle_storage::fs::faulty::{FaultyFs, Loss};
     use coracle_storage::state::{MapEngines, OpenState, ReplicaState};
+    use openraft::EntryPayload;
 
     use super::*;
     use crate::apply::GroupState;
     use crate::descriptor::Descriptor;
     use crate::rules::Rules;
+    use crate::types::{Position, log_id};
 
     const AT: u64 = 1 << 63;
     const KEYSPACE: u32 = 1;
@@ -341,6 +348,18 @@ mod tests {
         let store = ReplicaState::open(&engines, Path::new("/state"), OpenState { create: false });
         let after = SharedState::open(store.expect("it is there")).expect("our own records");
         assert_eq!(after.merge_status().foreign_free, Some(4));
+    }
+
+    #[test]
+    fn that_no_foreign_key_is_left_is_not_forgotten_over_a_batch_that_was_judged_before() {
+        let state = made((None, None), None, &FaultyFs::new(0));
+        let entry =
+            Entry { log_id: log_id(Position { term: 1, index: 1 }), payload: EntryPayload::Blank };
+        let prepared = state.prepare(std::slice::from_ref(&entry), None).expect("a sound entry");
+        assert!(state.drop_foreign().expect("a healthy disk"), "all rules are known");
+        state.commit(prepared).expect("a healthy disk");
+        assert_eq!(state.merge_status().foreign_free, Some(4));
+        assert!(!state.is_untidy(), "else all of it is rewritten again");
     }
 
     #[test]

@@ -190,7 +190,10 @@ fn prepare(
         if group.merging != attempt(operation) {
             let other = if absorbs { merge.right } else { merge.left };
             let order = order(operation, shard.id, ReshapeStep::Prepare, epoch);
-            return Next::Ask(Box::new(peer::Reshape { other, absorbs, ..order }));
+            // What the group compares with its members, as long as nothing is lost yet.
+            let own = |replica: &v1::Replica| peer::ReplicaPair { replica: replica.id, other: 0 };
+            let replicas = shard.replicas.iter().map(own).collect();
+            return Next::Ask(Box::new(peer::Reshape { other, absorbs, replicas, ..order }));
         }
     }
     for shard in [left, right] {

@@ -78,7 +78,8 @@ enum Order {
 fn order(asked: &peer::Reshape) -> Result<Order, String> {
     let (merge, epoch) = (asked.operation, asked.epoch);
     let pairs = asked.replicas.iter();
-    let replicas = pairs.map(|pair| (ReplicaId(pair.replica), ReplicaId(pair.other))).collect();
+    let replicas: BTreeMap<ReplicaId, ReplicaId> =
+        pairs.map(|pair| (ReplicaId(pair.replica), ReplicaId(pair.other))).collect();
     Ok(match asked.step() {
         ReshapeStep::Split => Order::Split(SplitPlan {
             epoch,
@@ -92,6 +93,7 @@ fn order(asked: &peer::Reshape) -> Result<Order, String> {
             epoch,
             other: ShardId(asked.other),
             absorbs: asked.absorbs,
+            replicas: replicas.into_keys().collect(),
             rules: rules(asked)?,
         }),
         ReshapeStep::Freeze => Order::Freeze { merge, epoch },
