@@ -212,7 +212,7 @@ pub struct NodeReport {
     /// The replicas that it holds, damaged ones too; each a coracle.v1.GroupStatus.
     #[prost(bytes = "bytes", repeated, tag = "3")]
     pub replicas: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
-    /// The nodes that it has heard since it started, and how long ago that was.
+    /// How long ago it heard each node, at the latest: one not heard since it started may have been right before.
     #[prost(message, repeated, tag = "15")]
     pub heard: ::prost::alloc::vec::Vec<NodeHeard>,
 }

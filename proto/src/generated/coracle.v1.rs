@@ -3002,7 +3002,7 @@ pub struct ShardMerge {
     /// The right one as it was when it was taken in: the map has it no more.
     #[prost(message, optional, tag = "6")]
     pub taken: ::core::option::Option<Shard>,
-    /// Wall clock at which the right one serves again if it is not decided, in milliseconds.
+    /// Wall clock at which what is prepared or frozen is cancelled if it is not decided, in milliseconds.
     #[prost(uint64, tag = "7")]
     pub freeze_until_ms: u64,
     /// The index at which the right one froze.
