@@ -449,7 +449,7 @@ impl Host {
 
     /// Keeps the shared log within its budget: flushes the replica that holds its oldest unflushed
     /// entries, and lets the log free what is behind them. And flushes every replica now and then, so
-    /// that compaction learns what has left the history.
+    /// that compaction learns what has left the history. One that waits for another group is passed by.
     async fn bound_log(self: Arc<Self>) {
         // When, and which segment was the oldest that it kept then.
         let mut flushed: BTreeMap<ReplicaId, (Instant, u64)> = BTreeMap::new();
@@ -479,14 +479,18 @@ impl Host {
                     Some(_) => break,
                     None => {}
                 }
-                flushed.insert(oldest, (Instant::now(), pin.oldest_segment));
                 let Some(group) = groups.iter().find(|group| group.replica() == oldest) else {
                     tracing::error!(
                         replica = oldest.0,
                         "a replica that does not run holds the log"
                     );
+                    flushed.insert(oldest, (Instant::now(), pin.oldest_segment));
                     continue;
                 };
+                if group.is_busy() {
+                    continue;
+                }
+                flushed.insert(oldest, (Instant::now(), pin.oldest_segment));
                 flush(group, if fill == Fill::FarOver { 0 } else { kept }).await;
                 break;
             }
@@ -494,6 +498,7 @@ impl Host {
             let due = |group: &&Arc<Group>| {
                 let last = flushed.get(&group.replica());
                 group.unflushed_bytes() > 0
+                    && !group.is_busy()
                     && last.is_none_or(|(last, _)| last.elapsed() > FLUSH_INTERVAL)
             };
             if let Some(group) = groups.iter().find(due) {

@@ -40,7 +40,7 @@ const SWEEP_KEYS_MAX: usize = 4_096;
 mod shared;
 
 pub use shared::ReadState;
-use shared::{Current, Prepared, Wait};
+use shared::{Busy, Current, Prepared, Wait};
 pub(crate) use shared::{SharedState, applied_bytes};
 
 /// One replica's state machine.
@@ -186,7 +186,10 @@ impl StateMachine {
     /// Sees to what the batch of an entry waits for, and writes it.
     async fn reshape(&mut self, mut prepared: Prepared, entry: &Entry) -> io::Result<Vec<Replies>> {
         match prepared.wait.take() {
-            Some(Wait::Child(child)) => self.split(prepared, *child).await,
+            Some(Wait::Child(child)) => {
+                let _busy = Busy::new(&self.parts.shared);
+                self.split(prepared, *child).await
+            }
             Some(Wait::Neighbour(plan)) => {
                 drop(prepared);
                 if !self.parts.starting.has_ended() {
@@ -195,6 +198,7 @@ impl StateMachine {
                         "what waits for a neighbour is not applied at start",
                     ));
                 }
+                let _busy = Busy::new(&self.parts.shared);
                 self.absorb(&plan, entry.clone()).await
             }
             Some(Wait::Seal) | None => {

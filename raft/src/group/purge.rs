@@ -78,6 +78,11 @@ impl Group {
         self.raft.trigger().purge_log(upto).await.map_err(stopped)
     }
 
+    /// Whether a flush by [`Group::compact`] would wait for another group of the node.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.state.is_busy()
+    }
+
     /// Whether the log still holds the entry with which the group took over what it had not written itself.
     pub(super) fn may_send_what_it_took(&self) -> bool {
         self.leadership.applied_and_purged().1 < self.state.taken_over_at()

@@ -5,6 +5,7 @@
 //! what must be there before a batch is written, is the state machine's.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -46,6 +47,24 @@ pub(super) struct Shared {
     /// Whether the store was closed for good. Held over the whole swap of a store: whoever closes
     /// it waits for that, and no swap comes later.
     closed: Mutex<bool>,
+    /// Whether the state machine is busy with another group of the node, for as long as that takes.
+    busy: AtomicBool,
+}
+
+/// For as long as it lives, the state machine is busy with another group.
+pub(super) struct Busy(SharedState);
+
+impl Busy {
+    pub(super) fn new(shared: &SharedState) -> Busy {
+        shared.0.busy.store(true, Ordering::Release);
+        Busy(shared.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.0.busy.store(false, Ordering::Release);
+    }
 }
 
 struct Seen {
@@ -91,7 +110,13 @@ impl SharedState {
         let seen = RwLock::new(current.seen());
         let applied = watch::Sender::new(at);
         let (current, closed) = (RwLock::new(current), Mutex::default());
-        Ok(Self(Arc::new(Shared { current, seen, applied, closed })))
+        let busy = AtomicBool::new(false);
+        Ok(Self(Arc::new(Shared { current, seen, applied, closed, busy })))
+    }
+
+    /// Whether a flush would wait for another group of the node: a birth, or what is taken in.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.0.busy.load(Ordering::Acquire)
     }
 
     pub(crate) fn applied(&self) -> Position {
