@@ -262,12 +262,29 @@ pub fn line(operation: &ClusterOperation) -> String {
     line
 }
 
+/// The map, where all nodes that answer have the same one: it comes to them one after the other.
+async fn agreed(client: &Client) -> Result<ClusterMap, String> {
+    let mut newest: Option<ClusterMap> = None;
+    for node in client.admin().cached_map().nodes {
+        let Ok(map) = client.admin().map_of(&node.address).await else { continue };
+        match &newest {
+            Some(known) if known.epoch != map.epoch => {
+                return Err(format!("nodes know epochs {} and {}", known.epoch, map.epoch));
+            }
+            _ => newest = Some(map),
+        }
+    }
+    newest.ok_or_else(|| "no node answers".to_owned())
+}
+
 /// Waits until nothing is under way, and nothing comes or goes in the map.
 pub async fn settle(client: &Client) -> Result<ClusterMap, String> {
     let began = Instant::now();
     loop {
-        let why = match (client.admin().map().await, client.admin().operations().await) {
-            (Ok(map), Ok(operations)) => {
+        // In this order: what has ended stands in the maps that are read afterwards.
+        let operations = client.admin().operations().await.map_err(|error| error.to_string());
+        let why = match (operations, agreed(client).await) {
+            (Ok(operations), Ok(map)) => {
                 let mut replicas = map.shards.iter().flat_map(|shard| &shard.replicas);
                 let moves = replicas.any(|replica| replica.joining || replica.goes);
                 let active = operations.operations.iter().find(|known| !known.has_ended());
@@ -277,7 +294,7 @@ pub async fn settle(client: &Client) -> Result<ClusterMap, String> {
                     (true, None) => "a replica comes or goes".to_owned(),
                 }
             }
-            (Err(error), _) | (_, Err(error)) => error.to_string(),
+            (Err(why), _) | (_, Err(why)) => why,
         };
         if began.elapsed() >= PATIENCE {
             return Err(format!("the cluster does not settle: {why}"));

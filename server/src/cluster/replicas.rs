@@ -49,7 +49,7 @@ use super::knowledge::{Knowledge, SILENT};
 use super::members::is_lost_role;
 use super::{COMMAND_TIMEOUT, Cluster, PUBLISH_TIMEOUT, Target, create_command};
 use super::{balance, operations};
-use crate::records::{RecordsError, Snapshot};
+use crate::records::{Operations, RecordsError, Snapshot};
 
 /// Between two looks at what is to be done.
 const TEND_INTERVAL: Duration = Duration::from_millis(200);
@@ -236,8 +236,12 @@ impl Cluster {
         if !enter(&mut snapshot) {
             return Ok(snapshot);
         }
-        let before = snapshot.operations;
-        let entered = self.records.change_all(|snapshot| Ok(enter(snapshot))).await?;
+        let mut before = Operations::default();
+        let entered = self.records.change_all(|snapshot| {
+            before.clone_from(&snapshot.operations);
+            Ok(enter(snapshot))
+        });
+        let entered = entered.await?;
         self.hold_at_operations(&before, &entered.operations).await;
         self.publish(&entered.map).await;
         Ok(entered)
