@@ -22,6 +22,8 @@ const POLL: Duration = Duration::from_millis(100);
 const PROGRESS: Duration = Duration::from_secs(5);
 /// What goes on by itself must have come to its end by then.
 pub const PATIENCE: Duration = Duration::from_secs(300);
+/// For so long a map has to stay as it is: longer than a step is held between its record and the nodes.
+const STAYS: Duration = Duration::from_secs(1);
 /// A replica has caught up when it lacks no more than this.
 const NEAR_ENTRIES: u64 = 500;
 /// Between two looks at the map's invariants.
@@ -277,9 +279,10 @@ async fn agreed(client: &Client) -> Result<ClusterMap, String> {
     newest.ok_or_else(|| "no node answers".to_owned())
 }
 
-/// Waits until nothing is under way, and nothing comes or goes in the map.
+/// Waits until nothing is under way, and nothing comes or goes in a map that stays as it is: what was
+/// recorded reaches the nodes a little later, and later still where steps are held.
 pub async fn settle(client: &Client) -> Result<ClusterMap, String> {
-    let began = Instant::now();
+    let (began, mut since) = (Instant::now(), None);
     loop {
         // In this order: what has ended stands in the maps that are read afterwards.
         let operations = client.admin().operations().await.map_err(|error| error.to_string());
@@ -289,7 +292,15 @@ pub async fn settle(client: &Client) -> Result<ClusterMap, String> {
                 let moves = replicas.any(|replica| replica.joining || replica.goes);
                 let active = operations.operations.iter().find(|known| !known.has_ended());
                 match (moves, active) {
-                    (false, None) => return Ok(map),
+                    (false, None) => {
+                        let (epoch, at) = *since.get_or_insert((map.epoch, Instant::now()));
+                        match epoch == map.epoch {
+                            true if at.elapsed() >= STAYS => return Ok(map),
+                            true => {}
+                            false => since = None,
+                        }
+                        "the map has just changed".to_owned()
+                    }
                     (_, Some(operation)) => line(operation),
                     (true, None) => "a replica comes or goes".to_owned(),
                 }
